@@ -1,0 +1,168 @@
+"""Runs decoder blocks one at a time on calibration tokens and records what enters each linear."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from swiftprune.prune.checkpoint import Checkpoint
+from swiftprune.prune.score import InputStats, Needs
+from swiftprune.prune.targets import Block, decoder_blocks
+
+# Tokens whose inputs are kept to measure a linear's output error.
+SAMPLE_TOKENS = 256
+
+
+class BlockRunner:
+    """The hidden states of all calibration samples, moved through the model block by block.
+
+    One block's weights are in memory at a time, in fp32. `hidden` holds one (1, T, H) fp32 tensor per sample: the
+    input of the next block.
+    """
+
+    def __init__(self, model: nn.Module, checkpoint: Checkpoint, blocks: list[Block], tokens: Tensor) -> None:
+        self._model = model
+        self._checkpoint = checkpoint
+        _, modules = decoder_blocks(model)
+        self._modules = {block.name: module for block, module in zip(blocks, modules, strict=True)}
+        self._arguments: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+        self.hidden = self._embed(tokens)
+
+    @torch.no_grad()
+    def _embed(self, tokens: Tensor) -> list[Tensor]:
+        """Runs all but the blocks, which only note their arguments: masks and positions differ by kind of block."""
+        base: Any = getattr(self._model, getattr(self._model, "base_model_prefix", ""), self._model)
+        outside = [name for name, _ in self._model.named_parameters() if not name.startswith(tuple(self._modules))]
+        base_modules = {id(module) for module in base.modules()}
+        wanted = [name for name in outside if id(self._model.get_submodule(name.rpartition(".")[0])) in base_modules]
+        hidden: list[Tensor] = []
+        with _loaded(self._model, self._checkpoint, wanted), self._recording(hidden):
+            for row in tokens:
+                base(input_ids=row[None], use_cache=False)
+        return hidden
+
+    @contextmanager
+    def _recording(self, hidden: list[Tensor]) -> Iterator[None]:
+        first = next(iter(self._modules))
+
+        def record(name: str) -> Callable[..., Tensor]:
+            def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+                self._arguments[name] = (args, kwargs)
+                if name == first:
+                    hidden.append(hidden_states)
+                return hidden_states
+
+            return forward
+
+        for name, module in self._modules.items():
+            module.forward = record(name)
+        try:
+            yield
+        finally:
+            for module in self._modules.values():
+                del module.forward
+
+    @contextmanager
+    def block(self, block: Block) -> Iterator[nn.Module]:
+        """The module of `block` with its dense fp32 weights loaded; they are let go at the end."""
+        module = self._modules[block.name]
+        names = [f"{block.name}.{name}" for name, _ in module.named_parameters()]
+        with _loaded(self._model, self._checkpoint, names):
+            yield module
+
+    def _run(self, block: Block, hidden: Tensor) -> Tensor:
+        args, kwargs = self._arguments[block.name]
+        out = self._modules[block.name](hidden, *args, **kwargs)
+        result: Tensor = out[0] if isinstance(out, tuple) else out
+        return result
+
+    @torch.no_grad()
+    def collect(self, block: Block, needs: Needs, tick: Callable[[], None]) -> dict[str, InputStats]:
+        """Runs the loaded block on every sample and returns, by linear name, what entered it. `hidden` stays."""
+        stats: dict[str, InputStats] = {}
+        recorder = _Recorder(stats, needs, max(1, SAMPLE_TOKENS // len(self.hidden)))
+        hooks = [
+            self._model.get_submodule(linear.name).register_forward_pre_hook(recorder.hook(linear.name))
+            for linear in block.linears
+        ]
+        try:
+            for hidden in self.hidden:
+                recorder.new_sample()
+                self._run(block, hidden)
+                tick()
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return stats
+
+    @torch.no_grad()
+    def advance(self, block: Block, pruned: dict[str, Tensor], tick: Callable[[], None]) -> None:
+        """Puts `pruned` weights, by linear name, into the loaded block and moves `hidden` through it."""
+        for name, weight in pruned.items():
+            self._model.get_submodule(name).weight = nn.Parameter(weight.float(), requires_grad=False)
+        for index, hidden in enumerate(self.hidden):
+            self.hidden[index] = self._run(block, hidden)
+            tick()
+
+
+class _Recorder:
+    """Accumulates InputStats; linears that are fed the same tensor (q, k, v) share one object and its cost."""
+
+    def __init__(self, stats: dict[str, InputStats], needs: Needs, tokens_kept: int) -> None:
+        self._stats = stats
+        self._needs = needs
+        self._tokens_kept = tokens_kept
+        self._seen: list[tuple[Tensor, InputStats]] = []
+
+    def new_sample(self) -> None:
+        self._seen = []
+
+    def hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def record(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            tensor = args[0]
+            for seen, stats in self._seen:
+                if seen is tensor:
+                    self._stats[name] = stats
+                    return
+            stats = self._stats.setdefault(name, InputStats(token_count=0))
+            self._seen.append((tensor, stats))
+            self._add(stats, tensor.reshape(-1, tensor.shape[-1]).float())
+
+        return record
+
+    def _add(self, stats: InputStats, inputs: Tensor) -> None:
+        stats.token_count += len(inputs)
+        step = max(1, len(inputs) // self._tokens_kept)
+        rows = inputs[step // 2 :: step][: self._tokens_kept].clone()
+        stats.sample = rows if stats.sample is None else torch.cat((stats.sample, rows))
+        if self._needs == "gram":
+            if stats.gram is None:
+                stats.gram = torch.zeros(inputs.shape[1], inputs.shape[1])
+            stats.gram.addmm_(inputs.T, inputs)
+        else:
+            squares = inputs.square().sum(0)
+            stats.input_sq_sum = squares if stats.input_sq_sum is None else stats.input_sq_sum + squares
+
+
+@contextmanager
+def _loaded(model: nn.Module, checkpoint: Checkpoint, parameters: list[str]) -> Iterator[None]:
+    """Puts the named parameters in place in fp32, and back on the meta device at the end."""
+    by_tensor = {name: checkpoint.tensor_name(name, model) for name in parameters}
+    tensors = checkpoint.read(tensor for tensor in by_tensor.values() if tensor)
+    meta: dict[str, nn.Parameter] = {}
+    for name, tensor in by_tensor.items():
+        owner, _, leaf = name.rpartition(".")
+        module = model.get_submodule(owner)
+        meta[name] = getattr(module, leaf)
+        if tensor:
+            setattr(module, leaf, nn.Parameter(tensors.pop(tensor).float(), requires_grad=False))
+    try:
+        yield
+    finally:
+        for name, parameter in meta.items():
+            owner, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(owner), leaf, parameter)

@@ -1,0 +1,141 @@
+"""The tokens that calibration runs on: from a text file, a data set, or the model's own samples."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, StoppingCriteria, StoppingCriteriaList
+
+from swiftprune.errors import CheckpointError, SettingsError, TextError
+from swiftprune.prune.progress import Progress
+
+logger = logging.getLogger(__name__)
+
+_SELF_BATCH = 32
+
+
+def calibration_tokens(
+    source: str, model_folder: Path, *, samples: int, seqlen: int, seed: int, progress: Progress
+) -> Tensor:
+    """(samples, seqlen) int64 token ids from `source`: `self`, a text file, or a data set id.
+
+    A text is cut into windows of `seqlen` tokens, of which `samples` are drawn without replacement under `seed`; a
+    text that has fewer windows gives what it has, with a warning. Raises TextError when it has none.
+    """
+    if source == "self":
+        return self_sampled(model_folder, samples=samples, seqlen=seqlen, seed=seed, progress=progress)
+    path = Path(source)
+    text = read_text(path) if path.is_file() else _dataset_text(source, needed=samples * seqlen * 8)
+    windows = token_windows(text, load_tokenizer(model_folder), seqlen, source)
+    if len(windows) < samples:
+        logger.warning("%s gives %d windows of %d tokens, not the %d asked for", source, len(windows), seqlen, samples)
+    generator = torch.Generator().manual_seed(seed)
+    return windows[torch.randperm(len(windows), generator=generator)[:samples]]
+
+
+def read_text(path: Path) -> str:
+    """The UTF-8 text of a file. Raises TextError when it is missing, not text, or empty."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise TextError(f"{path}: no such file") from None
+    except (UnicodeDecodeError, IsADirectoryError) as error:
+        raise TextError(f"{path}: not a UTF-8 text file ({error})") from error
+    if not text.strip():
+        raise TextError(f"{path}: is empty")
+    return text
+
+
+def load_tokenizer(model_folder: Path) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(model_folder)
+    except Exception as error:  # many types, one meaning
+        raise CheckpointError(f"{model_folder}: its tokenizer cannot be loaded: {str(error).splitlines()[0]}") from error
+
+
+def token_windows(text: str, tokenizer: Any, seqlen: int, source: str) -> Tensor:
+    """(windows, seqlen) consecutive token windows of `text`; the rest at its end is dropped."""
+    ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
+    if len(ids) < seqlen:
+        raise TextError(f"{source}: has {len(ids)} tokens, fewer than one window of {seqlen}; give more text")
+    return ids[: len(ids) // seqlen * seqlen].view(-1, seqlen)
+
+
+def _dataset_text(source: str, needed: int) -> str:
+    """About `needed` characters of a data set's `text` column; `source` is `id[:config[:split]]`."""
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise SettingsError(
+            f"--calibration {source}: no such file; to read it as a data set, pip install 'swiftprune[datasets]'"
+        ) from None
+    name, config, split = [*source.split(":"), "", ""][:3]
+    try:
+        rows = load_dataset(name, config or None, split=split or "train", streaming=True)
+        parts: list[str] = []
+        length = 0
+        for row in rows:
+            parts.append(row["text"])
+            length += len(row["text"])
+            if length >= needed:
+                break
+    except KeyError:
+        raise TextError(f"--calibration {source}: the data set has no column `text`") from None
+    except Exception as error:  # datasets raises many types, offline and on
+        first_line = (str(error).splitlines() or [type(error).__name__])[0]
+        raise TextError(f"--calibration {source}: no such file, nor a readable data set: {first_line}") from error
+    text = "\n\n".join(part for part in parts if part.strip())
+    if not text:
+        raise TextError(f"--calibration {source}: the data set's `text` column is empty")
+    return text
+
+
+def self_sampled(model_folder: Path, *, samples: int, seqlen: int, seed: int, progress: Progress) -> Tensor:
+    """Text that the dense model itself samples (temperature 1, from its start token): no data set is needed.
+
+    Deterministic for a seed on one machine. Loads the whole model in its own dtype.
+    """
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+    tokenizer = load_tokenizer(model_folder)
+    start = next(
+        (
+            token
+            for token in (tokenizer.bos_token_id, model.config.bos_token_id, tokenizer.eos_token_id)
+            if token is not None
+        ),
+        0,
+    )
+    torch.manual_seed(seed)
+    batches = []
+    for begin in range(0, samples, _SELF_BATCH):
+        size = min(_SELF_BATCH, samples - begin)
+        batch = model.generate(
+            torch.full((size, 1), start),
+            attention_mask=torch.ones(size, 1, dtype=torch.long),
+            do_sample=True,
+            temperature=1.0,
+            top_k=0,
+            top_p=1.0,
+            min_new_tokens=seqlen - 1,
+            max_new_tokens=seqlen - 1,
+            pad_token_id=start,
+            stopping_criteria=StoppingCriteriaList([_Tick(progress, begin, size, samples, seqlen)]),
+        )
+        batches.append(batch)
+    return torch.cat(batches)
+
+
+class _Tick(StoppingCriteria):  # type: ignore[misc]
+    """Reports each sampled token; never stops."""
+
+    def __init__(self, progress: Progress, begin: int, size: int, samples: int, seqlen: int) -> None:
+        self.progress, self.begin, self.size, self.samples, self.seqlen = progress, begin, size, samples, seqlen
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+        done = self.begin * self.seqlen + self.size * input_ids.shape[1]
+        self.progress("sample calibration text", done, self.samples * self.seqlen)
+        return torch.zeros(len(input_ids), dtype=torch.bool)

@@ -1,0 +1,175 @@
+"""A source checkpoint on disk: safetensors shards, read lazily, one tensor at a time."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from swiftprune.errors import CheckpointError
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+# The float types of safetensors that a checkpoint to be pruned may use, and all others only for tensors left alone.
+_TORCH_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """Where a tensor is and what it is, from the header of its shard."""
+
+    shard: str
+    shape: tuple[int, ...]
+    dtype_name: str
+    nbytes: int
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """The torch dtype when it is one that can be pruned, else None."""
+        return _TORCH_DTYPES.get(self.dtype_name)
+
+
+class Checkpoint:
+    """A local folder in the Hugging Face layout. Opening it reads and checks headers only, no weights.
+
+    Raises CheckpointError naming the file when something is missing, damaged, or not a safetensors checkpoint.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.config = _read_json(folder / "config.json")
+        if quantization := self.config.get("quantization_config"):
+            method = quantization.get("quant_method", "an unnamed method")
+            raise CheckpointError(f"{folder}: already quantized or packed by {method!r}; prune the original checkpoint")
+        self.tensors: dict[str, TensorEntry] = _read_headers(folder)
+
+    @classmethod
+    def open(cls, model: str | Path) -> Checkpoint:
+        """Opens a local folder, or downloads a hub id (`owner/name`) to the hub cache and opens that."""
+        folder = Path(model)
+        if folder.is_dir():
+            return cls(folder)
+        if folder.exists():
+            raise CheckpointError(f"{model}: is a file; give the folder that holds config.json and *.safetensors")
+        name = str(model)
+        if name.count("/") != 1 or name.startswith((".", "/", "~")):
+            raise CheckpointError(f"{model}: no such folder, and not a hub id of the form owner/name")
+        return cls(_download(name))
+
+    @property
+    def shards(self) -> list[str]:
+        return sorted({entry.shard for entry in self.tensors.values()})
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(entry.nbytes for entry in self.tensors.values())
+
+    @cached_property
+    def fingerprint(self) -> dict[str, str]:
+        """Shard name -> SHA-256 of its bytes, in hex. Reads every shard once."""
+        hashes = {}
+        for shard in self.shards:
+            with open(self.folder / shard, "rb") as file:
+                hashes[shard] = hashlib.file_digest(file, "sha256").hexdigest()
+        return hashes
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """The named tensors, copied out of the file so that nothing of it stays mapped."""
+        by_shard: dict[str, list[str]] = {}
+        for name in names:
+            by_shard.setdefault(self.tensors[name].shard, []).append(name)
+        tensors = {}
+        for shard, members in by_shard.items():
+            with _open_shard(self.folder / shard) as file:
+                for name in members:
+                    tensors[name] = file.get_tensor(name).clone()
+        return tensors
+
+    def tensor_name(self, parameter: str, model: nn.Module) -> str | None:
+        """The tensor that holds `parameter` of `model`, or None.
+
+        Checkpoints of a bare base model lack its prefix (`transformer.`, `model.`), which transformers adds on loading.
+        """
+        prefix = getattr(model, "base_model_prefix", "")
+        for name in (parameter, parameter.removeprefix(f"{prefix}.")):
+            if name in self.tensors:
+                return name
+        return None
+
+
+def _download(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    patterns = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "LICENSE*"]
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise CheckpointError(f"{name}: no such folder here, and the hub could not be read: {first_line}") from error
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: missing; is {path.parent} a model folder?") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path}: not valid JSON ({error})") from error
+
+
+def _read_headers(folder: Path) -> dict[str, TensorEntry]:
+    index_path = folder / INDEX_NAME
+    if index_path.exists():
+        weight_map: dict[str, str] | None = _read_json(index_path).get("weight_map")
+        if not weight_map:
+            raise CheckpointError(f"{index_path}: has no weight_map")
+        shards = sorted(set(weight_map.values()))
+    elif (folder / SINGLE_NAME).exists():
+        weight_map, shards = None, [SINGLE_NAME]
+    else:
+        other = next((p.name for p in folder.iterdir() if p.suffix in {".bin", ".pt", ".pth", ".gguf"}), None)
+        hint = f"; it holds {other}: convert it first with save_pretrained" if other else ""
+        raise CheckpointError(f"{folder}: holds neither {SINGLE_NAME} nor {INDEX_NAME}{hint}")
+
+    tensors: dict[str, TensorEntry] = {}
+    for shard in shards:
+        if Path(shard).name != shard:
+            raise CheckpointError(f"{index_path}: names the shard {shard!r}, which is not a plain file name")
+        if not (folder / shard).exists():
+            raise CheckpointError(f"{folder / shard}: missing, though {INDEX_NAME} names it; download it again")
+        with _open_shard(folder / shard) as file:
+            for name in file.keys():  # noqa: SIM118 - not a dict
+                view = file.get_slice(name)
+                shape, dtype = tuple(view.get_shape()), view.get_dtype()
+                tensors[name] = TensorEntry(shard, shape, dtype, _nbytes(shape, dtype))
+    if weight_map is not None:
+        for name, shard in weight_map.items():
+            if name not in tensors or tensors[name].shard != shard:
+                raise CheckpointError(f"{index_path}: places {name} in {shard}, which does not hold it")
+    return tensors
+
+
+def _nbytes(shape: tuple[int, ...], dtype_name: str) -> int:
+    bits = {"BOOL": 8, "F8_E4M3": 8, "F8_E5M2": 8}.get(dtype_name) or int("".join(filter(str.isdigit, dtype_name)))
+    return torch.Size(shape).numel() * bits // 8
+
+
+@contextmanager
+def _open_shard(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        size = path.stat().st_size if path.exists() else 0
+        raise CheckpointError(f"{path}: truncated or damaged ({error}; {size:,} bytes on disk)") from error

@@ -1,0 +1,15 @@
+"""How long work reports where it is, without knowing who shows it."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+
+class Progress(Protocol):
+    """Called with the name of a stage, how much of it is done, and its total in the same unit."""
+
+    def __call__(self, stage: str, done: float, total: float) -> None: ...
+
+
+def silent(stage: str, done: float, total: float) -> None:
+    """Shows nothing."""

@@ -1,0 +1,149 @@
+"""How much each weight matters: every one-shot method, in the separable form the kernels take.
+
+A score only has to order the weights that compete, so each function returns factors of an equivalent order
+(square roots, dropped constants); its docstring gives the published formula. Notation: W (N, K); x_k the input of
+channel k; `input_sq_sum[k]` = sum of x_k^2 over all calibration tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from swiftprune.errors import SettingsError
+from swiftprune.sparse24.score_factors import ScoreFactors
+
+Needs = Literal["nothing", "input_sq_sum", "gram"]
+
+# Keeps the denominator form finite where one channel carries all the energy of its group; relative to S.
+DAMPING = 1e-2
+
+
+@dataclass
+class InputStats:
+    """What calibration saw at the input of one linear with K in_features."""
+
+    token_count: int
+    input_sq_sum: Tensor | None = None
+    """(K,) fp32: sum of squares of every input channel."""
+    gram: Tensor | None = None
+    """(K, K) fp32: X^T X."""
+    sample: Tensor | None = None
+    """(S, K) fp32: some of the inputs themselves, for the output error of the report."""
+
+
+def magnitude(weight: Tensor, stats: InputStats, group: int) -> ScoreFactors:
+    """|w| (Han et al., 2015)."""
+    return ScoreFactors.of_magnitude(weight.shape[1])
+
+
+def wanda(weight: Tensor, stats: InputStats, group: int) -> ScoreFactors:
+    """|w| * ||x_k||_2 (Sun et al., arXiv 2306.11695, eq. 1)."""
+    return ScoreFactors(_sq_sum(stats).sqrt())
+
+
+def ria(weight: Tensor, stats: InputStats, group: int) -> ScoreFactors:
+    """(|w| / sum of its row + |w| / sum of its column) * ||x_k||^0.5 (Zhang et al., ICLR 2024, eq. 3, a = 0.5)."""
+    absolute = weight.float().abs()
+    activation = _sq_sum(stats).sqrt().sqrt()
+    tiny = torch.finfo(torch.float32).tiny
+    row = 1 / absolute.sum(1).clamp_min(tiny)
+    column = 1 / absolute.sum(0).clamp_min(tiny)
+    return ScoreFactors(column * activation, row=row, cross=activation)
+
+
+def contribution(weight: Tensor, stats: InputStats, group: int) -> ScoreFactors:
+    """L = 1/2 w^2 (1 - x_k^2 / S), S over all inputs: SwiftPrune (arXiv 2501.16376) as its reviews state it."""
+    energy = _sq_sum(stats)
+    share = energy / energy.sum().clamp_min(torch.finfo(torch.float32).tiny)
+    return ScoreFactors((1 - share).clamp_min(0).sqrt())
+
+
+def contribution_obs(weight: Tensor, stats: InputStats, group: int) -> ScoreFactors:
+    """L = 1/2 w^2 / (1 - x_k^2 / (lambda + S)), S over all inputs.
+
+    Our derivation: the OBS saliency is 1/2 w^2 / [H^-1]_kk, and for H = x x^T + lambda I Sherman-Morrison gives
+    [H^-1]_kk = (1 - x_k^2 / (lambda + S)) / lambda. lambda = DAMPING * S.
+    """
+    energy = _sq_sum(stats)
+    return ScoreFactors(_obs_factor(energy, energy.sum()).sqrt())
+
+
+def contribution_group(weight: Tensor, stats: InputStats, group: int) -> ScoreFactors:
+    """The OBS form with S over the weights that compete with each other, the group of M.
+
+    Only the weights of one group are compared, so what counts is how the channel stands among those: over all K
+    inputs x_k^2 / S is about 1/K and the factor is nearly constant, which leaves little but magnitude.
+    """
+    energy = _sq_sum(stats)
+    competing = energy.view(-1, group).sum(1, keepdim=True).expand(-1, group).flatten()
+    return ScoreFactors(_obs_factor(energy, competing).sqrt())
+
+
+def contribution_energy(weight: Tensor, stats: InputStats, group: int) -> ScoreFactors:
+    """w^2 x_k^2 / (1 - x_k^2 / (lambda + S)), S over the group: Wanda's saliency times the OBS factor.
+
+    The loss of dropping w alone is w^2 x_k^2; the factor says how little the rest of the group could make up for it.
+    A heuristic product of the two, kept because it measures better than either form above.
+    """
+    energy = _sq_sum(stats)
+    competing = energy.view(-1, group).sum(1, keepdim=True).expand(-1, group).flatten()
+    return ScoreFactors((energy * _obs_factor(energy, competing)).sqrt())
+
+
+def contribution_data_free(weight: Tensor, stats: InputStats, group: int) -> ScoreFactors:
+    """L = 1/2 w^2 (1 - w^2 / S_n), S_n = sum of squares of row n: the contribution form without inputs.
+
+    Within a row this is the order of magnitude: L rises with w^2 up to S_n / 2, and a weight beyond that still scores
+    no less than any other, since those are at most S_n - w^2 and L(S_n - w^2) = L(w^2).
+    """
+    row_energy = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32).square()
+    return ScoreFactors(
+        torch.ones(weight.shape[1]), curvature=1 / row_energy.clamp_min(torch.finfo(torch.float32).tiny)
+    )
+
+
+def _sq_sum(stats: InputStats) -> Tensor:
+    assert stats.input_sq_sum is not None, "the pipeline collects what METHODS says a method needs"
+    return stats.input_sq_sum
+
+
+def _obs_factor(energy: Tensor, total: Tensor) -> Tensor:
+    damped = (1 + DAMPING) * total
+    return damped.clamp_min(torch.finfo(torch.float32).tiny) / (damped - energy).clamp_min(
+        torch.finfo(torch.float32).tiny
+    )
+
+
+@dataclass(frozen=True)
+class Method:
+    """A pruning method: what calibration must collect for it, and its score (None: it also changes weights)."""
+
+    summary: str
+    needs: Needs
+    factors: Callable[[Tensor, InputStats, int], ScoreFactors] | None
+
+
+METHODS: dict[str, Method] = {
+    "swiftprune": Method("contribution metric, measured best of its forms", "input_sq_sum", contribution_energy),
+    "swiftprune-group": Method("contribution metric, OBS form, S over the group", "input_sq_sum", contribution_group),
+    "swiftprune-obs": Method("contribution metric, OBS form, S over all inputs", "input_sq_sum", contribution_obs),
+    "swiftprune-numerator": Method("contribution metric as the paper's reviews state it", "input_sq_sum", contribution),
+    "swiftprune-data-free": Method("contribution metric from the weights alone", "nothing", contribution_data_free),
+    "magnitude": Method("absolute value", "nothing", magnitude),
+    "wanda": Method("weight times input norm", "input_sq_sum", wanda),
+    "ria": Method("relative importance times input norm", "input_sq_sum", ria),
+    "sparsegpt": Method("second-order mask with an update of the kept weights", "gram", None),
+}
+
+
+def find_method(name: str) -> Method:
+    """The method of that name; raises SettingsError that lists all when there is none."""
+    if name not in METHODS:
+        known = "\n".join(f"  {key:22} {method.summary}" for key, method in METHODS.items())
+        raise SettingsError(f"unknown method {name!r}; known methods:\n{known}")
+    return METHODS[name]

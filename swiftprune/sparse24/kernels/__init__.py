@@ -1,0 +1,1 @@
+"""Implementations of the same three functions: `reference` (plain torch, the oracle) and `native` (C++)."""

@@ -1,0 +1,44 @@
+"""The separable form in which every one-shot score reaches the kernels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ScoreFactors:
+    """The vectors from which the score of every weight of an (N, K) matrix follows.
+
+        v[n, k]     = |w[n, k]| * (column[k] + row[n] * cross[k])
+        score[n, k] = v                                    without `curvature`
+        score[n, k] = v**2 * (1 - curvature[n] * v**2)     with it
+
+    All are fp32 and contiguous: `column` (K,), `cross` (K,), `row` (N,), `curvature` (N,); `row` and `cross` come
+    together or not at all. Only the order of scores within a row matters, so a score may be given as its square root.
+    A kernel can thus score and select in one pass over the weights, without an (N, K) matrix of scores in memory.
+    """
+
+    column: Tensor
+    row: Tensor | None = None
+    cross: Tensor | None = None
+    curvature: Tensor | None = None
+
+    def scores(self, weight: Tensor) -> Tensor:
+        """The (N, K) fp32 scores of `weight` (any float dtype)."""
+        column = self.column
+        if self.row is not None and self.cross is not None:
+            v = weight.float().abs() * (column + self.row[:, None] * self.cross)
+        else:
+            v = weight.float().abs() * column
+        if self.curvature is not None:
+            v = v * v
+            v = v * (1 - self.curvature[:, None] * v)
+        return v
+
+    @staticmethod
+    def of_magnitude(in_features: int) -> ScoreFactors:
+        """Scores that are |w|."""
+        return ScoreFactors(torch.ones(in_features))
