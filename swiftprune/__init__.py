@@ -1,0 +1,42 @@
+"""swiftprune: prune LLM checkpoints to 2:4 structured sparsity, pack them, and serve them faster.
+
+    import swiftprune
+    for done in swiftprune.prune("./my-model", swiftprune.PruneSettings(calibration="text.txt")):
+        print(done.block.name, [layer.output_error for layer in done.results])
+
+`prune` gives pruned weights block by block; `exporters.export` writes a checkpoint that engines load. Names are
+imported on first use, so that `import swiftprune` stays quick.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from swiftprune.errors import SwiftpruneError
+    from swiftprune.pruning.pipeline import PrunedBlock, PruneSettings, prune
+    from swiftprune.sparse24.format import Packed24, pack, unpack, validate
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Packed24", "PruneSettings", "PrunedBlock", "SwiftpruneError", "__version__", "pack", "prune", "unpack", "validate",
+]  # fmt: skip
+
+_HOMES = {
+    "SwiftpruneError": "swiftprune.errors",
+    "PruneSettings": "swiftprune.pruning.pipeline",
+    "PrunedBlock": "swiftprune.pruning.pipeline",
+    "prune": "swiftprune.pruning.pipeline",
+    "Packed24": "swiftprune.sparse24.format",
+    "pack": "swiftprune.sparse24.format",
+    "unpack": "swiftprune.sparse24.format",
+    "validate": "swiftprune.sparse24.format",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'swiftprune' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)

@@ -41,3 +41,9 @@ class FormatError(SwiftpruneError):
     """A tensor breaks the packed 2:4 format."""
 
     exit_code = 6
+
+
+class Interrupted(SwiftpruneError):
+    """The user stopped the run (Ctrl-C)."""
+
+    exit_code = 130

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, StoppingCriteria, StoppingCriteriaList
 
 from swiftprune.errors import CheckpointError, SettingsError, TextError
-from swiftprune.prune.progress import Progress
+from swiftprune.pruning.progress import Progress
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +54,9 @@ def load_tokenizer(model_folder: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(model_folder)
     except Exception as error:  # many types, one meaning
-        raise CheckpointError(f"{model_folder}: its tokenizer cannot be loaded: {str(error).splitlines()[0]}") from error
+        raise CheckpointError(
+            f"{model_folder}: its tokenizer cannot be loaded: {str(error).splitlines()[0]}"
+        ) from error
 
 
 def token_windows(text: str, tokenizer: Any, seqlen: int, source: str) -> Tensor:

@@ -5,16 +5,17 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import init_empty_weights
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.pytorch_utils import Conv1D
 
 from swiftprune.errors import CheckpointError, SettingsError
-from swiftprune.prune.checkpoint import Checkpoint
+from swiftprune.pruning.checkpoint import Checkpoint
 from swiftprune.sparse24.format import unpackable_reason
 
 DEFAULT_IGNORE = r"lm_head|embed"
@@ -47,6 +48,8 @@ class Targets:
     """The work: blocks in order, linears that stay dense with the reason, and tensors outside of the blocks."""
 
     blocks: list[Block]
+    tensor_of: dict[str, str]
+    """Parameter of the model -> tensor of the checkpoint."""
     dense: dict[str, str] = field(default_factory=dict)
     outside: list[str] = field(default_factory=list)
 
@@ -105,7 +108,10 @@ def find_targets(model: nn.Module, checkpoint: Checkpoint, *, ignore: str, group
     """
     ignored = compile_ignore(ignore)
     list_name, modules = decoder_blocks(model)
-    _match_tensors(model, checkpoint)
+    _refuse_unsupported(list_name, modules)
+    parameter_of = _parameter_names(model, checkpoint)
+    tensor_of = {parameter: tensor for tensor, parameter in parameter_of.items()}
+    _match_tensors(model, checkpoint, tensor_of)
     dense: dict[str, str] = {}
     blocks = []
     claimed: set[str] = set()
@@ -113,16 +119,15 @@ def find_targets(model: nn.Module, checkpoint: Checkpoint, *, ignore: str, group
         block_name = f"{list_name}.{index}"
         linears = []
         for child_name, child in module.named_modules():
-            full_name = f"{block_name}.{child_name}"
-            _refuse_unsupported(full_name, child, ignored)
             if not isinstance(child, nn.Linear):
                 continue
-            tensor = _tensor_name(f"{full_name}.weight", model, checkpoint)
-            if reason := _dense_reason(full_name, child, checkpoint, tensor, ignored, group):
-                dense[full_name] = reason
+            name = f"{block_name}.{child_name}"
+            tensor = tensor_of[f"{name}.weight"]
+            if reason := _dense_reason(name, child, checkpoint, tensor, ignored, group):
+                dense[name] = reason
             else:
-                linears.append(Linear(full_name, tensor))
-        tensors = sorted(_tensor_prefixed(checkpoint, block_name, model))
+                linears.append(Linear(name, tensor))
+        tensors = sorted(tensor for tensor, name in parameter_of.items() if name.startswith(f"{block_name}."))
         claimed.update(tensors)
         blocks.append(Block(block_name, linears, tensors))
     for name, child in model.named_modules():
@@ -130,7 +135,7 @@ def find_targets(model: nn.Module, checkpoint: Checkpoint, *, ignore: str, group
             dense[name] = "outside of the decoder blocks"
     if not any(block.linears for block in blocks):
         raise SettingsError(f"nothing to prune: all linears are ignored or unsuitable ({_first_reason(dense)})")
-    return Targets(blocks, dense, sorted(set(checkpoint.tensors) - claimed))
+    return Targets(blocks, tensor_of, dense, sorted(set(checkpoint.tensors) - claimed))
 
 
 def _first_reason(dense: dict[str, str]) -> str:
@@ -153,49 +158,55 @@ def _dense_reason(
     return unpackable_reason(entry.shape, entry.dtype) if group == 4 else None
 
 
-def _refuse_unsupported(name: str, module: nn.Module, ignored: re.Pattern[str]) -> None:
-    if isinstance(module, Conv1D):
-        raise CheckpointError(
-            f"{name}: a GPT-2 style Conv1D, which stores its weight transposed (in, out); "
-            "such models are not supported, since no engine serves their packed form"
-        )
-    experts = [key for key, parameter in module.named_parameters(recurse=False) if parameter.ndim == 3]
-    if experts or isinstance(module, nn.ModuleList):
-        what = f"{name}.{experts[0]}" if experts else name
-        raise CheckpointError(
-            f"{what}: mixture-of-experts weights; such models are not supported yet, "
-            "since their experts are fused into three-dimensional tensors that no 2:4 engine serves"
-        )
+def _refuse_unsupported(list_name: str, modules: nn.ModuleList) -> None:
+    for child_name, module in modules.named_modules():
+        name = f"{list_name}.{child_name}"
+        if isinstance(module, Conv1D):
+            raise CheckpointError(
+                f"{name}: a GPT-2 style Conv1D, which stores its weight transposed (in, out); "
+                "such models are not supported, since no engine serves their packed form"
+            )
+        experts = [key for key, parameter in module.named_parameters(recurse=False) if parameter.ndim == 3]
+        if experts or (child_name and isinstance(module, nn.ModuleList)):
+            what = f"{name}.{experts[0]}" if experts else name
+            raise CheckpointError(
+                f"{what}: mixture-of-experts weights; such models are not supported yet, "
+                "since their experts are fused into three-dimensional tensors that no 2:4 engine serves"
+            )
 
 
-def _tensor_name(parameter: str, model: nn.Module, checkpoint: Checkpoint) -> str:
-    name = checkpoint.tensor_name(parameter, model)
-    if name is None:
-        raise CheckpointError(f"{checkpoint.folder}: holds no tensor for {parameter}")
-    return name
+def _parameter_names(model: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
+    """Tensor of the checkpoint -> parameter of the model, as transformers itself would load it.
+
+    Names differ where a base model was saved without its prefix, or where transformers renamed a module since
+    (GPT-NeoX: `embed_out` -> `lm_head`).
+    """
+    renamings = [change for change in get_model_conversion_mapping(model) if isinstance(change, WeightRenaming)]
+    parameters = model.state_dict()
+    prefix = getattr(model, "base_model_prefix", "")
+    names = {}
+    for tensor in checkpoint.tensors:
+        renamed, _ = rename_source_key(tensor, renamings, [], prefix, parameters)
+        if renamed not in parameters and tensor in parameters:
+            renamed = tensor
+        names[tensor] = renamed
+    return names
 
 
-def _tensor_prefixed(checkpoint: Checkpoint, block_name: str, model: nn.Module) -> list[str]:
-    """Every tensor under the block, extra ones (saved rotary tables, say) included."""
-    prefix: Any = getattr(model, "base_model_prefix", "")
-    prefixes = (f"{block_name}.", f"{block_name.removeprefix(f'{prefix}.')}.")
-    return [name for name in checkpoint.tensors if name.startswith(prefixes)]
-
-
-def _match_tensors(model: nn.Module, checkpoint: Checkpoint) -> None:
+def _match_tensors(model: nn.Module, checkpoint: Checkpoint, tensor_of: dict[str, str]) -> None:
     """Every parameter needs its tensor in the right shape, tied ones (lm_head on the embeddings) excepted."""
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
     missing = []
     for parameter, value in model.named_parameters(remove_duplicate=False):
-        name = checkpoint.tensor_name(parameter, model)
-        if name is None:
+        if parameter not in tensor_of:
             if parameter not in tied:
                 missing.append(parameter)
             continue
-        entry = checkpoint.tensors[name]
+        tensor = tensor_of[parameter]
+        entry = checkpoint.tensors[tensor]
         if entry.shape != tuple(value.shape):
             raise CheckpointError(
-                f"{checkpoint.folder / entry.shard}: {name} has shape {entry.shape}, but config.json asks for "
+                f"{checkpoint.folder / entry.shard}: {tensor} has shape {entry.shape}, but config.json asks for "
                 f"{tuple(value.shape)}"
             )
     if missing:

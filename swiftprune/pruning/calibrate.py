@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from swiftprune.prune.checkpoint import Checkpoint
-from swiftprune.prune.score import InputStats, Needs
-from swiftprune.prune.targets import Block, decoder_blocks
+from swiftprune.pruning.checkpoint import Checkpoint
+from swiftprune.pruning.score import InputStats, Needs
+from swiftprune.pruning.targets import Block, Targets, decoder_blocks
 
 # Tokens whose inputs are kept to measure a linear's output error.
 SAMPLE_TOKENS = 256
@@ -24,11 +24,12 @@ class BlockRunner:
     input of the next block.
     """
 
-    def __init__(self, model: nn.Module, checkpoint: Checkpoint, blocks: list[Block], tokens: Tensor) -> None:
+    def __init__(self, model: nn.Module, checkpoint: Checkpoint, targets: Targets, tokens: Tensor) -> None:
         self._model = model
         self._checkpoint = checkpoint
+        self._tensor_of = targets.tensor_of
         _, modules = decoder_blocks(model)
-        self._modules = {block.name: module for block, module in zip(blocks, modules, strict=True)}
+        self._modules = {block.name: module for block, module in zip(targets.blocks, modules, strict=True)}
         self._arguments: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
         self.hidden = self._embed(tokens)
 
@@ -40,7 +41,7 @@ class BlockRunner:
         base_modules = {id(module) for module in base.modules()}
         wanted = [name for name in outside if id(self._model.get_submodule(name.rpartition(".")[0])) in base_modules]
         hidden: list[Tensor] = []
-        with _loaded(self._model, self._checkpoint, wanted), self._recording(hidden):
+        with self._loaded(wanted), self._recording(hidden):
             for row in tokens:
                 base(input_ids=row[None], use_cache=False)
         return hidden
@@ -71,8 +72,26 @@ class BlockRunner:
         """The module of `block` with its dense fp32 weights loaded; they are let go at the end."""
         module = self._modules[block.name]
         names = [f"{block.name}.{name}" for name, _ in module.named_parameters()]
-        with _loaded(self._model, self._checkpoint, names):
+        with self._loaded(names):
             yield module
+
+    @contextmanager
+    def _loaded(self, parameters: list[str]) -> Iterator[None]:
+        """Puts the named parameters in place in fp32, and back on the meta device at the end."""
+        tensor_of = {name: self._tensor_of[name] for name in parameters if name in self._tensor_of}
+        tensors = self._checkpoint.read(tensor_of.values())
+        meta = {name: self._model.get_parameter(name) for name in tensor_of}
+        for name, tensor in tensor_of.items():
+            self._put(name, nn.Parameter(tensors.pop(tensor).float(), requires_grad=False))
+        try:
+            yield
+        finally:
+            for name, parameter in meta.items():
+                self._put(name, parameter)
+
+    def _put(self, name: str, parameter: nn.Parameter) -> None:
+        owner, _, leaf = name.rpartition(".")
+        setattr(self._model.get_submodule(owner), leaf, parameter)
 
     def _run(self, block: Block, hidden: Tensor) -> Tensor:
         args, kwargs = self._arguments[block.name]
@@ -103,7 +122,7 @@ class BlockRunner:
     def advance(self, block: Block, pruned: dict[str, Tensor], tick: Callable[[], None]) -> None:
         """Puts `pruned` weights, by linear name, into the loaded block and moves `hidden` through it."""
         for name, weight in pruned.items():
-            self._model.get_submodule(name).weight = nn.Parameter(weight.float(), requires_grad=False)
+            self._put(f"{name}.weight", nn.Parameter(weight.float(), requires_grad=False))
         for index, hidden in enumerate(self.hidden):
             self.hidden[index] = self._run(block, hidden)
             tick()
@@ -146,23 +165,3 @@ class _Recorder:
         else:
             squares = inputs.square().sum(0)
             stats.input_sq_sum = squares if stats.input_sq_sum is None else stats.input_sq_sum + squares
-
-
-@contextmanager
-def _loaded(model: nn.Module, checkpoint: Checkpoint, parameters: list[str]) -> Iterator[None]:
-    """Puts the named parameters in place in fp32, and back on the meta device at the end."""
-    by_tensor = {name: checkpoint.tensor_name(name, model) for name in parameters}
-    tensors = checkpoint.read(tensor for tensor in by_tensor.values() if tensor)
-    meta: dict[str, nn.Parameter] = {}
-    for name, tensor in by_tensor.items():
-        owner, _, leaf = name.rpartition(".")
-        module = model.get_submodule(owner)
-        meta[name] = getattr(module, leaf)
-        if tensor:
-            setattr(module, leaf, nn.Parameter(tensors.pop(tensor).float(), requires_grad=False))
-    try:
-        yield
-    finally:
-        for name, parameter in meta.items():
-            owner, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(owner), leaf, parameter)

@@ -7,15 +7,15 @@ import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
 from swiftprune.errors import CheckpointError
+from swiftprune.pruning.progress import Progress, silent
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -46,10 +46,7 @@ class Checkpoint:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.config = _read_json(folder / "config.json")
-        if quantization := self.config.get("quantization_config"):
-            method = quantization.get("quant_method", "an unnamed method")
-            raise CheckpointError(f"{folder}: already quantized or packed by {method!r}; prune the original checkpoint")
+        self.config: dict[str, Any] = _read_json(folder / "config.json")
         self.tensors: dict[str, TensorEntry] = _read_headers(folder)
 
     @classmethod
@@ -65,6 +62,14 @@ class Checkpoint:
             raise CheckpointError(f"{model}: no such folder, and not a hub id of the form owner/name")
         return cls(_download(name))
 
+    def refuse_quantized(self) -> None:
+        """Raises CheckpointError for a checkpoint whose weights are quantized or packed already."""
+        if quantization := self.config.get("quantization_config"):
+            method = quantization.get("quant_method", "an unnamed method")
+            raise CheckpointError(
+                f"{self.folder}: already quantized or packed by {method!r}; prune the original checkpoint"
+            )
+
     @property
     def shards(self) -> list[str]:
         return sorted({entry.shard for entry in self.tensors.values()})
@@ -74,13 +79,14 @@ class Checkpoint:
         """Bytes of all tensors."""
         return sum(entry.nbytes for entry in self.tensors.values())
 
-    @cached_property
-    def fingerprint(self) -> dict[str, str]:
+    def fingerprint(self, progress: Progress = silent) -> dict[str, str]:
         """Shard name -> SHA-256 of its bytes, in hex. Reads every shard once."""
-        hashes = {}
-        for shard in self.shards:
+        hashes: dict[str, str] = {}
+        for index, shard in enumerate(self.shards):
+            progress("hash source", index, len(self.shards))
             with open(self.folder / shard, "rb") as file:
                 hashes[shard] = hashlib.file_digest(file, "sha256").hexdigest()
+        progress("hash source", len(self.shards), len(self.shards))
         return hashes
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
@@ -94,17 +100,6 @@ class Checkpoint:
                 for name in members:
                     tensors[name] = file.get_tensor(name).clone()
         return tensors
-
-    def tensor_name(self, parameter: str, model: nn.Module) -> str | None:
-        """The tensor that holds `parameter` of `model`, or None.
-
-        Checkpoints of a bare base model lack its prefix (`transformer.`, `model.`), which transformers adds on loading.
-        """
-        prefix = getattr(model, "base_model_prefix", "")
-        for name in (parameter, parameter.removeprefix(f"{prefix}.")):
-            if name in self.tensors:
-                return name
-        return None
 
 
 def _download(name: str) -> Path:

@@ -15,14 +15,14 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from swiftprune.errors import SettingsError
-from swiftprune.prune.calibrate import BlockRunner
-from swiftprune.prune.calibration_text import calibration_tokens
-from swiftprune.prune.checkpoint import Checkpoint
-from swiftprune.prune.mask import Pattern, select
-from swiftprune.prune.progress import Progress, silent
-from swiftprune.prune.score import InputStats, find_method
-from swiftprune.prune.sparsegpt import sparsegpt
-from swiftprune.prune.targets import DEFAULT_IGNORE, Block, Linear, Targets, compile_ignore, empty_model, find_targets
+from swiftprune.pruning.calibrate import BlockRunner
+from swiftprune.pruning.calibration_text import calibration_tokens
+from swiftprune.pruning.checkpoint import Checkpoint
+from swiftprune.pruning.mask import Pattern, select
+from swiftprune.pruning.progress import Progress, silent
+from swiftprune.pruning.score import InputStats, find_method
+from swiftprune.pruning.sparsegpt import sparsegpt
+from swiftprune.pruning.targets import DEFAULT_IGNORE, Block, Linear, Targets, compile_ignore, empty_model, find_targets
 from swiftprune.sparse24 import format as format24
 from swiftprune.sparse24.format import Packed24
 
@@ -116,6 +116,7 @@ class Pipeline:
         self, checkpoint: Checkpoint, settings: PruneSettings, *, tokens: Tensor | None = None,
         progress: Progress = silent,
     ) -> None:  # fmt: skip
+        checkpoint.refuse_quantized()
         self.checkpoint = checkpoint
         self.settings = settings.resolved()
         self.pattern = Pattern.parse(self.settings.pattern)
@@ -138,7 +139,9 @@ class Pipeline:
                 )  # fmt: skip
         return self.tokens
 
-    def blocks(self, finished: Callable[[Block], Mapping[str, Tensor] | None] = lambda _: None) -> Iterator[PrunedBlock]:
+    def blocks(
+        self, finished: Callable[[Block], Mapping[str, Tensor] | None] = lambda _: None
+    ) -> Iterator[PrunedBlock]:
         """Prunes block after block.
 
         `finished` gives the dense pruned weights, by tensor name, of a block that an earlier run completed; such a
@@ -148,7 +151,7 @@ class Pipeline:
         runner = None
         if tokens is not None:
             with self.clock("calibrate"):
-                runner = BlockRunner(self._model, self.checkpoint, self.targets.blocks, tokens)
+                runner = BlockRunner(self._model, self.checkpoint, self.targets, tokens)
         steps = 2 * len(tokens) if tokens is not None else 1
         for index, block in enumerate(self.targets.blocks):
             tick = _Tick(self._progress, index * steps, len(self.targets.blocks) * steps)
@@ -205,7 +208,9 @@ class Pipeline:
             if self.pattern.name == format24.FORMAT:
                 pruned = format24.pack(pruned, linear.tensor)
         else:
-            factors = self.method.factors(weight, stats, self.pattern.group if self.pattern.structured else weight.shape[1])
+            factors = self.method.factors(
+                weight, stats, self.pattern.group if self.pattern.structured else weight.shape[1]
+            )
             if self.pattern.name == format24.FORMAT:
                 pruned = format24.prune_and_pack(weight, factors, linear.tensor)
             else:

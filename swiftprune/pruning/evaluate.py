@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from swiftprune.prune.progress import Progress, silent
+from swiftprune.pruning.progress import Progress, silent
 
 
 @torch.no_grad()

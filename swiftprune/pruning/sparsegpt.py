@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from swiftprune.errors import CheckpointError
-from swiftprune.prune.mask import Pattern, n_of_m
+from swiftprune.pruning.mask import Pattern, n_of_m
 
 BLOCK = 128
 DAMPING = 0.01

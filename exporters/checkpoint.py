@@ -1,0 +1,290 @@
+"""Prune a checkpoint and write the result as one that engines load: packed, dense with zeros, or torch's own layout."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from exporters import torch_sparse
+from exporters.workspace import Workspace
+from swiftprune.errors import SettingsError
+from swiftprune.pruning.calibration_text import load_tokenizer, read_text, token_windows
+from swiftprune.pruning.checkpoint import INDEX_NAME, Checkpoint
+from swiftprune.pruning.evaluate import perplexity
+from swiftprune.pruning.pipeline import DTYPES, LayerResult, Pipeline, PrunedBlock, PruneSettings
+from swiftprune.pruning.progress import Progress, silent
+from swiftprune.pruning.targets import Block
+from swiftprune.sparse24 import format as format24
+from swiftprune.sparse24.format import METADATA_SUFFIX, Packed24
+
+Target = Literal["packed", "dense", "torch"]
+MANIFEST = "swiftprune.json"
+EVALUATION_SEQLEN = 2048
+_OUTSIDE_SHARD_BYTES = 512 << 20
+_COPIED_SUFFIXES = {".json", ".jinja", ".model", ".txt", ".tiktoken"}
+_COPIED_NAMES = {"LICENSE", "NOTICE", "LICENSE.md", "USE_POLICY.md"}
+# Up to this size a model is evaluated in fp32, which is faster than bf16 on CPUs without bf16 matrix units.
+_FP32_EVALUATION_PARAMETERS = 1_000_000_000
+
+
+class ExportReport(BaseModel):
+    """What an export did. Everything but seconds and perplexity is also in the output's swiftprune.json."""
+
+    out: str
+    settings: PruneSettings
+    target: Target
+    layers: list[LayerResult]
+    dense_linears: dict[str, str]
+    """Linears left as they were, with the reason."""
+    bytes_before: int
+    bytes_after: int
+    linear_bytes_before: int
+    """Bytes of the pruned linears alone."""
+    linear_bytes_after: int
+    seconds: dict[str, float]
+    """By stage. After --resume, of the resumed run only."""
+    layer_seconds: dict[str, float]
+    """By layer kind: score, select and pack."""
+    perplexity_before: float | None = None
+    perplexity_after: float | None = None
+
+
+def export(
+    model: str | Path, out: str | Path, settings: PruneSettings | None = None, *, target: Target = "packed",
+    resume: bool = False, overwrite: bool = False, evaluate: str | Path | None = None, progress: Progress = silent,
+) -> ExportReport:  # fmt: skip
+    """Prunes `model` (local folder or hub id) and writes the result to the folder `out`.
+
+    Targets: `packed` (the 2:4 format of swiftprune.sparse24.format), `dense` (zeros in place, loads anywhere), `torch`
+    (see exporters.torch_sparse). The output is built in `OUT.partial` and renamed at the end; after an interruption
+    `resume=True` continues it and gives the same bytes. `evaluate` names a text on which perplexity is measured before
+    and after. Raises the errors of swiftprune.errors.
+    """
+    settings = (settings or PruneSettings()).resolved()
+    _check_target(settings, target)
+    windows_text = read_text(Path(evaluate)) if evaluate else None
+    checkpoint = Checkpoint.open(model)
+    pipeline = Pipeline(checkpoint, settings, progress=progress)
+    workspace = Workspace(Path(out), resume=resume, overwrite=overwrite)
+    with pipeline.clock("hash source"):
+        state = _state(checkpoint, settings, target, progress)
+    workspace.begin(state)
+    workspace.check_space(_estimate(pipeline, target))
+
+    writer = _ShardWriter(pipeline, target, workspace)
+    pipeline.tokens = workspace.tokens()
+    if pipeline.tokens is None and (tokens := pipeline.load_tokens()) is not None:
+        workspace.keep_tokens(tokens)
+    for done in pipeline.blocks(writer.finished):
+        with pipeline.clock("write"):
+            writer.write_block(done)
+    with pipeline.clock("write"):
+        writer.write_outside()
+        report = writer.finish(state)
+    if windows_text is not None:
+        with pipeline.clock("evaluate"):
+            before, after = _evaluate(checkpoint, Path(out), windows_text, str(evaluate), progress)
+        report = report.model_copy(update={"perplexity_before": before, "perplexity_after": after})
+    return report.model_copy(update={"seconds": dict(pipeline.clock.seconds)})
+
+
+def _check_target(settings: PruneSettings, target: Target) -> None:
+    if target != "dense" and settings.pattern != format24.FORMAT:
+        raise SettingsError(
+            f"--target {target} stores {format24.FORMAT} only; for --format {settings.pattern} use --target dense"
+        )
+    if target == "torch" and settings.dtype == "float32":
+        raise SettingsError("--target torch stores float16 or bfloat16 weights; leave out --dtype float32")
+
+
+def _state(checkpoint: Checkpoint, settings: PruneSettings, target: Target, progress: Progress) -> dict[str, Any]:
+    packages = ("swiftprune", "torch", "transformers", "safetensors")
+    return {
+        "settings": settings.model_dump(),
+        "target": target,
+        "source": {"name": checkpoint.folder.resolve().name, "sha256": checkpoint.fingerprint(progress)},
+        "versions": {name: importlib.metadata.version(name) for name in packages},
+    }
+
+
+def _estimate(pipeline: Pipeline, target: Target) -> int:
+    """Bytes of the output, closely enough to refuse a disk that is too small."""
+    sizes = pipeline.checkpoint.tensors
+    total = pipeline.checkpoint.nbytes
+    if target != "dense":
+        for block in pipeline.targets.blocks:
+            total -= sum(int(sizes[linear.tensor].nbytes * 7 / 16) for linear in block.linears)
+    return total
+
+
+class _ShardWriter:
+    """Turns pruned blocks into shards: one per block, then the tensors outside of blocks in shards of bounded size."""
+
+    def __init__(self, pipeline: Pipeline, target: Target, workspace: Workspace) -> None:
+        self._pipeline = pipeline
+        self._checkpoint = pipeline.checkpoint
+        self._target = target
+        self._workspace = workspace
+        self._blocks = pipeline.targets.blocks
+        self._outside = self._split_outside()
+        self._layer_seconds: dict[str, float] = defaultdict(float)
+
+    def _split_outside(self) -> list[list[str]]:
+        groups: list[list[str]] = []
+        room = 0
+        for name in self._pipeline.targets.outside:
+            nbytes = self._checkpoint.tensors[name].nbytes
+            if not groups or nbytes > room:
+                groups.append([])
+                room = _OUTSIDE_SHARD_BYTES
+            groups[-1].append(name)
+            room -= nbytes
+        return groups
+
+    def _shard_name(self, index: int) -> str:
+        return f"model-{index + 1:05d}-of-{len(self._blocks) + len(self._outside):05d}.safetensors"
+
+    def _block_shard(self, block: Block) -> str:
+        return self._shard_name(self._blocks.index(block))
+
+    def finished(self, block: Block) -> Mapping[str, Tensor] | None:
+        """Dense pruned weights of a block that an interrupted run has written, or None."""
+        shard = self._block_shard(block)
+        if self._workspace.done(shard) is None:
+            return None
+        if self._pipeline.tokens is None:
+            return {}
+        tensors = self._workspace.read_shard(shard)
+        return {linear.tensor: self._restore(tensors, linear.tensor) for linear in block.linears}
+
+    def _restore(self, tensors: dict[str, Tensor], name: str) -> Tensor:
+        metadata = tensors.get(name + METADATA_SUFFIX)
+        if metadata is None:
+            return tensors[name]
+        if metadata.dtype == torch.int16:
+            return format24.unpack(torch_sparse.from_cutlass(tensors[name], metadata), name)
+        return format24.unpack(Packed24(tensors[name], metadata), name)
+
+    def write_block(self, done: PrunedBlock) -> None:
+        names = [name for name in done.block.tensors if name not in done.weights]
+        tensors = {name: self._cast(tensor) for name, tensor in self._checkpoint.read(names).items()}
+        for name, weight in done.weights.items():
+            tensors.update(self._store(name, weight))
+        for result in done.results:
+            self._layer_seconds[result.kind] += result.mask_seconds
+        self._workspace.write_shard(
+            self._block_shard(done.block), tensors, [result.model_dump() for result in done.results]
+        )
+
+    def _store(self, name: str, weight: Packed24 | Tensor) -> dict[str, Tensor]:
+        if not isinstance(weight, Packed24):
+            return {name: weight}
+        if self._target == "dense":
+            return {name: format24.unpack(weight, name)}
+        if self._target == "packed":
+            return {name: weight.values, name + METADATA_SUFFIX: weight.metadata}
+        if reason := torch_sparse.unsuitable_reason(weight):
+            self._pipeline.targets.dense[name.removesuffix(".weight")] = f"pruned, stored dense: {reason}"
+            return {name: format24.unpack(weight, name)}
+        values, metadata = torch_sparse.to_cutlass(weight, name)
+        return {name: values, name + METADATA_SUFFIX: metadata}
+
+    def _cast(self, tensor: Tensor) -> Tensor:
+        dtype = self._pipeline.settings.dtype
+        return tensor.to(DTYPES[dtype]) if dtype and tensor.is_floating_point() else tensor
+
+    def write_outside(self) -> None:
+        for index, names in enumerate(self._outside, start=len(self._blocks)):
+            shard = self._shard_name(index)
+            if self._workspace.done(shard) is None:
+                tensors = {name: self._cast(tensor) for name, tensor in self._checkpoint.read(names).items()}
+                self._workspace.write_shard(shard, tensors, [])
+
+    def finish(self, state: dict[str, Any]) -> ExportReport:
+        """Writes index, config and manifest, copies the tokenizer, and puts the output in its place."""
+        workspace, checkpoint = self._workspace, self._checkpoint
+        shards = [self._shard_name(index) for index in range(len(self._blocks) + len(self._outside))]
+        layers = [LayerResult(**result) for shard in shards for result in workspace.done(shard) or []]
+        weight_map, total = _index(workspace.folder, shards)
+        workspace.write_json(INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        workspace.write_json("config.json", self._config())
+        for path in sorted(checkpoint.folder.iterdir()):
+            copied = path.suffix in _COPIED_SUFFIXES or path.name in _COPIED_NAMES
+            if path.is_file() and copied and path.name not in {INDEX_NAME, "config.json", MANIFEST}:
+                workspace.copy(path)
+        dense = self._pipeline.targets.dense
+        workspace.write_json(
+            MANIFEST,
+            state
+            | {"format_version": format24.VERSION, "layers": [layer.model_dump() for layer in layers], "dense": dense},
+        )
+        linear_before = sum(
+            checkpoint.tensors[linear.tensor].nbytes for block in self._blocks for linear in block.linears
+        )
+        stored = Checkpoint(workspace.folder).tensors
+        linear_after = sum(
+            stored[name].nbytes
+            for block in self._blocks for linear in block.linears
+            for name in (linear.tensor, linear.tensor + METADATA_SUFFIX) if name in stored
+        )  # fmt: skip
+        workspace.finish()
+        return ExportReport(
+            out=str(workspace.out), settings=self._pipeline.settings, target=self._target, layers=layers,
+            dense_linears=dense, bytes_before=checkpoint.nbytes, bytes_after=total,
+            linear_bytes_before=linear_before, linear_bytes_after=linear_after,
+            seconds={}, layer_seconds=dict(self._layer_seconds),
+        )  # fmt: skip
+
+    def _config(self) -> dict[str, Any]:
+        config = dict(self._checkpoint.config)
+        if dtype := self._pipeline.settings.dtype:
+            config.pop("torch_dtype", None)
+            config["dtype"] = dtype
+        if self._target != "dense":
+            config["quantization_config"] = {
+                "quant_method": "swiftprune",
+                "format": format24.FORMAT if self._target == "packed" else torch_sparse.FORMAT,
+                "version": format24.VERSION,
+                "ignore": list(self._pipeline.targets.dense),
+            }
+        return config
+
+
+def _index(folder: Path, shards: list[str]) -> tuple[dict[str, str], int]:
+    """Tensor name -> shard over all `shards`, and the bytes of all tensors."""
+    from safetensors import safe_open
+
+    weight_map = {}
+    for shard in shards:
+        with safe_open(folder / shard, framework="pt") as file:
+            weight_map.update(dict.fromkeys(sorted(file.keys()), shard))
+    total = sum((folder / shard).stat().st_size for shard in shards)
+    return weight_map, total
+
+
+def _evaluate(
+    checkpoint: Checkpoint, out: Path, text: str, source: str, progress: Progress
+) -> tuple[float, float | None]:
+    """Perplexity of the source and of the output, each loaded as a user would load it."""
+
+    windows = token_windows(text, load_tokenizer(checkpoint.folder), EVALUATION_SEQLEN, source)
+    before = perplexity(_load(checkpoint.folder, checkpoint), windows, stage="evaluate dense", progress=progress)
+    config = json.loads((out / "config.json").read_text())
+    if config.get("quantization_config", {}).get("format") == torch_sparse.FORMAT:
+        return before, None  # needs a CUDA device
+    return before, perplexity(_load(out, checkpoint), windows, stage="evaluate pruned", progress=progress)
+
+
+def _load(folder: Path, source: Checkpoint) -> Any:
+    parameters = sum(torch.Size(entry.shape).numel() for entry in source.tensors.values())
+    dtype: Any = torch.float32 if parameters <= _FP32_EVALUATION_PARAMETERS else "auto"
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()

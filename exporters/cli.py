@@ -1,0 +1,242 @@
+"""`swiftprune-export`: prune a checkpoint and write it in a form that engines load."""
+
+from __future__ import annotations
+
+import enum
+import logging
+import sys
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.progress import Progress as RichProgress
+from rich.table import Table
+
+from exporters.checkpoint import ExportReport, export
+from swiftprune.errors import Interrupted, SwiftpruneError
+from swiftprune.pruning.pipeline import PruneSettings
+from swiftprune.pruning.score import METHODS
+from swiftprune.pruning.targets import DEFAULT_IGNORE
+
+app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
+
+
+class TargetChoice(enum.StrEnum):
+    PACKED = "packed"
+    DENSE = "dense"
+    TORCH = "torch"
+
+
+class DtypeChoice(enum.StrEnum):
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+    FLOAT32 = "float32"
+
+
+_METHOD_HELP = "How weights are scored.\n\n" + "\n\n".join(f"[b]{name}[/]: {m.summary}" for name, m in METHODS.items())
+
+_EPILOG = """
+[b]Examples[/]
+
+Prune to 2:4 on text the model samples itself, and pack:
+
+  swiftprune-export ./my-model --format 2:4 --out ./my-model-2of4
+
+Calibrate on your own text, measure perplexity before and after:
+
+  swiftprune-export ./my-model --calibration train.txt --evaluate test.txt --out ./out
+
+Best one-shot quality, zeros in place for any engine:
+
+  swiftprune-export ./my-model --method sparsegpt --calibration train.txt --target dense
+
+No data, seconds instead of minutes:
+
+  swiftprune-export ./my-model --calibration none
+
+[b]Exit codes[/]  0 done, 2 wrong settings, 3 unusable checkpoint, 4 unusable text, 5 output cannot be written,
+6 weights break the format (NaN, say), 130 interrupted, 1 a bug.
+"""
+
+
+@app.command(epilog=_EPILOG, no_args_is_help=True)
+def export_command(
+    model: Annotated[str, typer.Argument(help="Folder with config.json and *.safetensors, or a hub id (owner/name).")],
+    format: Annotated[
+        str,
+        typer.Option(
+            help="What stays: N:M (2:4, 4:8, 1:4, ...) or unstructured:SPARSITY. Only 2:4 can be packed; "
+            "use --target dense for the others."
+        ),
+    ] = "2:4",
+    out: Annotated[
+        Path | None, typer.Option(help="Output folder. Default: MODEL with the format appended, here.")
+    ] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(help=_METHOD_HELP, show_default="swiftprune, or swiftprune-data-free with --calibration none"),
+    ] = None,
+    calibration: Annotated[
+        str,
+        typer.Option(
+            help="[b]self[/]: text the model samples itself; [b]none[/]; a UTF-8 text file; "
+            "or a data set id, id:config:split, read from its column `text`."
+        ),
+    ] = "self",
+    samples: Annotated[int, typer.Option(min=1, help="Calibration sequences.")] = 32,
+    seqlen: Annotated[int, typer.Option(min=1, help="Tokens in each of them.")] = 512,
+    seed: Annotated[int, typer.Option(help="Picks (or samples) the calibration sequences.")] = 0,
+    target: Annotated[
+        TargetChoice,
+        typer.Option(
+            help="[b]packed[/]: 9/16 of the bytes, for swiftprune's engines; [b]dense[/]: zeros in place, loads "
+            "anywhere; [b]torch[/]: CUTLASS layout of torch.sparse."
+        ),
+    ] = TargetChoice.PACKED,
+    ignore: Annotated[
+        str, typer.Option(metavar="REGEX", help="Linears whose full name contains a match stay dense.")
+    ] = DEFAULT_IGNORE,
+    dtype: Annotated[
+        DtypeChoice | None, typer.Option(help="Type of the written weights.", show_default="MODEL's")
+    ] = None,
+    evaluate: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Text on which to measure perplexity before and after.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue an interrupted export into the same --out.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace --out, or an unfinished export.")] = False,
+    json: Annotated[
+        bool, typer.Option("--json", help="Print the report as JSON on stdout, all else on stderr.")
+    ] = False,
+) -> None:
+    """Prune a language model's checkpoint to 2:4 sparsity and write it for serving.
+
+    Every decoder block is pruned on the outputs of the pruned blocks before it, one block in memory at a time.
+    """
+    settings = PruneSettings(
+        pattern=format, method=method or "", calibration=calibration, samples=samples, seqlen=seqlen, seed=seed,
+        ignore=ignore, dtype=dtype.value if dtype else None,
+    )  # fmt: skip
+    destination = out or Path(f"{Path(model).resolve().name}-{_path_word(format)}")
+    console = Console(stderr=json)
+    try:
+        with ProgressBars(Console(stderr=True)) as progress:
+            report = export(
+                model, destination, settings, target=target.value, resume=resume, overwrite=overwrite,
+                evaluate=evaluate, progress=progress,
+            )  # fmt: skip
+    except KeyboardInterrupt:
+        raise Interrupted("stopped; finished blocks are kept, run the same command with --resume to continue") from None
+    print_report(report, console)
+    if json:
+        print(report.model_dump_json())
+
+
+def _path_word(pattern: str) -> str:
+    return pattern.replace(":", "of") if pattern[:1].isdigit() else pattern.replace(":", "-")
+
+
+class ProgressBars:
+    """Shows each stage as a bar with the time it will still take."""
+
+    def __init__(self, console: Console) -> None:
+        self._bars = RichProgress(
+            SpinnerColumn(), TextColumn("{task.description:24}"), BarColumn(), MofNCompleteColumn(),
+            TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=console,
+        )  # fmt: skip
+        self._tasks: dict[str, TaskID] = {}
+
+    def __enter__(self) -> ProgressBars:
+        self._bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bars.stop()
+
+    def __call__(self, stage: str, done: float, total: float) -> None:
+        if stage not in self._tasks:
+            self._tasks[stage] = self._bars.add_task(stage, total=total)
+        self._bars.update(self._tasks[stage], completed=done, total=total)
+
+
+def print_report(report: ExportReport, console: Console) -> None:
+    """The final tables: per kind of layer, then the whole model."""
+    kinds = defaultdict(list)
+    for layer in report.layers:
+        kinds[layer.kind].append(layer)
+    table = Table(title=f"{report.settings.pattern} by {report.settings.method}", title_justify="left")
+    for heading in ("layer", "count", "shape", "zeros", "kept energy", "output error", "mask s"):
+        table.add_column(heading, justify="left" if heading == "layer" else "right")
+    for kind, layers in kinds.items():
+        errors = [layer.output_error for layer in layers if layer.output_error is not None]
+        table.add_row(
+            kind, str(len(layers)), "x".join(map(str, layers[0].shape)),
+            f"{_mean([layer.sparsity for layer in layers]):.1%}",
+            f"{_mean([layer.kept_energy for layer in layers]):.1%}",
+            f"{_mean(errors):.3f}" if errors else "-",
+            f"{report.layer_seconds.get(kind, 0):.2f}",
+        )  # fmt: skip
+    console.print(table)
+
+    whole = Table(show_header=False, box=None)
+    ratio = report.linear_bytes_before / report.linear_bytes_after
+    whole.add_row(
+        "pruned linears",
+        f"{_megabytes(report.linear_bytes_before)} -> {_megabytes(report.linear_bytes_after)} ({ratio:.2f}x smaller)",
+    )
+    whole.add_row("all tensors", f"{_megabytes(report.bytes_before)} -> {_megabytes(report.bytes_after)}")
+    seconds = ", ".join(f"{stage} {value:.1f}" for stage, value in report.seconds.items() if value >= 0.05)
+    whole.add_row("seconds", f"{seconds}; total {sum(report.seconds.values()):.1f}")
+    if report.perplexity_before is not None:
+        after = "not measured: needs a GPU" if report.perplexity_after is None else f"{report.perplexity_after:.2f}"
+        whole.add_row("perplexity", f"{report.perplexity_before:.2f} -> {after}")
+    reasons: dict[str, list[str]] = defaultdict(list)
+    for name, reason in report.dense_linears.items():
+        reasons[reason].append(name)
+    for reason, names in reasons.items():
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        whole.add_row("left dense", escape(f"{names[0]}{more}: {reason}"))
+    whole.add_row("written to", escape(report.out))
+    console.print(whole)
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 1e6:,.1f} MB"
+
+
+def run(app: Callable[[], object]) -> None:
+    """Runs a command-line app with swiftprune's logging, error messages and exit codes."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    console = Console(stderr=True)
+    handler = RichHandler(console=console, show_path=False, show_time=False)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
+    try:
+        app()
+    except SwiftpruneError as error:
+        console.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+        sys.exit(error.exit_code)
+
+
+def main() -> None:
+    run(app)

@@ -1,0 +1,82 @@
+"""Packed checkpoints in Hugging Face transformers. Importing this module registers the format:
+
+>>> import swiftprune.serve.transformers
+>>> model = transformers.AutoModelForCausalLM.from_pretrained("./my-model-2of4")  # doctest: +SKIP
+
+Without that import transformers stops with a shape mismatch; it never runs on wrong weights.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from swiftprune.errors import FormatError
+from swiftprune.sparse24 import format as format24
+from swiftprune.sparse24.linear import Linear24
+
+QUANT_METHOD = "swiftprune"
+
+
+@register_quantization_config(QUANT_METHOD)
+class SwiftpruneConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """The `quantization_config` of a packed checkpoint's config.json; `ignore` names the linears that stay dense."""
+
+    def __init__(
+        self, format: str = format24.FORMAT, version: int = format24.VERSION, ignore: list[str] | None = None, **_: Any
+    ) -> None:
+        self.quant_method = QUANT_METHOD
+        self.format = format
+        self.version = version
+        self.ignore = ignore or []
+
+
+@register_quantizer(QUANT_METHOD)
+class SwiftpruneQuantizer(HfQuantizer):  # type: ignore[misc]
+    """Puts a Linear24 in the place of every linear that the checkpoint stores packed."""
+
+    def __init__(self, quantization_config: SwiftpruneConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        if not self.pre_quantized:
+            raise ValueError("swiftprune packs checkpoints ahead of time: run swiftprune-export, then load its output")
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        config = self.quantization_config
+        if config.format != format24.FORMAT:
+            raise FormatError(
+                f"this checkpoint has the format {config.format!r}; transformers can run {format24.FORMAT!r} only "
+                "(export with --target packed)"
+            )
+        if config.version != format24.VERSION:
+            raise FormatError(
+                f"this checkpoint has version {config.version} of the packed format, but this swiftprune reads "
+                f"version {format24.VERSION}; use a matching swiftprune or export again"
+            )
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        ignore = set(self.quantization_config.ignore)
+        for name, module in list(model.named_modules()):
+            if isinstance(module, nn.Linear) and name not in ignore:
+                packed = Linear24(
+                    module.in_features, module.out_features,
+                    bias=module.bias is not None, dtype=module.weight.dtype, device=torch.device("meta"),
+                )  # fmt: skip
+                model.set_submodule(name, packed)
+        return model
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        for name, module in model.named_modules():
+            if isinstance(module, Linear24):
+                format24.validate(module.packed, f"{name}.weight")
+        return model
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False

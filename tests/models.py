@@ -1,0 +1,69 @@
+"""Tiny random checkpoints of each architecture, and a tokenizer for them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MistralConfig,
+    MixtralConfig,
+    PretrainedConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+TEXT = "The pruned weights of a language model leave two of every four inputs. " * 4 + "".join(
+    f"Sentence {i} has its own number and the word {'abcdefghij'[i % 10] * (i % 7 + 1)}. " for i in range(400)
+)
+VOCABULARY = 300
+
+_COMMON: dict[str, Any] = {
+    "vocab_size": VOCABULARY, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "intermediate_size": 160, "max_position_embeddings": 256, "bos_token_id": 0, "eos_token_id": 1,
+}  # fmt: skip
+
+SUPPORTED: dict[str, PretrainedConfig] = {
+    "llama-mha-untied": LlamaConfig(**_COMMON, num_key_value_heads=4, tie_word_embeddings=False),
+    "llama-gqa-tied": LlamaConfig(**_COMMON, num_key_value_heads=2, tie_word_embeddings=True),
+    "gpt-neox": GPTNeoXConfig(**_COMMON),
+    "qwen2": Qwen2Config(**_COMMON, num_key_value_heads=2),
+    "qwen3": Qwen3Config(**_COMMON, num_key_value_heads=2, head_dim=16),
+    "mistral-sliding": MistralConfig(**_COMMON, num_key_value_heads=2, sliding_window=16),
+}
+REFUSED: dict[str, PretrainedConfig] = {
+    "gpt2": GPT2Config(vocab_size=VOCABULARY, n_embd=64, n_layer=2, n_head=4, n_positions=256),
+    "mixtral": MixtralConfig(**_COMMON, num_key_value_heads=2, num_local_experts=4),
+}
+
+
+def write_model(folder: Path, config: PretrainedConfig, dtype: torch.dtype = torch.bfloat16, **save: Any) -> Path:
+    """A checkpoint with random weights, larger than transformers' own start so that outputs differ by token."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0, 0.15)
+    model.to(dtype).save_pretrained(folder, **save)
+    write_tokenizer(folder)
+    return folder
+
+
+def write_tokenizer(folder: Path) -> None:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY, special_tokens=["<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )  # fmt: skip
+    tokenizer.train_from_iterator([TEXT], trainer)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
