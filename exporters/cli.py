@@ -27,7 +27,7 @@ from rich.progress import Progress as RichProgress
 from rich.table import Table
 
 from exporters.checkpoint import ExportReport, export
-from swiftprune.errors import Interrupted, SwiftpruneError
+from swiftprune.errors import InterruptedByUserError, SwiftpruneError
 from swiftprune.pruning.pipeline import PruneSettings
 from swiftprune.pruning.score import METHODS
 from swiftprune.pruning.targets import DEFAULT_IGNORE
@@ -141,7 +141,9 @@ def export_command(
                 evaluate=evaluate, progress=progress,
             )  # fmt: skip
     except KeyboardInterrupt:
-        raise Interrupted("stopped; finished blocks are kept, run the same command with --resume to continue") from None
+        raise InterruptedByUserError(
+            "stopped; finished blocks are kept, run the same command with --resume to continue"
+        ) from None
     print_report(report, console)
     if json:
         print(report.model_dump_json())

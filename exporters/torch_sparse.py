@@ -3,9 +3,9 @@
 For every packed linear of shape (N, K), N a multiple of 32 and K of 64, in float16 or bfloat16:
 
     <module>.weight       (N, K/2)          the packed values, as in the packed format
-    <module>.weight_meta  (N, K/16) int16   the same nibbles, four to a word, in the order of CUTLASS' tensor-op tiles
+    <module>.weight_meta  (N, K/16) int16   the same nibbles, four to a word, in CUTLASS' own order
 
-`load` rebuilds `SparseSemiStructuredTensorCUTLASS` from them; multiplying needs a CUDA device of compute capability 8.x.
+`load` rebuilds `SparseSemiStructuredTensorCUTLASS` from them; multiplying needs a CUDA device.
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ class FormatError(SwiftpruneError):
     exit_code = 6
 
 
-class Interrupted(SwiftpruneError):
+class InterruptedByUserError(SwiftpruneError):
     """The user stopped the run (Ctrl-C)."""
 
     exit_code = 130

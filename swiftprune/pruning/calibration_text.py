@@ -61,7 +61,7 @@ def load_tokenizer(model_folder: Path) -> Any:
 
 def token_windows(text: str, tokenizer: Any, seqlen: int, source: str) -> Tensor:
     """(windows, seqlen) consecutive token windows of `text`; the rest at its end is dropped."""
-    ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
+    ids: Tensor = tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
     if len(ids) < seqlen:
         raise TextError(f"{source}: has {len(ids)} tokens, fewer than one window of {seqlen}; give more text")
     return ids[: len(ids) // seqlen * seqlen].view(-1, seqlen)

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from swiftprune.errors import SettingsError
+from swiftprune.sparse24 import dispatch
+from swiftprune.sparse24.score_factors import EwmaGains
 
 # Gains of RFC 6298 (TCP round-trip estimation): alpha for the mean, beta for the deviation.
 EWMA_MEAN_GAIN = 1 / 8
 EWMA_DEVIATION_GAIN = 1 / 4
-_HISTOGRAM_BINS = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -66,38 +67,12 @@ def n_of_m(score: Tensor, kept: int, group: int) -> Tensor:
 def ewma(score: Tensor, sparsity: float) -> Tensor:
     """Prunes scores below a running threshold m + k d, in the form of RFC 6298 (TCP's round-trip estimator).
 
-    Along each row, with L the score:  prune if L < m + k d;  d <- (1-b) d + b |L - m|;  m <- (1-a) m + a L,
-    starting from the row's mean and mean deviation. m and d do not depend on what was pruned, so (L - m) / d is known
-    for every weight before k is, and k is read off its histogram where `sparsity` is met. O(n), no sort, no top-k.
+    Along each row, with L the score:  prune if L < m + k d;  d <- (1-b) d + b |L - m|;  m <- (1-a) m + a L.
+    m starts from the row's mean and d from half of it. Neither depends on what was pruned, so (L - m) / d is known for
+    every weight before k is, and k is where `sparsity` of these fall below: found by counting. O(n), no sort, no top-k.
     """
-    rows, columns = score.shape
     mean = score.mean(1)
-    deviation = (score - mean[:, None]).abs().mean(1)
-    floor = deviation.mean() * 1e-3 + torch.finfo(torch.float32).tiny
-    surprise = torch.empty(columns, rows)
-    for k, now in enumerate(score.T.contiguous()):
-        surprise[k] = (now - mean) / (deviation + floor)
-        deviation = torch.lerp(deviation, (now - mean).abs(), EWMA_DEVIATION_GAIN)
-        mean = torch.lerp(mean, now, EWMA_MEAN_GAIN)
-    return (surprise >= _histogram_quantile(surprise, sparsity)).T.contiguous()
-
-
-def _histogram_quantile(values: Tensor, fraction: float) -> float:
-    """The value with about `fraction` of `values` below it, by two rounds of counting in equal bins."""
-    low, high = float(values.min()), float(values.max())
-    remaining = fraction * values.numel()
-    edge = low
-    for _ in range(2):
-        if high <= low:
-            break
-        counts = torch.histc(values, _HISTOGRAM_BINS, low, high)
-        below = counts.double().cumsum(0)
-        bin_index = int((below <= remaining).sum().clamp(max=_HISTOGRAM_BINS - 1))
-        remaining -= float(below[bin_index - 1]) if bin_index else 0.0
-        width = (high - low) / _HISTOGRAM_BINS
-        edge = low + bin_index * width
-        inside = values[(values >= edge) & (values < edge + width)]
-        if inside.numel() == 0:
-            break
-        values, low, high = inside, edge, edge + width
-    return edge
+    floor = float(mean.mean()) * 1e-3 + torch.finfo(torch.float32).tiny
+    kernels = dispatch.kernels()
+    surprise = kernels.surprise(score, mean, mean / 2, EwmaGains(EWMA_MEAN_GAIN, EWMA_DEVIATION_GAIN, floor))
+    return surprise >= kernels.ranked_value(surprise, int(sparsity * surprise.numel()))

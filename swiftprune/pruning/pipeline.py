@@ -14,7 +14,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from swiftprune.errors import SettingsError
+from swiftprune.errors import FormatError, SettingsError
 from swiftprune.pruning.calibrate import BlockRunner
 from swiftprune.pruning.calibration_text import calibration_tokens
 from swiftprune.pruning.checkpoint import Checkpoint
@@ -255,7 +255,7 @@ def _check_finite(weight: Tensor, name: str) -> None:
     finite = torch.isfinite(weight)
     if not finite.all():
         row, column = (~finite).nonzero()[0].tolist()
-        raise format24.FormatError(
+        raise FormatError(
             f"{name}: weight ({row}, {column}) is {weight[row, column].item()}; NaN and infinities cannot be pruned"
         )
 

@@ -21,10 +21,8 @@ def sparsegpt(weight: Tensor, gram: Tensor, pattern: Pattern, name: str = "weigh
     """
     weight = weight.float().clone()
     columns = weight.shape[1]
-    if not pattern.structured or BLOCK % pattern.group == 0:
-        block = BLOCK
-    else:
-        block = BLOCK // pattern.group * pattern.group
+    group_size = pattern.group if pattern.structured else 1
+    block = BLOCK // group_size * group_size
     dead = gram.diagonal() == 0
     weight[:, dead] = 0
     upper = _inverse_factor(gram, dead, name)
@@ -63,7 +61,8 @@ def _inverse_factor(gram: Tensor, dead: Tensor, name: str) -> Tensor:
     diagonal += DAMPING * diagonal.mean()
     try:
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
-        return torch.linalg.cholesky(inverse, upper=True)
-    except torch.linalg.LinAlgError as error:
+        factor: Tensor = torch.linalg.cholesky(inverse, upper=True)
+        return factor
+    except RuntimeError as error:
         raise CheckpointError(f"{name}: the Hessian of its inputs is not positive definite ({error}); "
                               "use more calibration samples or another method") from error  # fmt: skip

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from swiftprune.sparse24.score_factors import ScoreFactors
+from swiftprune.sparse24.score_factors import EwmaGains, ScoreFactors
 
 logger = logging.getLogger(__name__)
 
@@ -21,6 +21,10 @@ class Kernels(Protocol):
     def pack(self, weight: Tensor, name: str) -> tuple[Tensor, Tensor]: ...
 
     def unpack(self, values: Tensor, metadata: Tensor, name: str) -> Tensor: ...
+
+    def surprise(self, score: Tensor, mean: Tensor, deviation: Tensor, gains: EwmaGains) -> Tensor: ...
+
+    def ranked_value(self, values: Tensor, rank: int) -> float: ...
 
 
 @functools.cache

@@ -42,3 +42,12 @@ class ScoreFactors:
     def of_magnitude(in_features: int) -> ScoreFactors:
         """Scores that are |w|."""
         return ScoreFactors(torch.ones(in_features))
+
+
+@dataclass(frozen=True)
+class EwmaGains:
+    """Weights of the newest score in the running mean and deviation, and what keeps the deviation above zero."""
+
+    mean: float
+    deviation: float
+    floor: float

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from swiftprune.sparse24.kernels import reference
-from swiftprune.sparse24.score_factors import ScoreFactors
+from swiftprune.sparse24.score_factors import EwmaGains, ScoreFactors
 
+_native: Any
 try:
-    from swiftprune.sparse24.kernels import _native
+    _native = importlib.import_module("swiftprune.sparse24.kernels._native")
 except ImportError:  # installed without a compiler: dispatch.py says so
     _native = None
 
@@ -69,6 +73,20 @@ class NativeKernels:
             row, group = divmod(index, half // 2)
             raise reference.bad_metadata(name, row, group, int(metadata[row, group // 2]) >> group % 2 * 4 & 15)
         return weight
+
+    def surprise(self, score: Tensor, mean: Tensor, deviation: Tensor, gains: EwmaGains) -> Tensor:
+        score, mean, deviation = (_on_cpu(tensor).float() for tensor in (score, mean, deviation))
+        rows, cols = score.shape
+        out = torch.empty_like(score)
+        _native.surprise(
+            self.isa, score.data_ptr(), rows, cols, mean.data_ptr(), deviation.data_ptr(),
+            gains.mean, gains.deviation, gains.floor, out.data_ptr(), self._threads(),
+        )  # fmt: skip
+        return out
+
+    def ranked_value(self, values: Tensor, rank: int) -> float:
+        values = _on_cpu(values).float()
+        return float(_native.ranked_value(values.data_ptr(), values.numel(), rank, self._threads()))
 
 
 def _on_cpu(tensor: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from swiftprune.errors import FormatError
-from swiftprune.sparse24.score_factors import ScoreFactors
+from swiftprune.sparse24.score_factors import EwmaGains, ScoreFactors
 
 # (pos0, pos1) stored for each set of non-zero kept positions, by the bits of the set (format.py, rule 4);
 # None where the set has more than two members.
@@ -47,6 +47,18 @@ class ReferenceKernels:
             raise bad_metadata(name, row, group, int(nibbles[row, group]))
         weight = torch.zeros(rows, half // 2, 4, dtype=values.dtype)
         return weight.scatter_(-1, positions, values.reshape(rows, half // 2, 2)).flatten(1)
+
+    def surprise(self, score: Tensor, mean: Tensor, deviation: Tensor, gains: EwmaGains) -> Tensor:
+        columns = []
+        for now in score.T:
+            distance = now - mean
+            columns.append(distance / (deviation + gains.floor))
+            deviation = deviation + gains.deviation * (distance.abs() - deviation)
+            mean = mean + gains.mean * distance
+        return torch.stack(columns, dim=1)
+
+    def ranked_value(self, values: Tensor, rank: int) -> float:
+        return float(values.flatten().kthvalue(rank + 1).values)
 
 
 def _groups(weight: Tensor) -> Tensor:

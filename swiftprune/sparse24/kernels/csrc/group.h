@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "ewma.h"
 #include "sparse24.h"
 
 namespace swiftprune {
@@ -218,7 +219,7 @@ struct Table {
   }
 #undef SWIFTPRUNE_BY_DTYPE
 
-  static constexpr Kernels kernels{prune_pack_any, pack_any, unpack_any};
+  static constexpr Kernels kernels{prune_pack_any, pack_any, unpack_any, surprise_rows};
 };
 
 }  // namespace

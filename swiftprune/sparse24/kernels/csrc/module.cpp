@@ -9,6 +9,7 @@
 #include <thread>
 #include <vector>
 
+#include "ewma.h"
 #include "sparse24.h"
 
 namespace nb = nanobind;
@@ -27,18 +28,49 @@ const Kernels& kernels_or_throw(const std::string& isa) {
 
 // Splits rows over threads; of several faults the one in the earliest row is reported, whatever the thread count.
 template <class F>
-std::pair<int, int64_t> over_rows(int64_t rows, int threads, F work) {
+void in_threads(int64_t count, F run) {
   nb::gil_scoped_release release;
-  const int64_t count = std::max<int64_t>(1, std::min<int64_t>(threads, rows));
-  std::vector<Status> status(count);
   std::vector<std::thread> pool;
-  const auto run = [&](int64_t i) { status[i] = work(rows * i / count, rows * (i + 1) / count); };
   for (int64_t i = 1; i < count; ++i) pool.emplace_back(run, i);
   run(0);
   for (auto& thread : pool) thread.join();
+}
+
+template <class F>
+std::pair<int, int64_t> over_rows(int64_t rows, int threads, F work) {
+  const int64_t count = std::max<int64_t>(1, std::min<int64_t>(threads, rows));
+  std::vector<Status> status(count);
+  in_threads(count, [&](int64_t i) { status[i] = work(rows * i / count, rows * (i + 1) / count); });
   for (const Status& s : status)
     if (s.fault != Fault::kNone) return {static_cast<int>(s.fault), s.index};
   return {0, 0};
+}
+
+// The float with exactly `rank` of the `count` values below it, ties aside: two rounds of counting, no sort.
+float ranked_value(const float* values, int64_t count, int64_t rank, int threads) {
+  constexpr int64_t kBins = 1 << 16;
+  int64_t prefix = -1;
+  uint32_t key = 0;
+  for (int round = 0; round < 2; ++round) {
+    std::vector<int64_t> counts(kBins * threads);
+    in_threads(threads, [&](int64_t i) {
+      count_keys(values, count * i / threads, count * (i + 1) / threads, prefix, counts.data() + kBins * i);
+    });
+    int64_t bin = 0;
+    for (; bin < kBins; ++bin) {
+      int64_t inside = 0;
+      for (int i = 0; i < threads; ++i) inside += counts[kBins * i + bin];
+      if (rank < inside) break;
+      rank -= inside;
+    }
+    bin = std::min(bin, kBins - 1);
+    prefix = bin;
+    key = key << 16 | static_cast<uint32_t>(bin);
+  }
+  const uint32_t bits = key & 0x80000000u ? key & 0x7fffffffu : ~key;
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
 }
 
 }  // namespace
@@ -78,5 +110,20 @@ NB_MODULE(_native, m) {
       return kernels.unpack(static_cast<Dtype>(dtype), at<const void*>(values), at<const uint8_t*>(metadata), cols,
                             at<void*>(weight), begin, end);
     });
+  });
+
+  m.def("surprise", [](const std::string& isa, uintptr_t score, int64_t rows, int64_t cols, uintptr_t mean0,
+                       uintptr_t deviation0, float mean_gain, float deviation_gain, float floor, uintptr_t surprise,
+                       int threads) {
+    const Kernels& kernels = kernels_or_throw(isa);
+    over_rows(rows, threads, [&](int64_t begin, int64_t end) {
+      kernels.surprise(at<const float*>(score), cols, at<const float*>(mean0), at<const float*>(deviation0),
+                       EwmaGains{mean_gain, deviation_gain, floor}, at<float*>(surprise), begin, end);
+      return Status{};
+    });
+  });
+
+  m.def("ranked_value", [](uintptr_t values, int64_t count, int64_t rank, int threads) {
+    return ranked_value(at<const float*>(values), count, rank, threads);
   });
 }

@@ -34,6 +34,13 @@ struct Status {
   int64_t index = 0;
 };
 
+// Gains of the two running averages, and what is added to the deviation so that nothing is divided by zero.
+struct EwmaGains {
+  float mean;
+  float deviation;
+  float floor;
+};
+
 // Each function works on rows [begin, end) and stops at its first fault.
 struct Kernels {
   // Keeps the two highest scores of each group of four; of equal scores the lower position wins.
@@ -43,6 +50,9 @@ struct Kernels {
   Status (*pack)(Dtype, const void* weight, int64_t cols, void* values, uint8_t* metadata, int64_t begin, int64_t end);
   Status (*unpack)(Dtype, const void* values, const uint8_t* metadata, int64_t cols, void* weight, int64_t begin,
                    int64_t end);
+  // surprise[n, k] = (score - m) / (d + floor), m and d the running mean and deviation of row n before column k.
+  void (*surprise)(const float* score, int64_t cols, const float* mean0, const float* deviation0, const EwmaGains&,
+                   float* surprise, int64_t begin, int64_t end);
 };
 
 extern const Kernels kGenericKernels;

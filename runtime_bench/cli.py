@@ -1,0 +1,92 @@
+"""`swiftprune-bench`: measurements, each printed as a markdown table and written as JSON."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from pydantic import BaseModel
+from rich.console import Console
+from rich.markdown import Markdown
+
+from exporters.cli import ProgressBars, run
+from runtime_bench import demo, demo_data, methods, pruning
+from swiftprune.pruning.score import METHODS, find_method
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+
+Folder = Annotated[
+    Path, typer.Option(help="Where the demo model and texts are kept; made when missing (93 MB download).")
+]
+Result = Annotated[Path | None, typer.Option(help="Also write the result to this JSON file.")]
+DEMO_FOLDER = Path("build/demo")
+
+
+@app.callback()
+def bench() -> None:
+    """Measure what pruning costs and what it does, on this machine."""
+
+
+@app.command("demo")
+def demo_command(folder: Folder = DEMO_FOLDER, method: str = "swiftprune") -> None:
+    """Prune and pack SmolLM2-135M-Instruct, and show what was gained and what was lost."""
+    find_method(method)
+    with ProgressBars(Console(stderr=True)) as progress:
+        result = demo.run(folder, method, progress)
+    demo.show(result, Console())
+
+
+@app.command("demo-data")
+def demo_data_command(folder: Folder = DEMO_FOLDER) -> None:
+    """Fetch the demo model and texts only."""
+    with ProgressBars(Console(stderr=True)) as progress:
+        data = demo_data.fetch(folder, progress)
+    print(data.model, data.calibration, data.held_out, sep="\n")
+
+
+@app.command("prune")
+def prune_command(
+    folder: Folder = DEMO_FOLDER,
+    kernels_only: Annotated[bool, typer.Option("--kernels-only", help="Leave out the whole-model comparison.")] = False,
+    out: Result = None,
+) -> None:
+    """Mask time: native kernels against memcpy, topk, sort, and SparseGPT's on a whole model."""
+    with ProgressBars(Console(stderr=True)) as progress:
+        data = None if kernels_only else demo_data.fetch(folder, progress)
+        result = pruning.measure_all(data, progress)
+    _finish(result, pruning.markdown(result), out)
+
+
+@app.command("methods")
+def methods_command(
+    folder: Folder = DEMO_FOLDER,
+    method: Annotated[list[str] | None, typer.Option(help="Repeat for several. Default: all.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Calibration seeds 0..N-1 for each method.")] = 1,
+    samples: int = 32,
+    seqlen: int = 512,
+    pattern: Annotated[str, typer.Option(help="2:4, or unstructured:0.5, say.")] = "2:4",
+    out: Result = None,
+) -> None:
+    """Quality: held-out perplexity and seconds of each pruning method on the demo model."""
+    names = method or list(METHODS)
+    for name in names:
+        find_method(name)
+    with ProgressBars(Console(stderr=True)) as progress:
+        data = demo_data.fetch(folder, progress)
+        result = methods.compare(
+            data, names, list(range(seeds)), samples=samples, seqlen=seqlen, pattern=pattern, progress=progress
+        )
+    _finish(result, methods.markdown(result), out)
+
+
+def _finish(result: BaseModel, table: str, out: Path | None) -> None:
+    console = Console()
+    console.print(Markdown(table) if console.is_terminal else table)
+    if out:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(result.model_dump_json(indent=1) + "\n")
+
+
+def main() -> None:
+    run(app)

@@ -1,0 +1,40 @@
+"""Side-by-side timing."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+
+from pydantic import BaseModel
+
+
+class Timing(BaseModel):
+    """Seconds of every run of one contestant, in order."""
+
+    seconds: list[float]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    @property
+    def spread(self) -> float:
+        """Half of the interquartile range over the median."""
+        if len(self.seconds) < 4:
+            return (max(self.seconds) - min(self.seconds)) / 2 / self.median
+        low, _, high = statistics.quantiles(self.seconds, n=4)
+        return (high - low) / 2 / self.median
+
+
+def interleaved(contestants: dict[str, Callable[[], object]], *, rounds: int, warmup: int = 1) -> dict[str, Timing]:
+    """Times all contestants in turn, `rounds` times, so that a slow spell of the machine hits each alike."""
+    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    for round_index in range(-warmup, rounds):
+        for name, run in contestants.items():
+            start = time.perf_counter()
+            run()
+            elapsed = time.perf_counter() - start
+            if round_index >= 0:
+                seconds[name].append(elapsed)
+    return {name: Timing(seconds=values) for name, values in seconds.items()}
