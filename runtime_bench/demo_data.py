@@ -81,7 +81,7 @@ def _write_model(folder: Path, progress: Progress) -> None:
         model: Any = AutoModelForCausalLM.from_pretrained(
             temporary, gguf_file=gguf.name, dtype=torch.float32, quantization_config=dequantize
         )
-        del model.config.quantization_config  # the saved weights are plain bf16
+        model.config.__dict__.pop("quantization_config", None)  # some versions leave it; the saved weights are plain
         model.config.rms_norm_eps = 1e-5  # the file's value is lost in conversion
         complete = Path(temporary) / "complete"
         model.to(torch.bfloat16).save_pretrained(complete)
