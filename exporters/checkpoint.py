@@ -276,6 +276,8 @@ def _evaluate(
 ) -> tuple[float, float | None]:
     """Perplexity of the source and of the output, each loaded as a user would load it."""
 
+    import swiftprune.serve.transformers  # noqa: F401 - registers the packed format
+
     windows = token_windows(text, load_tokenizer(checkpoint.folder), EVALUATION_SEQLEN, source)
     before = perplexity(_load(checkpoint.folder, checkpoint), windows, stage="evaluate dense", progress=progress)
     config = json.loads((out / "config.json").read_text())

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markdown import Markdown
 
 from exporters.cli import ProgressBars, run
-from runtime_bench import demo, demo_data, methods, pruning
+from runtime_bench import demo, demo_data, methods, pruning, synthetic
 from swiftprune.pruning.score import METHODS, find_method
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
@@ -43,6 +43,15 @@ def demo_data_command(folder: Folder = DEMO_FOLDER) -> None:
     with ProgressBars(Console(stderr=True)) as progress:
         data = demo_data.fetch(folder, progress)
     print(data.model, data.calibration, data.held_out, sep="\n")
+
+
+@app.command("synthetic")
+def synthetic_command(
+    shape: Annotated[str, typer.Argument(help=f"One of: {', '.join(synthetic.SHAPES)}.")],
+    out: Annotated[Path, typer.Option(help="Folder to write; must not exist.")],
+) -> None:
+    """Write a sharded bf16 checkpoint of a real shape with random weights."""
+    print(synthetic.write(shape, out))
 
 
 @app.command("prune")

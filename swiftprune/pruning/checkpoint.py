@@ -114,13 +114,16 @@ def _download(name: str) -> Path:
         raise CheckpointError(f"{name}: no such folder here, and the hub could not be read: {first_line}") from error
 
 
-def _read_json(path: Path) -> Any:
+def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text())
+        value = json.loads(path.read_text())
     except FileNotFoundError:
         raise CheckpointError(f"{path}: missing; is {path.parent} a model folder?") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path}: not valid JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: is not a JSON object")
+    return value
 
 
 def _read_headers(folder: Path) -> dict[str, TensorEntry]:

@@ -1,0 +1,181 @@
+"""Damaged, incomplete and unsupported checkpoints: an error that names what is wrong, before any work."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from swiftprune.errors import CheckpointError, SettingsError
+from swiftprune.pruning.checkpoint import Checkpoint
+from swiftprune.pruning.pipeline import Pipeline, PruneSettings
+from tests import models
+
+SETTINGS = PruneSettings(calibration="none")
+
+
+def open_pipeline(folder: Path) -> Pipeline:
+    return Pipeline(Checkpoint.open(folder), SETTINGS)
+
+
+def edit_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def edit_config(folder: Path, **changes: object) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize("keep", [0.0, 0.001, 0.5, 0.999])
+def test_truncated_shard(keep: float, tiny_copy: Path) -> None:
+    path = tiny_copy / "model.safetensors"
+    data = path.read_bytes()
+    path.write_bytes(data[: int(len(data) * keep)])
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: truncated or damaged"):
+        open_pipeline(tiny_copy)
+
+
+def test_header_with_a_lying_length(tiny_copy: Path) -> None:
+    path = tiny_copy / "model.safetensors"
+    path.write_bytes((2**62).to_bytes(8, "little") + path.read_bytes()[8:])
+    with pytest.raises(CheckpointError, match="truncated or damaged"):
+        open_pipeline(tiny_copy)
+
+
+@pytest.fixture
+def sharded(tmp_path: Path) -> Path:
+    folder = models.write_model(tmp_path / "sharded", models.SUPPORTED["llama-gqa-tied"], max_shard_size="100KB")
+    assert len(list(folder.glob("*.safetensors"))) > 2
+    return folder
+
+
+def test_missing_shard(sharded: Path) -> None:
+    victim = sorted(sharded.glob("*.safetensors"))[1]
+    victim.unlink()
+    with pytest.raises(CheckpointError, match=f"{victim.name}: missing"):
+        open_pipeline(sharded)
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"model.layers.9.nothing": "model-00001-of-00003.safetensors"}, "which does not hold it"),
+        ({"x": "../outside.safetensors"}, "not a plain file name"),
+        ({"x": "absent.safetensors"}, "absent.safetensors: missing"),
+    ],
+)
+def test_index_that_lies(entry: dict[str, str], message: str, sharded: Path) -> None:
+    path = sharded / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    first = sorted(set(index["weight_map"].values()))[0]
+    index["weight_map"] |= {key: first if "00001" in value else value for key, value in entry.items()}
+    path.write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=message):
+        open_pipeline(sharded)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", '{"weight_map": {}}'])
+def test_index_that_is_not_one(text: str, sharded: Path) -> None:
+    (sharded / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"index\.json"):
+        open_pipeline(sharded)
+
+
+def test_missing_tensor(tiny_copy: Path) -> None:
+    edit_tensors(tiny_copy, lambda tensors: tensors.pop("model.layers.1.self_attn.v_proj.weight"))
+    with pytest.raises(CheckpointError, match=r"1 parameters .* first model\.layers\.1\.self_attn\.v_proj\.weight"):
+        open_pipeline(tiny_copy)
+
+
+def test_wrong_dtype(tiny_copy: Path) -> None:
+    name = "model.layers.1.self_attn.v_proj.weight"
+    edit_tensors(tiny_copy, lambda tensors: tensors.update({name: tensors[name].to(torch.int8)}))
+    with pytest.raises(CheckpointError, match=r"v_proj\.weight is I8; pruning needs BF16, F16 or F32"):
+        open_pipeline(tiny_copy)
+
+
+def test_wrong_shape(tiny_copy: Path) -> None:
+    edit_config(tiny_copy, intermediate_size=128)
+    with pytest.raises(CheckpointError, match=r"has shape \(160, 64\), but config.json asks for \(128, 64\)"):
+        open_pipeline(tiny_copy)
+
+
+def test_in_features_that_are_no_multiple_of_four(tmp_path: Path) -> None:
+    config = models.SUPPORTED["llama-gqa-tied"].__class__(
+        **models.SUPPORTED["llama-gqa-tied"].to_dict() | {"intermediate_size": 90}
+    )
+    targets = open_pipeline(models.write_model(tmp_path / "odd", config)).targets
+    assert targets.dense["model.layers.0.mlp.down_proj"] == "in_features = 90 is not a multiple of 4"
+    assert {linear.kind for linear in targets.blocks[0].linears} == {
+        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "message"), [("gpt2", "h.0.attn.c_attn: a GPT-2 style Conv1D"), ("mixtral", "experts.*mixture-of-experts")]
+)
+def test_architectures_that_are_refused(name: str, message: str, tiny_models: Callable[[str], Path]) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        open_pipeline(tiny_models(name))
+
+
+def test_unknown_architecture(tiny_copy: Path) -> None:
+    edit_config(tiny_copy, model_type="frobnicator")
+    with pytest.raises(CheckpointError, match=r"config\.json.*frobnicator"):
+        open_pipeline(tiny_copy)
+
+
+def test_encoder_without_causal_language_model(tiny_copy: Path) -> None:
+    edit_config(tiny_copy, model_type="vit", architectures=["ViTModel"])
+    with pytest.raises(CheckpointError, match="no causal language model for model_type 'vit'"):
+        open_pipeline(tiny_copy)
+
+
+def test_already_quantized(tiny_copy: Path) -> None:
+    edit_config(tiny_copy, quantization_config={"quant_method": "gptq"})
+    with pytest.raises(CheckpointError, match="already quantized or packed by 'gptq'"):
+        open_pipeline(tiny_copy)
+
+
+def test_folders_that_hold_no_checkpoint(tiny_copy: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CheckpointError, match=r"config\.json: missing"):
+        Checkpoint.open(tmp_path / "empty")
+    with pytest.raises(CheckpointError, match="is a file"):
+        Checkpoint.open(tiny_copy / "config.json")
+    with pytest.raises(CheckpointError, match="no such folder"):
+        Checkpoint.open(tmp_path / "nowhere")
+    (tiny_copy / "model.safetensors").rename(tiny_copy / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin: convert it first"):
+        Checkpoint.open(tiny_copy)
+
+
+def test_hub_id_that_cannot_be_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(CheckpointError, match="nobody/nothing: no such folder here, and the hub could not be read"):
+        Checkpoint.open("nobody/nothing")
+
+
+def test_nothing_left_to_prune(tiny_copy: Path) -> None:
+    with pytest.raises(SettingsError, match="nothing to prune"):
+        Pipeline(Checkpoint.open(tiny_copy), PruneSettings(calibration="none", ignore="."))
+
+
+def test_base_model_names_are_found(tiny_copy: Path) -> None:
+    """Checkpoints of the bare model lack the prefix `model.`; the output keeps the names of the source."""
+    edit_tensors(
+        tiny_copy,
+        lambda tensors: ([tensors.update({name.removeprefix("model."): tensors.pop(name)}) for name in list(tensors)]),
+    )
+    blocks = list(open_pipeline(tiny_copy).blocks())
+    assert "layers.0.self_attn.q_proj.weight" in blocks[0].weights
+    assert len(blocks) == 3

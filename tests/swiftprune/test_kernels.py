@@ -1,0 +1,118 @@
+"""Native kernels against the torch reference: equal bit for bit, on every instruction set this CPU has."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from swiftprune.errors import FormatError
+from swiftprune.sparse24.kernels.native import NativeKernels, supported_isas
+from swiftprune.sparse24.kernels.reference import ReferenceKernels
+from swiftprune.sparse24.score_factors import EwmaGains, ScoreFactors
+
+REFERENCE = ReferenceKernels()
+ISAS = supported_isas()
+
+
+def test_native_kernels_were_built() -> None:
+    assert "generic" in ISAS
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> tuple[Tensor, ScoreFactors]:
+    """A weight with many ties, zeros of both signs, subnormals and large values, and factors of any of the forms."""
+    dtype = draw(st.sampled_from([torch.bfloat16, torch.float16, torch.float32]))
+    rows, cols = draw(st.integers(1, 9)), 4 * draw(st.integers(1, 60))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32 - 1)))
+    kind = draw(st.sampled_from(["ties", "normal", "wide"]))
+    if kind == "ties":
+        weight = torch.randint(-3, 4, (rows, cols), generator=generator) * torch.tensor(-0.25)
+    else:
+        weight = torch.randn(rows, cols, generator=generator)
+        if kind == "wide":
+            weight = weight * 10.0 ** torch.randint(-9, 4, (rows, cols), generator=generator)
+    column = torch.rand(cols, generator=generator)
+    form = draw(st.sampled_from(["column", "cross", "curvature", "dead"]))
+    factors = {
+        "column": ScoreFactors(column),
+        "cross": ScoreFactors(
+            column, row=torch.rand(rows, generator=generator), cross=torch.rand(cols, generator=generator)
+        ),
+        "curvature": ScoreFactors(column, curvature=torch.rand(rows, generator=generator) / 10),
+        "dead": ScoreFactors(column.round()),  # some channels count for nothing: many equal scores of zero
+    }[form]
+    return weight.to(dtype), factors
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@settings(max_examples=150)
+@given(problem=problems(), threads=st.integers(1, 5))
+def test_select_pack_unpack_equal_the_reference(isa: str, problem: tuple[Tensor, ScoreFactors], threads: int) -> None:
+    weight, factors = problem
+    kernels = NativeKernels(isa, threads)
+    expected = REFERENCE.prune_pack(weight, factors, "w")
+    for got, want in zip(kernels.prune_pack(weight, factors, "w"), expected, strict=True):
+        assert torch.equal(got, want)
+    dense = REFERENCE.unpack(*expected, "w")
+    assert torch.equal(kernels.unpack(*expected, "w"), dense)
+    for got, want in zip(kernels.pack(dense, "w"), expected, strict=True):
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_all_bit_patterns_of_a_tie_keep_the_lower_positions(isa: str, dtype: torch.dtype) -> None:
+    """Q4_1 weights tie exactly: of equal |w|, the lower positions stay, whatever the signs."""
+    signs = torch.tensor([[1 - 2 * (i >> bit & 1) for bit in range(4)] for i in range(16)], dtype=dtype)
+    values, metadata = NativeKernels(isa).prune_pack(signs, ScoreFactors.of_magnitude(4), "w")
+    assert torch.equal(values, signs[:, :2])
+    assert metadata.tolist() == [[0b0100]] * 16
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_the_first_fault_is_reported_whatever_the_thread_count(isa: str) -> None:
+    weight = torch.zeros(64, 64, dtype=torch.bfloat16)
+    weight[60, 3] = float("nan")
+    weight[17, 40:43] = 1
+    weight[17, 60] = float("inf")
+    for threads in (1, 2, 3, 64, 100):
+        with pytest.raises(FormatError, match=r"row 17, group 10 .* has 3 non-zeros"):
+            NativeKernels(isa, threads).pack(weight, "w")
+        with pytest.raises(FormatError, match=r"row 17, group 15 .*inf"):
+            NativeKernels(isa, threads).prune_pack(weight, ScoreFactors.of_magnitude(64), "w")
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_strided_weights_are_read_right(isa: str) -> None:
+    weight = torch.randn(48, 33).bfloat16().T[:, ::2]  # (33, 24), neither dimension contiguous
+    factors = ScoreFactors(torch.rand(48)[::2])
+    assert not weight.is_contiguous()
+    for got, want in zip(
+        NativeKernels(isa).prune_pack(weight, factors, "w"), REFERENCE.prune_pack(weight, factors, "w"), strict=True
+    ):
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@given(rows=st.integers(1, 40), cols=st.integers(1, 50), seed=st.integers(0, 2**32 - 1))
+def test_surprise_equals_the_reference(isa: str, rows: int, cols: int, seed: int) -> None:
+    score = torch.rand(rows, cols, generator=torch.Generator().manual_seed(seed)) ** 3
+    mean, gains = score.mean(1), EwmaGains(1 / 8, 1 / 4, 1e-4)
+    got = NativeKernels(isa, threads=3).surprise(score, mean, mean / 2, gains)
+    assert torch.equal(got, REFERENCE.surprise(score, mean, mean / 2, gains))
+
+
+@pytest.mark.parametrize("isa", ISAS[:1])
+@given(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1, max_size=300), st.data())
+def test_ranked_value_is_the_order_statistic(isa: str, numbers: list[float], data: st.DataObject) -> None:
+    rank = data.draw(st.integers(0, len(numbers) - 1))
+    got = NativeKernels(isa, threads=data.draw(st.integers(1, 4))).ranked_value(torch.tensor(numbers), rank)
+    assert got == sorted(numbers)[rank]
+
+
+def test_an_instruction_set_that_is_not_there_is_refused() -> None:
+    with pytest.raises(ValueError, match="cannot run here"):
+        NativeKernels("avx1024")

@@ -1,0 +1,186 @@
+"""The block-sequential pipeline against naive implementations that run the whole model for every block."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from swiftprune.errors import FormatError, SettingsError
+from swiftprune.pruning.calibration_text import calibration_tokens
+from swiftprune.pruning.checkpoint import Checkpoint
+from swiftprune.pruning.mask import Pattern
+from swiftprune.pruning.pipeline import Pipeline, PruneSettings, prune
+from swiftprune.pruning.progress import silent
+from swiftprune.pruning.sparsegpt import sparsegpt
+from swiftprune.sparse24.format import Packed24, unpack
+from tests import models
+
+BLOCK_LISTS = {"gpt-neox": "gpt_neox.layers"}
+
+
+def naive_wanda(weight: Tensor, inputs: Tensor) -> Tensor:
+    """Sorts every group by |w| ||x||, as the paper says, in float64."""
+    metric = weight.double().abs() * inputs.double().norm(dim=0)
+    groups = metric.view(weight.shape[0], -1, 4)
+    lowest = groups.argsort(dim=-1, descending=True, stable=True)[..., 2:]
+    return weight.masked_fill(torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, lowest, True).view_as(weight), 0)
+
+
+def naive_sparsegpt(weight: Tensor, inputs: Tensor) -> Tensor:
+    """OBS column by column with the inverse of the remaining Hessian computed outright each time, in float64."""
+    w = weight.double().clone()
+    hessian = inputs.double().T @ inputs.double()
+    hessian += 0.01 * hessian.diagonal().mean() * torch.eye(len(hessian), dtype=torch.float64)
+    inverses = [torch.linalg.inv(hessian[i:, i:]) for i in range(len(hessian))]
+    for i in range(w.shape[1]):
+        if i % 4 == 0:
+            saliency = torch.stack([w[:, j] ** 2 / inverses[j][0, 0] for j in range(i, i + 4)], dim=1)
+            keep = torch.zeros_like(saliency, dtype=torch.bool)
+            keep.scatter_(1, saliency.topk(2, dim=1).indices, True)
+        error = torch.where(keep[:, i % 4], 0, w[:, i]) / inverses[i][0, 0]
+        w[:, i:] -= error[:, None] * inverses[i][0]
+        w[:, i] = torch.where(keep[:, i % 4], w[:, i], 0)
+    return w.float()
+
+
+def catch(inputs: dict[nn.Linear, list[Tensor]], module: nn.Linear, args: tuple[Tensor]) -> None:
+    inputs.setdefault(module, []).append(args[0].flatten(0, -2))
+
+
+def naive_prune(model: Any, list_name: str, tokens: Tensor, method: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """Block after block: run the whole model as it is now, catch the inputs of the block's linears, prune them."""
+    for block in model.get_submodule(list_name):
+        inputs: dict[nn.Linear, list[Tensor]] = {}
+        hooks = [
+            module.register_forward_pre_hook(functools.partial(catch, inputs))
+            for module in block.modules()
+            if isinstance(module, nn.Linear)
+        ]
+        with torch.no_grad():
+            model(input_ids=tokens)
+        for hook in hooks:
+            hook.remove()
+        for module, rows in inputs.items():
+            module.weight.data = method(module.weight.data, torch.cat(rows))
+
+
+@pytest.mark.parametrize(
+    "name", ["llama-mha-untied", "llama-gqa-tied", "gpt-neox", "qwen2", "qwen3", "mistral-sliding"]
+)
+@pytest.mark.parametrize(
+    ("method", "naive", "tolerance"), [("wanda", naive_wanda, 0.0), ("sparsegpt", naive_sparsegpt, 2e-3)]
+)
+def test_pipeline_equals_a_naive_run_of_the_whole_model(
+    name: str, method: str, naive: Callable[[Tensor, Tensor], Tensor], tolerance: float,
+    text_file: Path, tmp_path: Path,
+) -> None:  # fmt: skip
+    folder = models.write_model(tmp_path / "model", models.SUPPORTED[name], torch.float32)
+    settings = PruneSettings(method=method, calibration=str(text_file), samples=6, seqlen=48, seed=4)
+    tokens = calibration_tokens(str(text_file), folder, samples=6, seqlen=48, seed=4, progress=silent)
+    reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    naive_prune(reference, BLOCK_LISTS.get(name, "model.layers"), tokens, naive)
+    expected = reference.state_dict()
+
+    compared = 0
+    for done in Pipeline(Checkpoint(folder), settings).blocks():
+        for key, packed in done.weights.items():
+            assert isinstance(packed, Packed24)
+            got, want = unpack(packed), expected[key]
+            differing = ((got == 0) != (want == 0)).float().mean()
+            assert differing <= 0.001, key  # rounding may settle a near tie the other way
+            if tolerance == 0:
+                assert torch.equal(got[(got == 0) == (want == 0)], want[(got == 0) == (want == 0)])
+            else:
+                assert float((got - want).norm() / want.norm()) < max(tolerance, 3 * float(differing) ** 0.5), key
+            compared += 1
+    linears = sum(isinstance(module, nn.Linear) for module in reference.modules()) - 1  # lm_head
+    assert compared == linears > 0
+
+
+def test_sparsegpt_beats_its_own_mask_without_update() -> None:
+    """The update is what SparseGPT is for: same mask, lower output error on correlated inputs."""
+    generator = torch.Generator().manual_seed(5)
+    inputs = torch.randn(400, 32, generator=generator) @ torch.randn(32, 32, generator=generator)
+    weight = torch.randn(16, 32, generator=generator)
+    updated = sparsegpt(weight, inputs.T @ inputs, Pattern.parse("2:4"))
+    masked = torch.where(updated != 0, weight, 0)
+    assert (inputs @ (updated - weight).T).norm() < 0.8 * (inputs @ (masked - weight).T).norm()
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "4:8", "1:4", "3:5", "unstructured:0.5"])
+def test_sparsegpt_meets_every_pattern(pattern: str) -> None:
+    generator = torch.Generator().manual_seed(5)
+    inputs, weight = torch.randn(300, 160, generator=generator), torch.randn(8, 160, generator=generator)
+    inputs[:, 7] = 0  # a dead channel
+    keep = sparsegpt(weight, inputs.T @ inputs, Pattern.parse(pattern)) != 0
+    parsed = Pattern.parse(pattern)
+    if parsed.structured:
+        counts = keep.view(8, -1, parsed.group).sum(-1)
+        assert (counts <= parsed.kept).all()
+        assert float(counts.float().mean()) > parsed.kept - 0.1
+    else:
+        assert abs(1 - float(keep.float().mean()) - 0.5) < 0.01
+    assert not keep[:, 7].any()
+
+
+def test_the_public_function_reports_every_layer(tiny_models: Callable[[str], Path], text_file: Path) -> None:
+    settings = PruneSettings(calibration=str(text_file), samples=4, seqlen=32)
+    seen: list[tuple[str, float, float]] = []
+    blocks = list(prune(tiny_models("llama-gqa-tied"), settings, progress=lambda *step: seen.append(step)))
+    assert [done.block.name for done in blocks] == ["model.layers.0", "model.layers.1", "model.layers.2"]
+    for result in (result for done in blocks for result in done.results):
+        assert result.sparsity == 0.5
+        assert 0.5 < result.kept_energy < 1
+        assert result.output_error is not None
+        assert 0.1 < result.output_error < 1
+    assert seen[-1][0] == "prune"
+    assert seen[-1][1] == seen[-1][2]
+    assert [step[1] for step in seen if step[0] == "prune"] == sorted(step[1] for step in seen if step[0] == "prune")
+
+
+def test_output_error_is_the_error_of_the_output(tiny_models: Callable[[str], Path], text_file: Path) -> None:
+    """For the first block, whose inputs are the dense model's, against hooks on that model; all tokens are sampled."""
+    folder = tiny_models("llama-mha-untied")
+    settings = PruneSettings(method="magnitude", calibration=str(text_file), samples=4, seqlen=64)
+    assert next(prune(folder, settings)).results[0].output_error is None  # data-free methods run without calibration
+    done = next(prune(folder, settings.model_copy(update={"method": "wanda"})))
+    tokens = calibration_tokens(str(text_file), folder, samples=4, seqlen=64, seed=0, progress=silent)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    inputs: list[Tensor] = []
+    linear = model.get_submodule(done.results[-1].name)
+    linear.register_forward_pre_hook(lambda module, args: inputs.append(args[0].flatten(0, -2)))
+    with torch.no_grad():
+        model(input_ids=tokens)
+    packed = done.weights[done.results[-1].name + ".weight"]
+    assert isinstance(packed, Packed24)
+    x, weight = torch.cat(inputs), linear.weight.detach()
+    expected = (x @ (unpack(packed).float() - weight).T).norm() / (x @ weight.T).norm()
+    assert done.results[-1].output_error == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_settings_that_clash_are_refused() -> None:
+    with pytest.raises(SettingsError, match="wanda needs calibration data"):
+        PruneSettings(method="wanda", calibration="none").resolved()
+    assert PruneSettings(calibration="none").resolved().method == "swiftprune-data-free"
+    assert PruneSettings(method="magnitude", calibration="text.txt").resolved().calibration == "none"
+    with pytest.raises(SettingsError, match="not a regular expression"):
+        PruneSettings(ignore="(").resolved()
+
+
+@pytest.mark.parametrize("method", ["magnitude", "sparsegpt"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_stop_the_run(method: str, bad: float, text_file: Path, tmp_path: Path) -> None:
+    folder = models.write_model(tmp_path / "model", models.SUPPORTED["llama-gqa-tied"])
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.get_submodule("model.layers.2.mlp.up_proj").weight.data[7, 13] = bad
+    model.save_pretrained(folder)
+    settings = PruneSettings(method=method, calibration=str(text_file), samples=2, seqlen=16)
+    with pytest.raises(FormatError, match=r"model\.layers\.2\.mlp\.up_proj\.weight"):
+        list(prune(folder, settings))
