@@ -136,7 +136,19 @@ class _ShardWriter:
         self._workspace = workspace
         self._blocks = pipeline.targets.blocks
         self._outside = self._split_outside()
+        self._dense = pipeline.targets.dense | (self._unsuitable_for_cutlass() if target == "torch" else {})
         self._layer_seconds: dict[str, float] = defaultdict(float)
+
+    def _unsuitable_for_cutlass(self) -> dict[str, str]:
+        reasons = {}
+        dtype = self._pipeline.settings.dtype
+        for linear in (linear for block in self._blocks for linear in block.linears):
+            entry = self._checkpoint.tensors[linear.tensor]
+            stored = DTYPES[dtype] if dtype else entry.dtype
+            assert stored is not None
+            if reason := torch_sparse.unsuitable_reason((entry.shape[0], entry.shape[1]), stored):
+                reasons[linear.name] = f"pruned, stored dense: {reason}"
+        return reasons
 
     def _split_outside(self) -> list[list[str]]:
         groups: list[list[str]] = []
@@ -192,8 +204,7 @@ class _ShardWriter:
             return {name: format24.unpack(weight, name)}
         if self._target == "packed":
             return {name: weight.values, name + METADATA_SUFFIX: weight.metadata}
-        if reason := torch_sparse.unsuitable_reason(weight):
-            self._pipeline.targets.dense[name.removesuffix(".weight")] = f"pruned, stored dense: {reason}"
+        if torch_sparse.unsuitable_reason(weight.shape, weight.values.dtype):
             return {name: format24.unpack(weight, name)}
         values, metadata = torch_sparse.to_cutlass(weight, name)
         return {name: values, name + METADATA_SUFFIX: metadata}
@@ -221,11 +232,14 @@ class _ShardWriter:
             copied = path.suffix in _COPIED_SUFFIXES or path.name in _COPIED_NAMES
             if path.is_file() and copied and path.name not in {INDEX_NAME, "config.json", MANIFEST}:
                 workspace.copy(path)
-        dense = self._pipeline.targets.dense
         workspace.write_json(
             MANIFEST,
             state
-            | {"format_version": format24.VERSION, "layers": [layer.model_dump() for layer in layers], "dense": dense},
+            | {
+                "format_version": format24.VERSION,
+                "layers": [layer.model_dump() for layer in layers],
+                "dense": self._dense,
+            },
         )
         linear_before = sum(
             checkpoint.tensors[linear.tensor].nbytes for block in self._blocks for linear in block.linears
@@ -239,7 +253,7 @@ class _ShardWriter:
         workspace.finish()
         return ExportReport(
             out=str(workspace.out), settings=self._pipeline.settings, target=self._target, layers=layers,
-            dense_linears=dense, bytes_before=checkpoint.nbytes, bytes_after=total,
+            dense_linears=self._dense, bytes_before=checkpoint.nbytes, bytes_after=total,
             linear_bytes_before=linear_before, linear_bytes_after=linear_after,
             seconds={}, layer_seconds=dict(self._layer_seconds),
         )  # fmt: skip
@@ -254,7 +268,7 @@ class _ShardWriter:
                 "quant_method": "swiftprune",
                 "format": format24.FORMAT if self._target == "packed" else torch_sparse.FORMAT,
                 "version": format24.VERSION,
-                "ignore": list(self._pipeline.targets.dense),
+                "ignore": list(self._dense),
             }
         return config
 

@@ -25,19 +25,18 @@ FORMAT = "2:4-cutlass"
 _ROWS, _COLUMNS = 32, 64
 
 
-def unsuitable_reason(packed: Packed24) -> str | None:
-    """Why CUTLASS cannot take this weight, or None when it can."""
-    rows, columns = packed.shape
-    if packed.values.dtype not in (torch.float16, torch.bfloat16):
-        return f"CUTLASS 2:4 takes float16 or bfloat16, not {packed.values.dtype}"
-    if rows % _ROWS or columns % _COLUMNS:
-        return f"CUTLASS 2:4 needs a shape in multiples of ({_ROWS}, {_COLUMNS}), not ({rows}, {columns})"
+def unsuitable_reason(shape: tuple[int, int], dtype: torch.dtype) -> str | None:
+    """Why CUTLASS cannot take a weight of this shape (N, K) and dtype, or None when it can."""
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"CUTLASS 2:4 takes float16 or bfloat16, not {dtype}"
+    if shape[0] % _ROWS or shape[1] % _COLUMNS:
+        return f"CUTLASS 2:4 needs a shape in multiples of ({_ROWS}, {_COLUMNS}), not {shape}"
     return None
 
 
 def to_cutlass(packed: Packed24, name: str = "weight") -> tuple[Tensor, Tensor]:
     """(values (N, K/2), metadata (N, K/16) int16 in CUTLASS order). Raises FormatError for unsuitable shapes."""
-    if reason := unsuitable_reason(packed):
+    if reason := unsuitable_reason(packed.shape, packed.values.dtype):
         raise FormatError(f"{name}: {reason}")
     # Two bytes of the canonical metadata, low nibble first, are one little-endian word of four groups.
     words = packed.metadata.contiguous().view(torch.int16)

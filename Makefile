@@ -1,0 +1,53 @@
+# make demo    from nothing to a pruned, packed and compared model
+# make test    lint, types, all tests
+# Both set up .venv on the first run. PYTHON picks the interpreter (3.11 or newer).
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO := build/demo
+
+TORCH_VERSION := 2.13.0
+# On Linux without an NVIDIA GPU only the CPU build will do: the default build brings gigabytes of CUDA.
+ifeq ($(shell uname -s)$(shell command -v nvidia-smi),Linux)
+TORCH := torch==$(TORCH_VERSION)+cpu
+else
+TORCH := torch==$(TORCH_VERSION)
+endif
+
+NATIVE := $(wildcard swiftprune/sparse24/kernels/csrc/*)
+SOURCES := $(shell find swiftprune exporters runtime_bench -name '*.py')
+
+.PHONY: setup demo test bench-prune bench-methods clean
+
+setup: $(VENV)/installed
+
+$(VENV)/torch: Makefile
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	@$(BIN)/pip install --quiet "$(TORCH)" || { \
+	  echo "pip found no $(TORCH). Add PyTorch's wheel index for CPUs (pytorch.org, 'Get started') to your pip"; \
+	  echo "configuration, or run: make TORCH=torch==$(TORCH_VERSION) for the default build, CUDA included."; exit 1; }
+	@touch $@
+
+# The editable install maps the files that exist when it is made, so a new file needs it again: seconds.
+$(VENV)/installed: $(VENV)/torch pyproject.toml CMakeLists.txt constraints.txt $(NATIVE) $(SOURCES)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: setup
+	$(BIN)/swiftprune-bench demo --folder $(DEMO)
+
+test: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pytest
+
+bench-prune: setup
+	$(BIN)/swiftprune-bench prune --folder $(DEMO) --out build/results/prune.json
+
+bench-methods: setup
+	$(BIN)/swiftprune-bench methods --folder $(DEMO) --seeds 3 --out build/results/methods.json
+
+clean:
+	rm -rf build $(VENV)

@@ -1,0 +1,202 @@
+"""Killed, interrupted and refused exports: nothing half-written loads, and resuming gives the same bytes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from exporters import export
+from exporters.workspace import Workspace
+from swiftprune.errors import OutputError
+from swiftprune.pruning.pipeline import PruneSettings
+from tests import models
+
+EXPORT = str(Path(sys.executable).parent / "swiftprune-export")
+KILL_AT = """
+import os, signal, sys
+from exporters import export
+from swiftprune import PruneSettings
+
+model, out, settings, target, share = sys.argv[1:]
+
+def progress(stage, done, total):
+    if stage == "prune" and done / total > float(share):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+export(model, out, PruneSettings.model_validate_json(settings), target=target, resume=True, progress=progress)
+"""
+
+
+def digest(folder: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
+
+
+@pytest.mark.parametrize("target", ["packed", "dense", "torch"])
+@pytest.mark.parametrize("method", ["swiftprune", "sparsegpt", "swiftprune-data-free"])
+def test_killed_twice_and_resumed_gives_the_same_bytes(
+    method: str, target: Any, tiny_models: Callable[[str], Path], text_file: Path, tmp_path: Path
+) -> None:
+    model = tiny_models("llama-mha-untied")
+    settings = PruneSettings(method=method, calibration=str(text_file), samples=4, seqlen=32)
+    export(model, tmp_path / "whole", settings, target=target)
+    for share in ("0.3", "0.7"):
+        command = [
+            sys.executable,
+            "-c",
+            KILL_AT,
+            str(model),
+            str(tmp_path / "out"),
+            settings.model_dump_json(),
+            target,
+            share,
+        ]
+        assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
+        assert not (tmp_path / "out").exists()
+        assert (tmp_path / "out.partial").exists()
+    export(model, tmp_path / "out", settings, target=target, resume=True)
+    assert digest(tmp_path / "out") == digest(tmp_path / "whole")
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_self_sampled_text_is_kept_over_a_resume(tiny_models: Callable[[str], Path], tmp_path: Path) -> None:
+    model, settings = tiny_models("llama-gqa-tied"), PruneSettings(samples=4, seqlen=16)
+    export(model, tmp_path / "whole", settings)
+
+    def stop(stage: str, done: float, total: float) -> None:
+        if stage == "prune" and done / total > 0.5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        export(model, tmp_path / "out", settings, progress=stop)
+    stages: set[str] = set()
+    export(model, tmp_path / "out", settings, resume=True, progress=lambda stage, *_: stages.add(stage))
+    assert "sample calibration text" not in stages
+    assert digest(tmp_path / "out") == digest(tmp_path / "whole")
+
+
+def test_a_partial_export_is_only_resumed_under_the_same_settings(
+    tiny_models: Callable[[str], Path], text_file: Path, tmp_path: Path
+) -> None:
+    model, settings = tiny_models("llama-gqa-tied"), PruneSettings(calibration=str(text_file), samples=4, seqlen=16)
+
+    def stop(stage: str, done: float, total: float) -> None:
+        if stage == "prune" and done / total > 0.5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        export(model, tmp_path / "out", settings, progress=stop)
+    with pytest.raises(OutputError, match="interrupted here; continue it with --resume"):
+        export(model, tmp_path / "out", settings)
+    with pytest.raises(OutputError, match=r'was started with settings = .*"seed": 0.*now it is .*"seed": 1'):
+        export(model, tmp_path / "out", settings.model_copy(update={"seed": 1}), resume=True)
+    with pytest.raises(OutputError, match='started with target = "packed"'):
+        export(model, tmp_path / "out", settings, target="dense", resume=True)
+    changed = Path(shutil.copytree(model, tmp_path / "changed"))
+    data = bytearray((changed / "model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (changed / "model.safetensors").write_bytes(data)
+    with pytest.raises(OutputError, match="started with source"):
+        export(changed, tmp_path / "out", settings, resume=True)
+    export(model, tmp_path / "out", settings.model_copy(update={"seed": 1}), overwrite=True)
+    assert json.loads((tmp_path / "out" / "swiftprune.json").read_text())["settings"]["seed"] == 1
+
+
+def test_an_existing_output_is_left_alone(tiny_models: Callable[[str], Path], tmp_path: Path) -> None:
+    model, out = tiny_models("llama-gqa-tied"), tmp_path / "out"
+    out.mkdir()
+    (out / "precious.txt").write_text("mine")
+    with pytest.raises(OutputError, match="exists; give another --out, or --overwrite"):
+        export(model, out, PruneSettings(calibration="none"))
+    assert [path.name for path in out.iterdir()] == ["precious.txt"]
+    export(model, out, PruneSettings(calibration="none"), overwrite=True)
+    assert not (out / "precious.txt").exists()
+    assert (out / "config.json").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_ctrl_c_stops_with_130_and_resumes(text_file: Path, tmp_path: Path) -> None:
+    config = models.SUPPORTED["llama-gqa-tied"].__class__(
+        **models.SUPPORTED["llama-gqa-tied"].to_dict() | {"num_hidden_layers": 40, "layer_types": None}
+    )
+    model = models.write_model(tmp_path / "model", config)
+    out = tmp_path / "out"
+    command = [
+        EXPORT, str(model), "--out", str(out), "--calibration", str(text_file),
+        "--samples", "48", "--seqlen", "64",
+    ]  # fmt: skip
+    run = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    while run.poll() is None and not list((tmp_path / "out.partial").glob("*.done.json")):
+        time.sleep(0.005)
+    run.send_signal(signal.SIGINT)
+    _, stderr = run.communicate(timeout=60)
+    assert run.returncode == 130, stderr
+    assert "--resume" in stderr
+    assert "Traceback" not in stderr
+    assert not out.exists()
+    resumed = subprocess.run([*command, "--resume"], capture_output=True, text=True, check=False)
+    assert resumed.returncode == 0, resumed.stderr
+    assert (out / "config.json").exists()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 1 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if (
+        os.geteuid()
+        or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)], check=False).returncode
+    ):
+        pytest.skip("mounting a tmpfs needs root")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.fixture(scope="module")
+def wide_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    config = models.SUPPORTED["llama-gqa-tied"].__class__(
+        **models.SUPPORTED["llama-gqa-tied"].to_dict() | {"intermediate_size": 2048}
+    )
+    return models.write_model(tmp_path_factory.mktemp("wide") / "model", config)
+
+
+def test_a_disk_that_is_too_small_is_refused_at_the_start(wide_model: Path, small_disk: Path) -> None:
+    with pytest.raises(OutputError, match=r"needs 0\.00\d+ GB, the disk has 0\.00\d+ GB free"):
+        export(wide_model, small_disk / "out", PruneSettings(calibration="none"))
+
+
+def test_a_disk_that_fills_up_keeps_what_is_done(
+    wide_model: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Workspace, "check_space", lambda self, needed: None)
+    with pytest.raises(OutputError, match="the disk is full; finished blocks are kept, continue with --resume"):
+        export(wide_model, small_disk / "out", PruneSettings(calibration="none"))
+    assert not (small_disk / "out").exists()
+    kept = [path.name.removesuffix(".done.json") for path in (small_disk / "out.partial").glob("*.done.json")]
+    assert kept
+    subprocess.run(["mount", "-o", "remount,size=8m", str(small_disk)], check=True)
+    written = {name: (small_disk / "out.partial" / name).stat().st_mtime_ns for name in kept}
+    export(wide_model, small_disk / "out", PruneSettings(calibration="none"), resume=True)
+    assert {name: (small_disk / "out" / name).stat().st_mtime_ns for name in kept} == written  # not done again
+    export(wide_model, small_disk / "again", PruneSettings(calibration="none"))
+    assert digest(small_disk / "out") == digest(small_disk / "again")
+
+
+def test_files_can_be_read_by_others(tiny_models: Callable[[str], Path], tmp_path: Path) -> None:
+    """safetensors creates files only their owner can read, but the server often runs as another user."""
+    export(tiny_models("llama-gqa-tied"), tmp_path / "out", PruneSettings(calibration="none"))
+    current = os.umask(0)
+    os.umask(current)
+    for path in (tmp_path / "out").iterdir():
+        assert path.stat().st_mode & 0o777 == 0o666 & ~current, path.name

@@ -1,0 +1,73 @@
+"""A 3B-parameter checkpoint in bounded memory, through a kill."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from runtime_bench import synthetic
+
+EXPORT = str(Path(sys.executable).parent / "swiftprune-export")
+
+GIGABYTE = 1_000_000_000
+
+
+@pytest.fixture
+def big_disk(tmp_path: Path) -> Iterator[Path]:
+    """Removed afterwards: pytest would keep 13 GB of the last three runs."""
+    if shutil.disk_usage(tmp_path).free < 20 * GIGABYTE:
+        pytest.skip("needs 20 GB of disk")
+    yield tmp_path
+    shutil.rmtree(tmp_path)
+
+
+def start(model: Path, out: Path, *options: str) -> subprocess.Popen[bytes]:
+    command = [EXPORT, str(model), "--calibration", "none", "--out", str(out), *options]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL)
+
+
+def finish(process: subprocess.Popen[bytes]) -> int:
+    """Waits for success and returns the peak resident memory in bytes."""
+    _, status, usage = os.wait4(process.pid, 0)
+    assert os.waitstatus_to_exitcode(status) == 0
+    return usage.ru_maxrss * 1024
+
+
+def digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@pytest.mark.slow
+def test_3b_stays_under_3_gb_and_resumes_after_sigkill(big_disk: Path) -> None:
+    model = synthetic.write("llama-3.2-3b", big_disk / "model")
+    size = sum(path.stat().st_size for path in model.glob("*.safetensors"))
+    assert size > 6 * GIGABYTE
+
+    peak = finish(start(model, big_disk / "whole"))
+    assert GIGABYTE // 10 < peak < 3 * GIGABYTE
+
+    process = start(model, big_disk / "out")
+    partial = big_disk / "out.partial"
+    while process.poll() is None and len(list(partial.glob("*.done.json"))) < 10:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = len(list(partial.glob("*.done.json")))
+    assert 10 <= done < 29
+    assert not (big_disk / "out").exists()
+    assert finish(start(model, big_disk / "out", "--resume")) < 3 * GIGABYTE
+
+    names = sorted(path.name for path in (big_disk / "whole").iterdir())
+    assert names == sorted(path.name for path in (big_disk / "out").iterdir())
+    for name in names:
+        assert digest(big_disk / "whole" / name) == digest(big_disk / "out" / name), name

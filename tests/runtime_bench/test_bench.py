@@ -1,0 +1,142 @@
+"""Benchmarks: that they measure what they say and report all of it. No test asserts a time."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+from runtime_bench import cli, methods, pruning, synthetic
+from runtime_bench.demo_data import DemoData
+from runtime_bench.machine import this_machine
+from runtime_bench.measure import Timing, interleaved
+from swiftprune.errors import SettingsError
+from swiftprune.pruning.calibration_text import load_tokenizer, read_text, token_windows
+from swiftprune.pruning.evaluate import perplexity
+from tests import models
+
+
+@pytest.fixture
+def tiny_data(
+    tiny_models: Callable[[str], Path], text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> DemoData:
+    """The tiny Llama and text in the place of the demo model."""
+    data = DemoData(tmp_path)
+    shutil.copytree(tiny_models("llama-gqa-tied"), data.model)
+    data.calibration.write_text(read_text(text_file))
+    data.held_out.write_text(read_text(text_file)[:6000])
+    monkeypatch.setattr(methods, "SEQLEN", 128)
+    return data
+
+
+def test_contestants_take_turns() -> None:
+    order: list[str] = []
+    times = interleaved({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, rounds=3, warmup=2)
+    assert order == ["a", "b"] * 5
+    assert [len(timing.seconds) for timing in times.values()] == [3, 3]
+
+
+def test_timing_statistics() -> None:
+    timing = Timing(seconds=[4.0, 1.0, 2.0, 3.0, 100.0])
+    assert timing.median == 3.0
+    assert timing.spread == pytest.approx((52 - 1.5) / 2 / 3)
+
+
+def test_ratio_is_slow_over_fast() -> None:
+    row = pruning.Comparison(
+        name="x",
+        shape=None,
+        slow_name="s",
+        slow=Timing(seconds=[6.0]),
+        fast_name="f",
+        fast=Timing(seconds=[2.0]),
+        target=5,
+    )
+    assert row.ratio == 3.0
+
+
+def test_machine_facts() -> None:
+    machine = this_machine()
+    assert machine.packages["torch"] == torch.__version__
+    assert machine.threads == torch.get_num_threads()
+    assert "generic" in machine.isas
+
+
+def test_perplexity_against_transformers_own_loss(tiny_data: DemoData) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_data.model, dtype=torch.float32).eval()
+    windows = token_windows(read_text(tiny_data.held_out), load_tokenizer(tiny_data.model), 128, "text")[:3]
+    with torch.no_grad():
+        losses = [float(model(input_ids=window[None], labels=window[None]).loss) for window in windows]
+    assert perplexity(model, windows) == pytest.approx(float(torch.tensor(losses).mean().exp()), rel=1e-5)
+
+
+def test_method_table(tiny_data: DemoData) -> None:
+    table = methods.compare(tiny_data, ["magnitude", "wanda", "sparsegpt"], [0, 1], samples=4, seqlen=32)
+    assert [(row.method, row.seed) for row in table.rows] == [
+        (method, seed) for method in ("magnitude", "wanda", "sparsegpt") for seed in (0, 1)
+    ]
+    assert table.rows[0].perplexity == table.rows[1].perplexity  # no calibration, no seed
+    assert table.rows[2].perplexity != table.rows[3].perplexity
+    again = methods.compare(tiny_data, ["magnitude"], [0], samples=4, seqlen=32)
+    assert again.dense_perplexity == table.dense_perplexity  # the model was put back between methods
+    text = methods.markdown(table)
+    assert len(text.splitlines()) == 6
+    assert "| wanda |" in text
+
+
+def test_bench_commands_write_json(tiny_data: DemoData, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(pruning, "SHAPE", (64, 128))
+    monkeypatch.setattr(pruning, "ROUNDS", 4)
+    out = tmp_path / "results" / "prune.json"
+    run = CliRunner().invoke(cli.app, ["prune", "--folder", str(tmp_path), "--out", str(out)])
+    assert run.exit_code == 0, run.output
+    result = pruning.PruningBench.model_validate_json(out.read_text())
+    assert [row.target for row in result.comparisons] == [0.25, 0.25, 0.25, 5, 5, 12.29]
+    assert result.comparisons[-1].slow_name == "sparsegpt"
+    assert "memcpy" in run.output
+
+    out = tmp_path / "results" / "methods.json"
+    run = CliRunner().invoke(
+        cli.app,
+        [
+            "methods",
+            "--folder",
+            str(tmp_path),
+            "--method",
+            "wanda",
+            "--samples",
+            "2",
+            "--seqlen",
+            "32",
+            "--out",
+            str(out),
+        ],
+    )
+    assert run.exit_code == 0, run.output
+    assert json.loads(out.read_text())["rows"][0]["method"] == "wanda"
+
+
+def test_synthetic_checkpoints_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = models.SUPPORTED["llama-gqa-tied"].__class__(
+        **models.SUPPORTED["llama-gqa-tied"].to_dict() | {"vocab_size": 1000}
+    )
+    monkeypatch.setitem(synthetic.SHAPES, "tiny", config)
+    monkeypatch.setattr(synthetic, "_POOL", 1000)  # smaller than the tensors: the pool is walked round and round
+    folder = synthetic.write("tiny", tmp_path / "model", shard_bytes=50_000)
+    assert len(list(folder.glob("*.safetensors"))) > 3
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert model.dtype == torch.bfloat16
+    assert float(model.get_submodule("model.layers.1.mlp.up_proj").weight.float().std()) == pytest.approx(0.02, rel=0.1)
+    other = synthetic.write("tiny", tmp_path / "again", shard_bytes=50_000)
+    assert all((other / path.name).read_bytes() == path.read_bytes() for path in folder.glob("*.safetensors"))
+
+
+def test_a_mistyped_pattern_is_answered(tiny_data: DemoData) -> None:
+    with pytest.raises(SettingsError, match="--format"):
+        methods.compare(tiny_data, ["wanda"], [0], samples=1, seqlen=8, pattern="nonsense")
