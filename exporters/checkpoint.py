@@ -12,7 +12,6 @@ from typing import Any, Literal
 import torch
 from pydantic import BaseModel
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from exporters import torch_sparse
 from exporters.workspace import Workspace
@@ -23,6 +22,7 @@ from swiftprune.pruning.evaluate import perplexity
 from swiftprune.pruning.pipeline import DTYPES, LayerResult, Pipeline, PrunedBlock, PruneSettings
 from swiftprune.pruning.progress import Progress, silent
 from swiftprune.pruning.targets import Block
+from swiftprune.pruning.whole_model import load_whole_model
 from swiftprune.sparse24 import format as format24
 from swiftprune.sparse24.format import METADATA_SUFFIX, Packed24
 
@@ -32,8 +32,6 @@ EVALUATION_SEQLEN = 2048
 _OUTSIDE_SHARD_BYTES = 512 << 20
 _COPIED_SUFFIXES = {".json", ".jinja", ".model", ".txt", ".tiktoken"}
 _COPIED_NAMES = {"LICENSE", "NOTICE", "LICENSE.md", "USE_POLICY.md"}
-# Up to this size a model is evaluated in fp32, which is faster than bf16 on CPUs without bf16 matrix units.
-_FP32_EVALUATION_PARAMETERS = 1_000_000_000
 
 
 class ExportReport(BaseModel):
@@ -111,7 +109,7 @@ def _state(checkpoint: Checkpoint, settings: PruneSettings, target: Target, prog
     return {
         "settings": settings.model_dump(),
         "target": target,
-        "source": {"name": checkpoint.folder.resolve().name, "sha256": checkpoint.fingerprint(progress)},
+        "source": {"name": checkpoint.name, "sha256": checkpoint.fingerprint(progress)},
         "versions": {name: importlib.metadata.version(name) for name in packages},
     }
 
@@ -293,14 +291,15 @@ def _evaluate(
     import swiftprune.serve.transformers  # noqa: F401 - registers the packed format
 
     windows = token_windows(text, load_tokenizer(checkpoint.folder), EVALUATION_SEQLEN, source)
-    before = perplexity(_load(checkpoint.folder, checkpoint), windows, stage="evaluate dense", progress=progress)
+    before = perplexity(
+        load_whole_model(checkpoint.folder, checkpoint.parameter_count),
+        windows,
+        stage="evaluate dense",
+        progress=progress,
+    )
     config = json.loads((out / "config.json").read_text())
     if config.get("quantization_config", {}).get("format") == torch_sparse.FORMAT:
         return before, None  # needs a CUDA device
-    return before, perplexity(_load(out, checkpoint), windows, stage="evaluate pruned", progress=progress)
-
-
-def _load(folder: Path, source: Checkpoint) -> Any:
-    parameters = sum(torch.Size(entry.shape).numel() for entry in source.tensors.values())
-    dtype: Any = torch.float32 if parameters <= _FP32_EVALUATION_PARAMETERS else "auto"
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+    return before, perplexity(
+        load_whole_model(out, checkpoint.parameter_count), windows, stage="evaluate pruned", progress=progress
+    )

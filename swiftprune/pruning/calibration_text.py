@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, StoppingCriteria, StoppingCriteriaList
+from transformers import AutoTokenizer, StoppingCriteria, StoppingCriteriaList
 
 from swiftprune.errors import CheckpointError, SettingsError, TextError
+from swiftprune.pruning.checkpoint import Checkpoint
 from swiftprune.pruning.progress import Progress
+from swiftprune.pruning.whole_model import load_whole_model
 
 logger = logging.getLogger(__name__)
 
@@ -19,7 +21,7 @@ _SELF_BATCH = 32
 
 
 def calibration_tokens(
-    source: str, model_folder: Path, *, samples: int, seqlen: int, seed: int, progress: Progress
+    source: str, checkpoint: Checkpoint, *, samples: int, seqlen: int, seed: int, progress: Progress
 ) -> Tensor:
     """(samples, seqlen) int64 token ids from `source`: `self`, a text file, or a data set id.
 
@@ -27,10 +29,10 @@ def calibration_tokens(
     text that has fewer windows gives what it has, with a warning. Raises TextError when it has none.
     """
     if source == "self":
-        return self_sampled(model_folder, samples=samples, seqlen=seqlen, seed=seed, progress=progress)
+        return self_sampled(checkpoint, samples=samples, seqlen=seqlen, seed=seed, progress=progress)
     path = Path(source)
     text = read_text(path) if path.is_file() else _dataset_text(source, needed=samples * seqlen * 8)
-    windows = token_windows(text, load_tokenizer(model_folder), seqlen, source)
+    windows = token_windows(text, load_tokenizer(checkpoint.folder), seqlen, source)
     if len(windows) < samples:
         logger.warning("%s gives %d windows of %d tokens, not the %d asked for", source, len(windows), seqlen, samples)
     generator = torch.Generator().manual_seed(seed)
@@ -96,13 +98,13 @@ def _dataset_text(source: str, needed: int) -> str:
     return text
 
 
-def self_sampled(model_folder: Path, *, samples: int, seqlen: int, seed: int, progress: Progress) -> Tensor:
+def self_sampled(checkpoint: Checkpoint, *, samples: int, seqlen: int, seed: int, progress: Progress) -> Tensor:
     """Text that the dense model itself samples (temperature 1, from its start token): no data set is needed.
 
-    Deterministic for a seed on one machine. Loads the whole model in its own dtype.
+    Deterministic for a seed on one machine. Needs memory for the whole model.
     """
-    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
-    tokenizer = load_tokenizer(model_folder)
+    model = load_whole_model(checkpoint.folder, checkpoint.parameter_count)
+    tokenizer = load_tokenizer(checkpoint.folder)
     start = next(
         (
             token

@@ -44,8 +44,10 @@ class Checkpoint:
     Raises CheckpointError naming the file when something is missing, damaged, or not a safetensors checkpoint.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, name: str | None = None) -> None:
         self.folder = folder
+        self.name = name or folder.resolve().name
+        """The hub id, or the name of the folder."""
         self.config: dict[str, Any] = _read_json(folder / "config.json")
         self.tensors: dict[str, TensorEntry] = _read_headers(folder)
 
@@ -60,7 +62,7 @@ class Checkpoint:
         name = str(model)
         if name.count("/") != 1 or name.startswith((".", "/", "~")):
             raise CheckpointError(f"{model}: no such folder, and not a hub id of the form owner/name")
-        return cls(_download(name))
+        return cls(_download(name), name)
 
     def refuse_quantized(self) -> None:
         """Raises CheckpointError for a checkpoint whose weights are quantized or packed already."""
@@ -78,6 +80,10 @@ class Checkpoint:
     def nbytes(self) -> int:
         """Bytes of all tensors."""
         return sum(entry.nbytes for entry in self.tensors.values())
+
+    @property
+    def parameter_count(self) -> int:
+        return sum(torch.Size(entry.shape).numel() for entry in self.tensors.values())
 
     def fingerprint(self, progress: Progress = silent) -> dict[str, str]:
         """Shard name -> SHA-256 of its bytes, in hex. Reads every shard once."""

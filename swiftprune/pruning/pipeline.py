@@ -134,7 +134,7 @@ class Pipeline:
             with self.clock("calibration text"):
                 s = self.settings
                 self.tokens = calibration_tokens(
-                    s.calibration, self.checkpoint.folder,
+                    s.calibration, self.checkpoint,
                     samples=s.samples, seqlen=s.seqlen, seed=s.seed, progress=self._progress,
                 )  # fmt: skip
         return self.tokens

@@ -83,7 +83,7 @@ def test_pipeline_equals_a_naive_run_of_the_whole_model(
 ) -> None:  # fmt: skip
     folder = models.write_model(tmp_path / "model", models.SUPPORTED[name], torch.float32)
     settings = PruneSettings(method=method, calibration=str(text_file), samples=6, seqlen=48, seed=4)
-    tokens = calibration_tokens(str(text_file), folder, samples=6, seqlen=48, seed=4, progress=silent)
+    tokens = calibration_tokens(str(text_file), Checkpoint(folder), samples=6, seqlen=48, seed=4, progress=silent)
     reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     naive_prune(reference, BLOCK_LISTS.get(name, "model.layers"), tokens, naive)
     expected = reference.state_dict()
@@ -151,7 +151,7 @@ def test_output_error_is_the_error_of_the_output(tiny_models: Callable[[str], Pa
     settings = PruneSettings(method="magnitude", calibration=str(text_file), samples=4, seqlen=64)
     assert next(prune(folder, settings)).results[0].output_error is None  # data-free methods run without calibration
     done = next(prune(folder, settings.model_copy(update={"method": "wanda"})))
-    tokens = calibration_tokens(str(text_file), folder, samples=4, seqlen=64, seed=0, progress=silent)
+    tokens = calibration_tokens(str(text_file), Checkpoint(folder), samples=4, seqlen=64, seed=0, progress=silent)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     inputs: list[Tensor] = []
     linear = model.get_submodule(done.results[-1].name)
