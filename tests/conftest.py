@@ -6,12 +6,16 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import hypothesis
 import pytest
 from transformers.utils import logging
 
 from tests import models
 
 logging.disable_progress_bar()
+# No deadline for an example: a busy machine is no failure.
+hypothesis.settings.register_profile("swiftprune", deadline=None)
+hypothesis.settings.load_profile("swiftprune")
 
 
 @pytest.fixture(scope="session")
