@@ -96,7 +96,7 @@ class Checkpoint:
         return hashes
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """The named tensors, copied out of the file so that nothing of it stays mapped."""
+        """The named tensors, as read-only views of the mapped file: their pages go when the tensors go."""
         by_shard: dict[str, list[str]] = {}
         for name in names:
             by_shard.setdefault(self.tensors[name].shard, []).append(name)
@@ -104,7 +104,7 @@ class Checkpoint:
         for shard, members in by_shard.items():
             with _open_shard(self.folder / shard) as file:
                 for name in members:
-                    tensors[name] = file.get_tensor(name).clone()
+                    tensors[name] = file.get_tensor(name)
         return tensors
 
 

@@ -84,15 +84,14 @@ def contribution_group(weight: Tensor, stats: InputStats, group: int) -> ScoreFa
     return ScoreFactors(_obs_factor(energy, competing).sqrt())
 
 
-def contribution_energy(weight: Tensor, stats: InputStats, group: int) -> ScoreFactors:
-    """w^2 x_k^2 / (1 - x_k^2 / (lambda + S)), S over the group: Wanda's saliency times the OBS factor.
+def contribution_share(weight: Tensor, stats: InputStats, group: int) -> ScoreFactors:
+    """L = w^2 (x_k^2 / S)^(1/2), S over the group: the share of its group's input energy that the weight's channel has.
 
-    The loss of dropping w alone is w^2 x_k^2; the factor says how little the rest of the group could make up for it.
-    A heuristic product of the two, kept because it measures better than either form above.
+    Not in the paper. The exponent 1/2 is that of RIA, whose activation factor this is; with exponent 1 it is Wanda, with
+    0 magnitude. S is the same for all that compete, so the order is that of |w| ||x_k||^0.5. It is the default because
+    it measures best of the forms here that change no weights (README, docs/lab-notes.md).
     """
-    energy = _sq_sum(stats)
-    competing = energy.view(-1, group).sum(1, keepdim=True).expand(-1, group).flatten()
-    return ScoreFactors((energy * _obs_factor(energy, competing)).sqrt())
+    return ScoreFactors(_sq_sum(stats).sqrt().sqrt())
 
 
 def contribution_data_free(weight: Tensor, stats: InputStats, group: int) -> ScoreFactors:
@@ -129,7 +128,9 @@ class Method:
 
 
 METHODS: dict[str, Method] = {
-    "swiftprune": Method("contribution metric, measured best of its forms", "input_sq_sum", contribution_energy),
+    "swiftprune": Method(
+        "contribution metric by share of input energy, best measured", "input_sq_sum", contribution_share
+    ),
     "swiftprune-group": Method("contribution metric, OBS form, S over the group", "input_sq_sum", contribution_group),
     "swiftprune-obs": Method("contribution metric, OBS form, S over all inputs", "input_sq_sum", contribution_obs),
     "swiftprune-numerator": Method("contribution metric as the paper's reviews state it", "input_sq_sum", contribution),

@@ -49,8 +49,10 @@ def obs_group(w: Tensor, x: Tensor, n: int, k: int) -> float:
     return float(w[n, k] ** 2 / 2 / inverse_hessian_diagonal(energy, energy.sum(), k - first) / energy.sum())
 
 
-def energy_group(w: Tensor, x: Tensor, n: int, k: int) -> float:
-    return obs_group(w, x, n, k) * float(x[:, k].square().sum())
+def share(w: Tensor, x: Tensor, n: int, k: int) -> float:
+    first = k // GROUP * GROUP
+    energy = x[:, first : first + GROUP].square().sum(0)
+    return float(w[n, k] ** 2 * (energy[k - first] / energy.sum()) ** 0.5)
 
 
 def data_free(w: Tensor, x: Tensor, n: int, k: int) -> float:
@@ -64,7 +66,7 @@ FORMULAS: dict[str, Callable[[Tensor, Tensor, int, int], float]] = {
     "swiftprune-numerator": numerator,
     "swiftprune-obs": obs,
     "swiftprune-group": obs_group,
-    "swiftprune": energy_group,
+    "swiftprune": share,
     "swiftprune-data-free": data_free,
 }
 
