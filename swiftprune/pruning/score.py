@@ -87,9 +87,9 @@ def contribution_group(weight: Tensor, stats: InputStats, group: int) -> ScoreFa
 def contribution_share(weight: Tensor, stats: InputStats, group: int) -> ScoreFactors:
     """L = w^2 (x_k^2 / S)^(1/2), S over the group: the channel's share of its group's input energy.
 
-    Not in the paper. The exponent 1/2 is that of RIA, whose activation factor this is; with exponent 1 it is Wanda, with
-    0 magnitude. S is the same for all that compete, so the order is that of |w| ||x_k||^0.5. It is the default because
-    it measures best of the forms here that change no weights (README, docs/lab-notes.md).
+    Not in the paper. The exponent 1/2 is that of RIA, whose activation factor this is; with exponent 1 it is Wanda,
+    with 0 magnitude. S is the same for all that compete, so the order is that of |w| ||x_k||^0.5. It is the default
+    because it measures best of the forms here that change no weights (README, docs/lab-notes.md).
     """
     return ScoreFactors(_sq_sum(stats).sqrt().sqrt())
 

@@ -165,6 +165,21 @@ def test_hub_id_that_cannot_be_read(monkeypatch: pytest.MonkeyPatch, tmp_path: P
         Checkpoint.open("nobody/nothing")
 
 
+def test_hub_id_in_the_cache(monkeypatch: pytest.MonkeyPatch, tiny_copy: Path, tmp_path: Path) -> None:
+    """The layout that huggingface_hub keeps: found offline, and named by its id."""
+    repository = tmp_path / "cache" / "models--owner--tiny"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("0" * 40)
+    (repository / "snapshots").mkdir()
+    tiny_copy.rename(repository / "snapshots" / ("0" * 40))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    checkpoint = Checkpoint.open("owner/tiny")
+    assert checkpoint.name == "owner/tiny"
+    assert len(Pipeline(checkpoint, SETTINGS).targets.blocks) == 3
+
+
 def test_nothing_left_to_prune(tiny_copy: Path) -> None:
     with pytest.raises(SettingsError, match="nothing to prune"):
         Pipeline(Checkpoint.open(tiny_copy), PruneSettings(calibration="none", ignore="."))
