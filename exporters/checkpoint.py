@@ -17,7 +17,7 @@ from exporters import torch_sparse
 from exporters.workspace import Workspace
 from swiftprune.errors import SettingsError
 from swiftprune.pruning.calibration_text import load_tokenizer, read_text, token_windows
-from swiftprune.pruning.checkpoint import INDEX_NAME, Checkpoint
+from swiftprune.pruning.checkpoint import INDEX_NAME, Checkpoint, TensorEntry, shard_entries
 from swiftprune.pruning.evaluate import perplexity
 from swiftprune.pruning.pipeline import DTYPES, LayerResult, Pipeline, PrunedBlock, PruneSettings
 from swiftprune.pruning.progress import Progress, silent
@@ -69,8 +69,8 @@ def export(
     """
     settings = (settings or PruneSettings()).resolved()
     _check_target(settings, target)
-    windows_text = read_text(Path(evaluate)) if evaluate else None
     checkpoint = Checkpoint.open(model)
+    windows = _evaluation_windows(checkpoint, Path(evaluate)) if evaluate else None
     pipeline = Pipeline(checkpoint, settings, progress=progress)
     workspace = Workspace(Path(out), resume=resume, overwrite=overwrite)
     with pipeline.clock("hash source"):
@@ -88,9 +88,9 @@ def export(
     with pipeline.clock("write"):
         writer.write_outside()
         report = writer.finish(state)
-    if windows_text is not None:
+    if windows is not None:
         with pipeline.clock("evaluate"):
-            before, after = _evaluate(checkpoint, Path(out), windows_text, str(evaluate), progress)
+            before, after = _evaluate(checkpoint, Path(out), windows, progress)
         report = report.model_copy(update={"perplexity_before": before, "perplexity_after": after})
     return report.model_copy(update={"seconds": dict(pipeline.clock.seconds)})
 
@@ -186,7 +186,7 @@ class _ShardWriter:
 
     def write_block(self, done: PrunedBlock) -> None:
         names = [name for name in done.block.tensors if name not in done.weights]
-        tensors = {name: self._cast(tensor) for name, tensor in self._checkpoint.read(names).items()}
+        tensors = self._unpruned(names)
         for name, weight in done.weights.items():
             tensors.update(self._store(name, weight))
         for result in done.results:
@@ -207,23 +207,34 @@ class _ShardWriter:
         values, metadata = torch_sparse.to_cutlass(weight, name)
         return {name: values, name + METADATA_SUFFIX: metadata}
 
-    def _cast(self, tensor: Tensor) -> Tensor:
-        dtype = self._pipeline.settings.dtype
-        return tensor.to(DTYPES[dtype]) if dtype and tensor.is_floating_point() else tensor
+    def _unpruned(self, names: list[str]) -> dict[str, Tensor]:
+        """Tensors of the source, in the type that is written. Raises SettingsError where that cannot hold them."""
+        tensors = self._checkpoint.read(names)
+        if dtype := self._pipeline.settings.dtype:
+            for name, tensor in tensors.items():
+                if tensor.is_floating_point():
+                    tensors[name] = tensor.to(DTYPES[dtype])
+                    if not torch.isfinite(tensors[name]).all() and torch.isfinite(tensor).all():
+                        largest = float(tensor.abs().max())
+                        raise SettingsError(f"--dtype {dtype}: {name} holds {largest:g}, which does not fit")
+        return tensors
 
     def write_outside(self) -> None:
         for index, names in enumerate(self._outside, start=len(self._blocks)):
             shard = self._shard_name(index)
             if self._workspace.done(shard) is None:
-                tensors = {name: self._cast(tensor) for name, tensor in self._checkpoint.read(names).items()}
-                self._workspace.write_shard(shard, tensors, [])
+                self._workspace.write_shard(shard, self._unpruned(names), [])
 
     def finish(self, state: dict[str, Any]) -> ExportReport:
         """Writes index, config and manifest, copies the tokenizer, and puts the output in its place."""
         workspace, checkpoint = self._workspace, self._checkpoint
         shards = [self._shard_name(index) for index in range(len(self._blocks) + len(self._outside))]
         layers = [LayerResult(**result) for shard in shards for result in workspace.done(shard) or []]
-        weight_map, total = _index(workspace.folder, shards)
+        stored: dict[str, TensorEntry] = {}
+        for shard in shards:
+            stored.update(shard_entries(workspace.folder / shard))
+        total = sum(entry.nbytes for entry in stored.values())
+        weight_map = {name: entry.shard for name, entry in stored.items()}
         workspace.write_json(INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map})
         workspace.write_json("config.json", self._config())
         for path in sorted(checkpoint.folder.iterdir()):
@@ -242,7 +253,6 @@ class _ShardWriter:
         linear_before = sum(
             checkpoint.tensors[linear.tensor].nbytes for block in self._blocks for linear in block.linears
         )
-        stored = Checkpoint(workspace.folder).tensors
         linear_after = sum(
             stored[name].nbytes
             for block in self._blocks for linear in block.linears
@@ -271,35 +281,20 @@ class _ShardWriter:
         return config
 
 
-def _index(folder: Path, shards: list[str]) -> tuple[dict[str, str], int]:
-    """Tensor name -> shard over all `shards`, and the bytes of all tensors."""
-    from safetensors import safe_open
-
-    weight_map = {}
-    for shard in shards:
-        with safe_open(folder / shard, framework="pt") as file:
-            weight_map.update(dict.fromkeys(sorted(file.keys()), shard))
-    total = sum((folder / shard).stat().st_size for shard in shards)
-    return weight_map, total
+def _evaluation_windows(checkpoint: Checkpoint, path: Path) -> Tensor:
+    return token_windows(read_text(path), load_tokenizer(checkpoint.folder), EVALUATION_SEQLEN, str(path))
 
 
-def _evaluate(
-    checkpoint: Checkpoint, out: Path, text: str, source: str, progress: Progress
-) -> tuple[float, float | None]:
+def _evaluate(checkpoint: Checkpoint, out: Path, windows: Tensor, progress: Progress) -> tuple[float, float | None]:
     """Perplexity of the source and of the output, each loaded as a user would load it."""
-
     import swiftprune.serve.transformers  # noqa: F401 - registers the packed format
 
-    windows = token_windows(text, load_tokenizer(checkpoint.folder), EVALUATION_SEQLEN, source)
-    before = perplexity(
-        load_whole_model(checkpoint.folder, checkpoint.parameter_count),
-        windows,
-        stage="evaluate dense",
-        progress=progress,
-    )
+    def measure(folder: Path, stage: str) -> float:
+        model = load_whole_model(folder, checkpoint.parameter_count)
+        return perplexity(model, windows, stage=stage, progress=progress)
+
+    before = measure(checkpoint.folder, "evaluate dense")
     config = json.loads((out / "config.json").read_text())
     if config.get("quantization_config", {}).get("format") == torch_sparse.FORMAT:
         return before, None  # needs a CUDA device
-    return before, perplexity(
-        load_whole_model(out, checkpoint.parameter_count), windows, stage="evaluate pruned", progress=progress
-    )
+    return before, measure(out, "evaluate pruned")

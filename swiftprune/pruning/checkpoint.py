@@ -152,16 +152,23 @@ def _read_headers(folder: Path) -> dict[str, TensorEntry]:
             raise CheckpointError(f"{index_path}: names the shard {shard!r}, which is not a plain file name")
         if not (folder / shard).exists():
             raise CheckpointError(f"{folder / shard}: missing, though {INDEX_NAME} names it; download it again")
-        with _open_shard(folder / shard) as file:
-            for name in file.keys():  # noqa: SIM118 - not a dict
-                view = file.get_slice(name)
-                shape, dtype = tuple(view.get_shape()), view.get_dtype()
-                tensors[name] = TensorEntry(shard, shape, dtype, _nbytes(shape, dtype))
+        tensors.update(shard_entries(folder / shard))
     if weight_map is not None:
         for name, shard in weight_map.items():
             if name not in tensors or tensors[name].shard != shard:
                 raise CheckpointError(f"{index_path}: places {name} in {shard}, which does not hold it")
     return tensors
+
+
+def shard_entries(path: Path) -> dict[str, TensorEntry]:
+    """What the header of one safetensors file lists, by tensor name in order."""
+    entries = {}
+    with _open_shard(path) as file:
+        for name in sorted(file.keys()):
+            view = file.get_slice(name)
+            shape, dtype = tuple(view.get_shape()), view.get_dtype()
+            entries[name] = TensorEntry(path.name, shape, dtype, _nbytes(shape, dtype))
+    return entries
 
 
 def _nbytes(shape: tuple[int, ...], dtype_name: str) -> int:

@@ -14,7 +14,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from swiftprune.errors import FormatError, SettingsError
+from swiftprune.errors import CheckpointError, FormatError, SettingsError
 from swiftprune.pruning.calibrate import BlockRunner
 from swiftprune.pruning.calibration_text import calibration_tokens
 from swiftprune.pruning.checkpoint import Checkpoint
@@ -181,6 +181,7 @@ class Pipeline:
         if runner:
             with self.clock("calibrate"):
                 stats = runner.collect(block, self.method.needs, tick)
+                _check_inputs(stats, block, self.checkpoint)
         with self.clock("read"):
             dense = self.checkpoint.read(linear.tensor for linear in block.linears)
         weights: dict[str, PrunedWeight] = {}
@@ -198,7 +199,7 @@ class Pipeline:
     def _prune_linear(self, linear: Linear, weight: Tensor, stats: InputStats | None) -> tuple[PrunedWeight, float]:
         stats = stats or InputStats(token_count=0)
         if self.settings.dtype:
-            weight = weight.to(DTYPES[self.settings.dtype])
+            weight = weight.to(DTYPES[self.settings.dtype])  # one that does not fit becomes infinite and is refused
         start = time.perf_counter()
         pruned: PrunedWeight
         if self.method.factors is None:
@@ -254,9 +255,22 @@ def _dense(weight: PrunedWeight, name: str) -> Tensor:
 def _check_finite(weight: Tensor, name: str) -> None:
     finite = torch.isfinite(weight)
     if not finite.all():
-        row, column = (~finite).nonzero()[0].tolist()
-        raise FormatError(
-            f"{name}: weight ({row}, {column}) is {weight[row, column].item()}; NaN and infinities cannot be pruned"
+        index = tuple((~finite).nonzero()[0].tolist())
+        raise FormatError(f"{name}: weight {index} is {weight[index].item()}; NaN and infinities cannot be pruned")
+
+
+def _check_inputs(stats: dict[str, InputStats], block: Block, checkpoint: Checkpoint) -> None:
+    """Scores of NaN would order nothing: better to stop, and to name the weight behind it."""
+    for name, layer in stats.items():
+        seen = layer.gram.diagonal() if layer.gram is not None else layer.input_sq_sum
+        if seen is None or torch.isfinite(seen).all():
+            continue
+        for tensor_name, tensor in checkpoint.read(block.tensors).items():
+            _check_finite(tensor, tensor_name)
+        channel = int((~torch.isfinite(seen)).nonzero()[0])
+        raise CheckpointError(
+            f"{checkpoint.folder}: input channel {channel} of {name} is not finite on the calibration text, though the "
+            "weights of its block are; look for NaN or infinities in the embedding"
         )
 
 

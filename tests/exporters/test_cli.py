@@ -80,6 +80,7 @@ def test_json_is_all_there_is_on_stdout(tiny_models: Callable[[str], Path], text
         (["--target", "onnxx"], 2, "--target"),
         (["--ignore", "("], 2, "not a regular expression"),
         (["--evaluate", "missing.txt"], 4, "missing.txt: no such file"),
+        (["--evaluate", "{short}"], 4, "fewer than one window of 2048"),
         (["--calibration", "{empty}"], 4, "is empty"),
     ],
 )
@@ -88,7 +89,9 @@ def test_mistakes_are_answered(
 ) -> None:
     empty = tmp_path / "empty.txt"
     empty.touch()
-    arguments = [argument.format(empty=empty) for argument in arguments]
+    short = tmp_path / "short.txt"
+    short.write_text("Too short to evaluate on.")
+    arguments = [argument.format(empty=empty, short=short) for argument in arguments]
     if "--calibration" not in arguments and "--method" not in arguments:
         arguments += ["--calibration", "none"]
     run = command(tiny_models("llama-gqa-tied"), "--out", tmp_path / "out", *arguments)

@@ -169,6 +169,16 @@ def test_dtype_is_what_is_written(dtype: str, tiny_models: Callable[[str], Path]
     assert generate(tmp_path / "packed", torch_dtype) == generate(tmp_path / "dense", torch_dtype)
 
 
+def test_weights_that_do_not_fit_the_dtype_are_refused(tiny_copy: Path, tmp_path: Path) -> None:
+    for tensor, error in (("model.norm.weight", SettingsError), ("model.layers.1.mlp.up_proj.weight", FormatError)):
+        model = AutoModelForCausalLM.from_pretrained(tiny_copy)
+        model.get_parameter(tensor).data[3] = 1e6
+        model.save_pretrained(tmp_path / "large")
+        settings = PruneSettings(calibration="none", dtype="float16")
+        with pytest.raises(error, match=tensor):
+            export(tmp_path / "large", tmp_path / "out", settings, overwrite=True)
+
+
 def test_ignored_linears_stay_as_they_are(tiny_models: Callable[[str], Path], tmp_path: Path) -> None:
     source = tiny_models("llama-gqa-tied")
     settings = PruneSettings(calibration="none", ignore=r"lm_head|embed|layers\.0\.|down_proj")

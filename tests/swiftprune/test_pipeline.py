@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from swiftprune.errors import FormatError, SettingsError
+from swiftprune.errors import CheckpointError, FormatError, SettingsError
 from swiftprune.pruning.calibration_text import calibration_tokens
 from swiftprune.pruning.checkpoint import Checkpoint
 from swiftprune.pruning.mask import Pattern
@@ -183,4 +183,29 @@ def test_weights_that_are_not_finite_stop_the_run(method: str, bad: float, text_
     model.save_pretrained(folder)
     settings = PruneSettings(method=method, calibration=str(text_file), samples=2, seqlen=16)
     with pytest.raises(FormatError, match=r"model\.layers\.2\.mlp\.up_proj\.weight"):
+        list(prune(folder, settings))
+
+
+@pytest.mark.parametrize("method", ["swiftprune", "sparsegpt"])
+@pytest.mark.parametrize(
+    ("tensor", "error", "message"),
+    [
+        ("model.embed_tokens.weight", CheckpointError, r"input channel \d+ of model\.layers\.0\..* look .* embedding"),
+        (
+            "model.layers.1.input_layernorm.weight",
+            FormatError,
+            r"model\.layers\.1\.input_layernorm\.weight: weight \(5,\)",
+        ),
+    ],
+)
+def test_inputs_that_are_not_finite_stop_the_run(
+    method: str, tensor: str, error: type[Exception], message: str, text_file: Path, tmp_path: Path
+) -> None:
+    """Such scores would order nothing, and the mask would be anything."""
+    folder = models.write_model(tmp_path / "model", models.SUPPORTED["llama-gqa-tied"])
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.get_parameter(tensor).data[..., 5] = float("nan")
+    model.save_pretrained(folder)
+    settings = PruneSettings(method=method, calibration=str(text_file), samples=2, seqlen=16)
+    with pytest.raises(error, match=message):
         list(prune(folder, settings))
