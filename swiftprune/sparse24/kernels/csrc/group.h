@@ -86,6 +86,16 @@ inline float score_of(float w, float column, const float* cross, const float* ro
   return v;
 }
 
+// Stores group g of a row: `kept` is the set of its non-zero kept positions, at most two of them.
+template <class Bits>
+void store_group(const Bits* group, unsigned kept, int64_t g, Bits* values, uint8_t* metadata) {
+  const uint8_t nibble = kNibble[kept];
+  const int positions[kKept] = {nibble & 3, nibble >> 2};
+  for (int j = 0; j < kKept; ++j) values[g * kKept + j] = kept >> positions[j] & 1u ? group[positions[j]] : Bits{0};
+  uint8_t& byte = metadata[g / 2];
+  byte = g % 2 ? static_cast<uint8_t>(byte | nibble << 4) : nibble;
+}
+
 // The scalar twin of every SIMD kernel: groups [first, last) of one row.
 template <class T>
 Status prune_pack_groups(const typename T::Bits* weight, int64_t row_index, int64_t cols, const Factors& f,
@@ -105,12 +115,7 @@ Status prune_pack_groups(const typename T::Bits* weight, int64_t row_index, int6
       for (int j = 0; j < kGroup; ++j) wins += j != i && (score[i] > score[j] || (score[i] == score[j] && i < j));
       if (wins >= kKept && (weight[k + i] & kMagnitudeMask<T>)) kept |= 1u << i;
     }
-    const uint8_t nibble = kNibble[kept];
-    const int positions[kKept] = {nibble & 3, nibble >> 2};
-    for (int j = 0; j < kKept; ++j)
-      values[g * kKept + j] = kept >> positions[j] & 1u ? weight[k + positions[j]] : typename T::Bits{0};
-    uint8_t& byte = metadata[g / 2];
-    byte = g % 2 ? static_cast<uint8_t>(byte | nibble << 4) : nibble;
+    store_group(weight + k, kept, g, values, metadata);
   }
   return {};
 }
@@ -125,13 +130,8 @@ Status pack_groups(const typename T::Bits* weight, int64_t row_index, int64_t co
       if (!std::isfinite(T::to_float(weight[k + i]))) return {Fault::kNotFinite, row_index * (cols / kGroup) + g};
       if (weight[k + i] & kMagnitudeMask<T>) kept |= 1u << i;
     }
-    const uint8_t nibble = kNibble[kept];
-    if (!nibble) return {Fault::kTooManyNonZeros, row_index * (cols / kGroup) + g};
-    const int positions[kKept] = {nibble & 3, nibble >> 2};
-    for (int j = 0; j < kKept; ++j)
-      values[g * kKept + j] = kept >> positions[j] & 1u ? weight[k + positions[j]] : typename T::Bits{0};
-    uint8_t& byte = metadata[g / 2];
-    byte = g % 2 ? static_cast<uint8_t>(byte | nibble << 4) : nibble;
+    if (!kNibble[kept]) return {Fault::kTooManyNonZeros, row_index * (cols / kGroup) + g};
+    store_group(weight + k, kept, g, values, metadata);
   }
   return {};
 }

@@ -53,22 +53,14 @@ inline __m512 widen(__m256i raw, BFloat16) {
 }
 inline __m512 widen(__m256i raw, Float16) { return _mm512_cvtph_ps(raw); }
 
-// From the set of kept non-zero positions to what is stored; four bytes, eight groups.
-inline uint32_t stored_of(uint32_t kept, uint8_t* metadata) {
+// From the set of kept non-zero positions of `kWeights` weights: their metadata, and the set that is stored.
+template <int64_t kWeights>
+uint32_t stored_of(uint32_t kept, uint8_t* metadata) {
   uint32_t stored = 0;
-  for (int i = 0; i < 4; ++i) {
+  for (int i = 0; i < kWeights / 8; ++i) {
     const uint8_t set = static_cast<uint8_t>(kept >> (8 * i));
     metadata[i] = kPairs.metadata[set];
     stored |= static_cast<uint32_t>(kPairs.stored[set]) << (8 * i);
-  }
-  return stored;
-}
-inline uint16_t stored_of(uint16_t kept, uint8_t* metadata) {
-  uint16_t stored = 0;
-  for (int i = 0; i < 2; ++i) {
-    const uint8_t set = static_cast<uint8_t>(kept >> (8 * i));
-    metadata[i] = kPairs.metadata[set];
-    stored |= static_cast<uint16_t>(kPairs.stored[set] << (8 * i));
   }
   return stored;
 }
@@ -80,10 +72,12 @@ inline bool at_most_two(uint32_t set) {
   return ((counts + 0x55555555u) & 0x88888888u) == 0;  // 3 + 5 sets the top bit of a nibble
 }
 
-inline bool expand_masks(const uint8_t* metadata, int bytes, uint32_t* positions) {
+// The set of stored positions that `kWeights` weights' metadata names; false when a nibble is invalid.
+template <int64_t kWeights>
+bool positions_of(const uint8_t* metadata, uint32_t* positions) {
   uint32_t set = 0;
   bool valid = true;
-  for (int i = 0; i < bytes; ++i) {
+  for (int i = 0; i < kWeights / 8; ++i) {
     set |= static_cast<uint32_t>(kPairs.positions[metadata[i]]) << (8 * i);
     valid &= kPairs.valid[metadata[i]];
   }
@@ -91,75 +85,68 @@ inline bool expand_masks(const uint8_t* metadata, int bytes, uint32_t* positions
   return valid;
 }
 
+// One register of weights; its sets have one bit a weight.
 template <class T>
-struct Avx512 {  // 16-bit types
-  using Bits = uint16_t;
-  static constexpr int64_t kStep = 32;
+struct Weights {  // 16-bit types
+  static constexpr int64_t kCount = 32;
+  __m512i raw;
+  __m512 low, high;  // magnitudes as floats
+  explicit Weights(const uint16_t* w)
+      : raw(_mm512_loadu_si512(w)),
+        low(magnitude(widen(_mm512_castsi512_si256(raw), T{}))),
+        high(magnitude(widen(_mm512_extracti64x4_epi64(raw, 1), T{}))) {}
 
-  static int64_t prune_pack(const Bits* weight, int64_t n, int64_t cols, const Factors& f, Bits* values,
-                            uint8_t* metadata) {
-    const RowFactors factors(f, n);
-    int64_t k = 0;
-    for (; k + kStep <= cols; k += kStep) {
-      const __m512i raw = _mm512_loadu_si512(weight + k);
-      const __m512 low = magnitude(widen(_mm512_castsi512_si256(raw), T{}));
-      const __m512 high = magnitude(widen(_mm512_extracti64x4_epi64(raw, 1), T{}));
-      if (!all_finite(low) || !all_finite(high)) break;
-      const __mmask32 top = static_cast<__mmask32>(top2(factors.score(low, k))) |
-                            static_cast<__mmask32>(top2(factors.score(high, k + 16))) << 16;
-      const __mmask32 kept = top & _mm512_test_epi16_mask(raw, _mm512_set1_epi16(0x7fff));
-      const __mmask32 stored = stored_of(static_cast<uint32_t>(kept), metadata + k / 8);
-      const __m512i packed = _mm512_maskz_compress_epi16(stored, _mm512_maskz_mov_epi16(kept, raw));
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(values + k / 2), _mm512_castsi512_si256(packed));
-    }
-    return k / kGroup;
+  bool finite() const { return all_finite(low) && all_finite(high); }
+  uint32_t nonzero() const { return _mm512_test_epi16_mask(raw, _mm512_set1_epi16(0x7fff)); }
+  uint32_t top(const RowFactors& factors, int64_t k) const {
+    return static_cast<uint32_t>(top2(factors.score(low, k))) |
+           static_cast<uint32_t>(top2(factors.score(high, k + 16))) << 16;
   }
-
-  static int64_t pack(const Bits* weight, int64_t cols, Bits* values, uint8_t* metadata) {
-    int64_t k = 0;
-    for (; k + kStep <= cols; k += kStep) {
-      const __m512i raw = _mm512_loadu_si512(weight + k);
-      const __m512 low = magnitude(widen(_mm512_castsi512_si256(raw), T{}));
-      const __m512 high = magnitude(widen(_mm512_extracti64x4_epi64(raw, 1), T{}));
-      const __mmask32 kept = _mm512_test_epi16_mask(raw, _mm512_set1_epi16(0x7fff));
-      if (!all_finite(low) || !all_finite(high) || !at_most_two(kept)) break;
-      const __mmask32 stored = stored_of(static_cast<uint32_t>(kept), metadata + k / 8);
-      const __m512i packed = _mm512_maskz_compress_epi16(stored, _mm512_maskz_mov_epi16(kept, raw));
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(values + k / 2), _mm512_castsi512_si256(packed));
-    }
-    return k / kGroup;
+  void store(uint32_t kept, uint32_t stored, uint16_t* values) const {
+    const __m512i packed = _mm512_maskz_compress_epi16(stored, _mm512_maskz_mov_epi16(kept, raw));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(values), _mm512_castsi512_si256(packed));
   }
-
-  static int64_t unpack(const Bits* values, const uint8_t* metadata, int64_t cols, Bits* weight) {
-    int64_t k = 0;
-    uint32_t positions;
-    for (; k + kStep <= cols; k += kStep) {
-      if (!expand_masks(metadata + k / 8, 4, &positions)) break;
-      const __m256i packed = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(values + k / 2));
-      _mm512_storeu_si512(weight + k, _mm512_maskz_expand_epi16(positions, _mm512_castsi256_si512(packed)));
-    }
-    return k / kGroup;
+  static void expand(const uint16_t* values, uint32_t positions, uint16_t* w) {
+    const __m256i packed = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(values));
+    _mm512_storeu_si512(w, _mm512_maskz_expand_epi16(positions, _mm512_castsi256_si512(packed)));
   }
 };
 
 template <>
-struct Avx512<Float32> {
-  using Bits = uint32_t;
-  static constexpr int64_t kStep = 16;
+struct Weights<Float32> {
+  static constexpr int64_t kCount = 16;
+  __m512i raw;
+  explicit Weights(const uint32_t* w) : raw(_mm512_loadu_si512(w)) {}
+
+  __m512 abs() const { return magnitude(_mm512_castsi512_ps(raw)); }
+  bool finite() const { return all_finite(abs()); }
+  uint32_t nonzero() const { return _mm512_test_epi32_mask(raw, _mm512_set1_epi32(0x7fffffff)); }
+  uint32_t top(const RowFactors& factors, int64_t k) const { return top2(factors.score(abs(), k)); }
+  void store(uint32_t kept, uint32_t stored, uint32_t* values) const {
+    const __m512i masked = _mm512_maskz_mov_epi32(static_cast<__mmask16>(kept), raw);
+    const __m512i packed = _mm512_maskz_compress_epi32(static_cast<__mmask16>(stored), masked);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(values), _mm512_castsi512_si256(packed));
+  }
+  static void expand(const uint32_t* values, uint32_t positions, uint32_t* w) {
+    const __m256i packed = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(values));
+    _mm512_storeu_si512(w, _mm512_maskz_expand_epi32(static_cast<__mmask16>(positions), _mm512_castsi256_si512(packed)));
+  }
+};
+
+template <class T>
+struct Avx512 {
+  using Bits = typename T::Bits;
+  static constexpr int64_t kStep = Weights<T>::kCount;
 
   static int64_t prune_pack(const Bits* weight, int64_t n, int64_t cols, const Factors& f, Bits* values,
                             uint8_t* metadata) {
     const RowFactors factors(f, n);
     int64_t k = 0;
     for (; k + kStep <= cols; k += kStep) {
-      const __m512i raw = _mm512_loadu_si512(weight + k);
-      const __m512 abs = magnitude(_mm512_castsi512_ps(raw));
-      if (!all_finite(abs)) break;
-      const __mmask16 kept =
-          top2(factors.score(abs, k)) & _mm512_test_epi32_mask(raw, _mm512_set1_epi32(0x7fffffff));
-      const __mmask16 stored = stored_of(static_cast<uint16_t>(kept), metadata + k / 8);
-      const __m512i packed = _mm512_maskz_compress_epi32(stored, _mm512_maskz_mov_epi32(kept, raw));
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(values + k / 2), _mm512_castsi512_si256(packed));
+      const Weights<T> w(weight + k);
+      if (!w.finite()) break;
+      const uint32_t kept = w.top(factors, k) & w.nonzero();
+      w.store(kept, stored_of<kStep>(kept, metadata + k / 8), values + k / 2);
     }
     return k / kGroup;
   }
@@ -167,12 +154,10 @@ struct Avx512<Float32> {
   static int64_t pack(const Bits* weight, int64_t cols, Bits* values, uint8_t* metadata) {
     int64_t k = 0;
     for (; k + kStep <= cols; k += kStep) {
-      const __m512i raw = _mm512_loadu_si512(weight + k);
-      const __mmask16 kept = _mm512_test_epi32_mask(raw, _mm512_set1_epi32(0x7fffffff));
-      if (!all_finite(magnitude(_mm512_castsi512_ps(raw))) || !at_most_two(kept)) break;
-      const __mmask16 stored = stored_of(static_cast<uint16_t>(kept), metadata + k / 8);
-      const __m512i packed = _mm512_maskz_compress_epi32(stored, _mm512_maskz_mov_epi32(kept, raw));
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(values + k / 2), _mm512_castsi512_si256(packed));
+      const Weights<T> w(weight + k);
+      const uint32_t kept = w.nonzero();
+      if (!w.finite() || !at_most_two(kept)) break;
+      w.store(kept, stored_of<kStep>(kept, metadata + k / 8), values + k / 2);
     }
     return k / kGroup;
   }
@@ -180,12 +165,8 @@ struct Avx512<Float32> {
   static int64_t unpack(const Bits* values, const uint8_t* metadata, int64_t cols, Bits* weight) {
     int64_t k = 0;
     uint32_t positions;
-    for (; k + kStep <= cols; k += kStep) {
-      if (!expand_masks(metadata + k / 8, 2, &positions)) break;
-      const __m256i packed = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(values + k / 2));
-      _mm512_storeu_si512(weight + k, _mm512_maskz_expand_epi32(static_cast<__mmask16>(positions),
-                                                                _mm512_castsi256_si512(packed)));
-    }
+    for (; k + kStep <= cols && positions_of<kStep>(metadata + k / 8, &positions); k += kStep)
+      Weights<T>::expand(values + k / 2, positions, weight + k);
     return k / kGroup;
   }
 };
