@@ -1,10 +1,11 @@
-# make demo    from nothing to a pruned, packed and compared model
+# make demo    from nothing to a pruned, packed and compared model (METHOD=sparsegpt for better text)
 # make test    lint, types, all tests
 # Both set up .venv on the first run. PYTHON picks the interpreter (3.11 or newer).
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO := build/demo
+METHOD ?= swiftprune
 
 TORCH_VERSION := 2.13.0
 # On Linux without an NVIDIA GPU only the CPU build will do: the default build brings gigabytes of CUDA.
@@ -35,7 +36,7 @@ $(VENV)/installed: $(VENV)/torch pyproject.toml CMakeLists.txt constraints.txt $
 	@touch $@
 
 demo: setup
-	$(BIN)/swiftprune-bench demo --folder $(DEMO)
+	$(BIN)/swiftprune-bench demo --folder $(DEMO) --method $(METHOD)
 
 test: setup
 	$(BIN)/ruff check .

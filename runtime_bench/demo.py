@@ -60,3 +60,5 @@ def show(result: DemoResult, console: Console) -> None:
     for row in result.texts:
         table.add_row(*row)
     console.print(table)
+    if result.report.settings.method != "sparsegpt":
+        console.print("This method changes no weights. One that does keeps more: make demo METHOD=sparsegpt")
