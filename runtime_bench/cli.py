@@ -91,7 +91,10 @@ def methods_command(
 
 def _finish(result: BaseModel, table: str, out: Path | None) -> None:
     console = Console()
-    console.print(Markdown(table) if console.is_terminal else table)
+    if console.is_terminal:
+        console.print(Markdown(table))
+    else:
+        print(table)
     if out:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(result.model_dump_json(indent=1) + "\n")

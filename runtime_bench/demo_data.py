@@ -130,5 +130,5 @@ def _prose(markup: str) -> list[str]:
             continue
     lines = (line.strip() for line in code.strip_code(normalize=True, collapse=True).split("\n"))
     lines = (re.sub(r'(?<=[.!?:"]) {2,}', " ", line) for line in lines)
-    hole = re.compile(r"\(\s*[;,)]|  | [,;.]|\$ \(|[{}|\[\]]|thumb|\dpx")
+    hole = re.compile(r"\(\s*[;,)]|'''|  | [,;.]|\$ \(|[{}|\[\]]|thumb|\dpx")
     return [line for line in lines if len(line) >= 200 and line[-1] in '.!?")' and not hole.search(line)]

@@ -87,7 +87,7 @@ def _against_wanda_24() -> Comparison:
     weight, stats = _weight_and_stats()
 
     def by_topk() -> Tensor:
-        metric = weight.float().abs() * _sq_sum(stats).sqrt()
+        metric = weight.abs() * _sq_sum(stats).sqrt()
         pruned = torch.zeros(metric.shape, dtype=torch.bool)
         for k in range(0, metric.shape[1], 4):
             lowest = metric[:, k : k + 4].topk(2, dim=1, largest=False).indices
@@ -104,21 +104,20 @@ def _against_wanda_24() -> Comparison:
 
 
 def _against_wanda_sort() -> Comparison:
-    """Wanda's unstructured selection sorts each row; EWMA does not. Both make the mask and apply it."""
+    """Wanda's unstructured selection sorts each row; EWMA does not. Both go from weights to a mask."""
     weight, stats = _weight_and_stats()
 
-    def metric() -> Tensor:
-        return weight.float().abs() * _sq_sum(stats).sqrt()
-
     def by_sort() -> Tensor:
-        order = torch.sort(metric(), dim=-1, stable=True).indices
+        metric = weight.abs() * _sq_sum(stats).sqrt()
+        order = torch.sort(metric, dim=-1, stable=True).indices
         pruned = torch.zeros(weight.shape, dtype=torch.bool)
-        pruned.scatter_(1, order[:, : weight.shape[1] // 2], True)
-        return weight.masked_fill(pruned, 0)
+        return pruned.scatter_(1, order[:, : weight.shape[1] // 2], True)
 
-    times = interleaved({"sort": by_sort, "ewma": lambda: torch.where(ewma(metric(), 0.5), weight, 0)}, rounds=ROUNDS)
+    times = interleaved(
+        {"sort": by_sort, "ewma": lambda: ewma(wanda(weight, stats, 1).scores(weight), 0.5)}, rounds=ROUNDS
+    )
     return Comparison(
-        name="unstructured 50% by EWMA over Wanda's sort", shape=(4096, 4096),
+        name="unstructured 50% mask by EWMA over Wanda's sort", shape=(4096, 4096),
         slow_name="sort", slow=times["sort"], fast_name="ewma", fast=times["ewma"], target=5,
     )  # fmt: skip
 

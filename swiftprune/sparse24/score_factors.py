@@ -28,14 +28,13 @@ class ScoreFactors:
 
     def scores(self, weight: Tensor) -> Tensor:
         """The (N, K) fp32 scores of `weight` (any float dtype)."""
-        column = self.column
+        scale = self.column
         if self.row is not None and self.cross is not None:
-            v = weight.float().abs() * (column + self.row[:, None] * self.cross)
-        else:
-            v = weight.float().abs() * column
+            scale = scale + self.row[:, None] * self.cross
+        v = weight.abs().float().mul_(scale)
         if self.curvature is not None:
-            v = v * v
-            v = v * (1 - self.curvature[:, None] * v)
+            v.mul_(v)
+            v.mul_(1 - self.curvature[:, None] * v)
         return v
 
     @staticmethod
