@@ -1,6 +1,6 @@
 """Pruned checkpoints on disk, in the forms that engines load.
 
->>> from exporters import export, ExportSettings
+>>> from exporters import export
 >>> from swiftprune import PruneSettings
 >>> report = export("./my-model", "./my-model-2of4", PruneSettings(calibration="text.txt"))  # doctest: +SKIP
 """

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from exporters import torch_sparse
 from exporters.workspace import Workspace
-from swiftprune.errors import SettingsError
+from swiftprune.errors import OutputError, SettingsError
 from swiftprune.pruning.calibration_text import load_tokenizer, read_text, token_windows
 from swiftprune.pruning.checkpoint import INDEX_NAME, Checkpoint, TensorEntry, shard_entries
 from swiftprune.pruning.evaluate import perplexity
@@ -71,6 +71,8 @@ def export(
     _check_target(settings, target)
     checkpoint = Checkpoint.open(model)
     windows = _evaluation_windows(checkpoint, Path(evaluate)) if evaluate else None
+    if Path(out).resolve() == checkpoint.folder.resolve():
+        raise OutputError(f"{out}: is the model itself; give another --out")
     pipeline = Pipeline(checkpoint, settings, progress=progress)
     workspace = Workspace(Path(out), resume=resume, overwrite=overwrite)
     with pipeline.clock("hash source"):

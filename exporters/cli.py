@@ -75,7 +75,10 @@ No data, seconds instead of minutes:
 
 @app.command(epilog=_EPILOG, no_args_is_help=True)
 def export_command(
-    model: Annotated[str, typer.Argument(help="Folder with config.json and *.safetensors, or a hub id (owner/name).")],
+    model: Annotated[
+        str,
+        typer.Argument(metavar="MODEL", help="Folder with config.json and *.safetensors, or a hub id (owner/name)."),
+    ],
     format: Annotated[
         str,
         typer.Option(

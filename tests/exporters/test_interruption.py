@@ -125,6 +125,13 @@ def test_an_existing_output_is_left_alone(tiny_models: Callable[[str], Path], tm
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_the_model_itself_is_never_overwritten(tiny_copy: Path) -> None:
+    before = digest(tiny_copy)
+    with pytest.raises(OutputError, match="is the model itself"):
+        export(tiny_copy, tiny_copy / ".." / tiny_copy.name, PruneSettings(calibration="none"), overwrite=True)
+    assert digest(tiny_copy) == before
+
+
 def test_ctrl_c_stops_with_130_and_resumes(text_file: Path, tmp_path: Path) -> None:
     config = models.SUPPORTED["llama-gqa-tied"].__class__(
         **models.SUPPORTED["llama-gqa-tied"].to_dict() | {"num_hidden_layers": 40, "layer_types": None}
