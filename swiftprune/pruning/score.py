@@ -89,7 +89,7 @@ def contribution_share(weight: Tensor, stats: InputStats, group: int) -> ScoreFa
 
     Not in the paper. The exponent 1/2 is that of RIA, whose activation factor this is; with exponent 1 it is Wanda,
     with 0 magnitude. S is the same for all that compete, so the order is that of |w| ||x_k||^0.5. It is the default
-    because it measures best of the forms here that change no weights (README, docs/lab-notes.md).
+    because none of the forms here that change no weights measured better; Wanda comes close (docs/lab-notes.md).
     """
     return ScoreFactors(_sq_sum(stats).sqrt().sqrt())
 
@@ -128,9 +128,7 @@ class Method:
 
 
 METHODS: dict[str, Method] = {
-    "swiftprune": Method(
-        "contribution metric by share of input energy, best measured", "input_sq_sum", contribution_share
-    ),
+    "swiftprune": Method("contribution metric by share of input energy", "input_sq_sum", contribution_share),
     "swiftprune-group": Method("contribution metric, OBS form, S over the group", "input_sq_sum", contribution_group),
     "swiftprune-obs": Method("contribution metric, OBS form, S over all inputs", "input_sq_sum", contribution_obs),
     "swiftprune-numerator": Method("contribution metric as the paper's reviews state it", "input_sq_sum", contribution),
