@@ -8,6 +8,8 @@ Without that import transformers stops with a shape mismatch; it never runs on w
 
 from __future__ import annotations
 
+import logging
+from collections import Counter
 from typing import Any
 
 import torch
@@ -18,6 +20,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from swiftprune.errors import FormatError
 from swiftprune.sparse24 import format as format24
 from swiftprune.sparse24.linear import Linear24
+
+logger = logging.getLogger(__name__)
 
 QUANT_METHOD = "swiftprune"
 
@@ -69,9 +73,13 @@ class SwiftpruneQuantizer(HfQuantizer):  # type: ignore[misc]
         return model
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        served: Counter[str] = Counter()
         for name, module in model.named_modules():
             if isinstance(module, Linear24):
                 format24.validate(module.packed, f"{name}.weight")
+                served[module.use_backend().backend] += 1
+        for backend, count in served.items():
+            logger.info("%d 2:4 linears run on the backend %s", count, backend)
         return model
 
     def is_serializable(self) -> bool:

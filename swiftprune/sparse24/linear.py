@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, Self, cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from swiftprune.sparse24.format import GROUP, KEPT, Packed24, metadata_width, unpack
+from swiftprune.sparse24 import dispatch
+from swiftprune.sparse24 import format as format24
+from swiftprune.sparse24.format import GROUP, KEPT, METADATA_SUFFIX, Packed24, metadata_width
+from swiftprune.sparse24.kernels import native
 
 
 class Linear24(nn.Module):
-    """y = x W^T + b with W (N, K) stored as the packed pair `weight` (N, K/2), `weight_meta` (N, ceil(K/8)).
+    """y = x W^T + b over a packed W (N, K). x is (..., K) and y (..., N), both of the dtype of the weight.
 
-    Backend `reference`: the weight is unpacked for every call and multiplied densely, so it is right everywhere and
-    faster nowhere. Values and inputs are of one float dtype; x is (..., K), y is (..., N).
+    It starts on the backend `reference`, holding the packed pair as the parameters `weight` (N, K/2) and `weight_meta`
+    (N, ceil(K/8)), ready to be filled by a loader: the weight is unpacked for every call and multiplied densely, so
+    this is right everywhere and faster nowhere. `use_backend` moves the weight into the layout of a fast backend and
+    drops the pair; `packed` and `state_dict` still give it, bit for bit.
     """
 
-    backend = "reference"
+    weight: nn.Parameter
+    weight_meta: nn.Parameter
+    stream: Tensor
 
     def __init__(
         self, in_features: int, out_features: int, *, bias: bool, dtype: torch.dtype, device: torch.device | str = "cpu"
@@ -24,23 +34,152 @@ class Linear24(nn.Module):
         super().__init__()
         self.in_features = in_features
         self.out_features = out_features
+        self.dtype = dtype
+        self.backend = dispatch.REFERENCE
         values = torch.empty(out_features, in_features // GROUP * KEPT, dtype=dtype, device=device)
         metadata = torch.empty(out_features, metadata_width(in_features), dtype=torch.uint8, device=device)
-        self.weight = nn.Parameter(values, requires_grad=False)
-        self.weight_meta = nn.Parameter(metadata, requires_grad=False)
+        self._hold_pair(Packed24(values, metadata))
         self.bias = (
             nn.Parameter(torch.empty(out_features, dtype=dtype, device=device), requires_grad=False) if bias else None
         )
 
+    @classmethod
+    def from_packed(cls, packed: Packed24, bias: Tensor | None = None, backend: str | None = None) -> Linear24:
+        """A layer over `packed`, checked, on `backend` (default: the fastest here)."""
+        format24.validate(packed)
+        rows, cols = packed.shape
+        layer = cls(cols, rows, bias=bias is not None, dtype=packed.values.dtype, device=torch.device("meta"))
+        layer._hold_pair(packed)
+        if bias is not None:
+            layer.bias = nn.Parameter(bias.detach().to(packed.values.dtype).contiguous(), requires_grad=False)
+        return layer.use_backend(backend)
+
     @property
     def packed(self) -> Packed24:
-        return Packed24(self.weight, self.weight_meta)
+        """The weight in the canonical format."""
+        if self.backend == dispatch.REFERENCE:
+            return Packed24(self.weight, self.weight_meta)
+        return Packed24(*native.from_stream(self.stream, self.dtype, self.out_features, self.in_features))
+
+    def use_backend(self, backend: str | None = None) -> Linear24:
+        """Repacks the weight for `backend`, by default the fastest on this machine. Returns the layer itself.
+
+        Raises SettingsError when the backend is unknown or cannot run here (see `dispatch.linear_backend`).
+        """
+        backend = dispatch.linear_backend(self.dtype, backend, self._held().device.type)
+        if dispatch.REFERENCE in (backend, self.backend) and backend != self.backend:
+            if backend == dispatch.REFERENCE:
+                self._hold_pair(self.packed)
+                del self.stream
+            else:
+                stream = native.to_stream(self.weight, self.weight_meta)
+                del self.weight, self.weight_meta
+                self.register_buffer("stream", stream, persistent=False)
+        self.backend = backend
+        return self
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, unpack(self.packed), self.bias)
+        if x.dtype != self.dtype or x.shape[-1] != self.in_features:
+            raise ValueError(
+                f"expected x of shape (..., {self.in_features}) and {self.dtype}, got {tuple(x.shape)} {x.dtype}"
+            )
+        if self.backend == dispatch.REFERENCE:
+            return F.linear(x, torch.ops.swiftprune.unpack24(self.weight, self.weight_meta), self.bias)
+        # Dispatch costs as much as a small layer, so it is paid only where something needs it.
+        if torch.compiler.is_compiling() or (x.requires_grad and torch.is_grad_enabled()):
+            y: Tensor = torch.ops.swiftprune.linear24(x, self.stream, self.bias, self.out_features, self.backend)
+            return y
+        stream = cast(Tensor, self._buffers["stream"])  # nn.Module.__getattr__ is slow
+        return native.linear24(self.backend, x, stream, self._parameters.get("bias"), self.out_features)
 
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"backend={self.backend}"
+            f"dtype={self.dtype}, backend={self.backend}"
         )
+
+    def _hold_pair(self, packed: Packed24) -> None:
+        self.weight = nn.Parameter(packed.values, requires_grad=False)
+        self.weight_meta = nn.Parameter(packed.metadata, requires_grad=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """A change of dtype or device goes through the canonical pair: the stream is laid out for both."""
+        before = torch.empty(0, dtype=self.dtype, device=self._held().device)
+        after = fn(before)
+        if (after.dtype, after.device) == (before.dtype, before.device):
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+            return self
+        streams = self.backend != dispatch.REFERENCE
+        self.use_backend(dispatch.REFERENCE)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.dtype = self.weight.dtype
+        if streams:
+            self.use_backend()
+        return self
+
+    def _held(self) -> Tensor:
+        return self.weight if self.backend == dispatch.REFERENCE else self.stream
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.backend != dispatch.REFERENCE:
+            packed = self.packed
+            destination[f"{prefix}weight"] = packed.values
+            destination[f"{prefix}weight{METADATA_SUFFIX}"] = packed.metadata
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        backend = self.backend
+        self.use_backend(dispatch.REFERENCE)
+        super()._load_from_state_dict(*args)
+        self.use_backend(backend)
+
+
+# The same products as operators, for torch.compile and autograd. The library must live as long as the process.
+_library = torch.library.Library("swiftprune", "DEF")  # type: ignore[no-untyped-call]
+_library.define("unpack24(Tensor values, Tensor metadata) -> Tensor")  # type: ignore[no-untyped-call]
+_library.define("linear24(Tensor x, Tensor stream, Tensor? bias, int out_features, str backend) -> Tensor")  # type: ignore[no-untyped-call]
+_library.define("unpack24_stream(Tensor stream, ScalarType dtype, int rows, int cols) -> Tensor")  # type: ignore[no-untyped-call]
+
+
+@torch.library.impl(_library, "unpack24", "CPU")
+def _unpack24(values: Tensor, metadata: Tensor) -> Tensor:
+    return format24.unpack(Packed24(values, metadata))
+
+
+@torch.library.register_fake("swiftprune::unpack24")  # type: ignore[untyped-decorator]
+def _unpack24_fake(values: Tensor, metadata: Tensor) -> Tensor:
+    return values.new_empty(values.shape[0], 2 * values.shape[1])
+
+
+@torch.library.impl(_library, "linear24", "CPU")
+def _linear24(x: Tensor, stream: Tensor, bias: Tensor | None, out_features: int, backend: str) -> Tensor:
+    return native.linear24(backend, x, stream, bias, out_features)
+
+
+@torch.library.register_fake("swiftprune::linear24")  # type: ignore[untyped-decorator]
+def _linear24_fake(x: Tensor, stream: Tensor, bias: Tensor | None, out_features: int, backend: str) -> Tensor:
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
+@torch.library.impl(_library, "unpack24_stream", "CPU")
+def _unpack24_stream(stream: Tensor, dtype: torch.dtype, rows: int, cols: int) -> Tensor:
+    return format24.unpack(Packed24(*native.from_stream(stream, dtype, rows, cols)))
+
+
+@torch.library.register_fake("swiftprune::unpack24_stream")  # type: ignore[untyped-decorator]
+def _unpack24_stream_fake(stream: Tensor, dtype: torch.dtype, rows: int, cols: int) -> Tensor:
+    return stream.new_empty(rows, cols, dtype=dtype)
+
+
+def _remember(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None, int, str], output: Tensor) -> None:
+    ctx.save_for_backward(inputs[1])
+    ctx.in_features = inputs[0].shape[-1]
+
+
+def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    (stream,) = ctx.saved_tensors
+    weight = torch.ops.swiftprune.unpack24_stream(stream, gradient.dtype, gradient.shape[-1], ctx.in_features)
+    return gradient @ weight, None, None, None, None
+
+
+torch.library.register_autograd("swiftprune::linear24", _backward, setup_context=_remember)

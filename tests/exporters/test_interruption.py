@@ -140,7 +140,7 @@ def test_ctrl_c_stops_with_130_and_resumes(text_file: Path, tmp_path: Path) -> N
     out = tmp_path / "out"
     command = [
         EXPORT, str(model), "--out", str(out), "--calibration", str(text_file),
-        "--samples", "48", "--seqlen", "64",
+        "--samples", "96", "--seqlen", "128",
     ]  # fmt: skip
     run = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     while run.poll() is None and not list((tmp_path / "out.partial").glob("*.done.json")):

@@ -54,21 +54,20 @@ def catch(inputs: dict[nn.Linear, list[Tensor]], module: nn.Linear, args: tuple[
     inputs.setdefault(module, []).append(args[0].flatten(0, -2))
 
 
-def naive_prune(model: Any, list_name: str, tokens: Tensor, method: Callable[[Tensor, Tensor], Tensor]) -> None:
-    """Block after block: run the whole model as it is now, catch the inputs of the block's linears, prune them."""
-    for block in model.get_submodule(list_name):
-        inputs: dict[nn.Linear, list[Tensor]] = {}
-        hooks = [
-            module.register_forward_pre_hook(functools.partial(catch, inputs))
-            for module in block.modules()
-            if isinstance(module, nn.Linear)
-        ]
-        with torch.no_grad():
-            model(input_ids=tokens)
-        for hook in hooks:
-            hook.remove()
-        for module, rows in inputs.items():
-            module.weight.data = method(module.weight.data, torch.cat(rows))
+def naive_prune(model: Any, block: Any, tokens: Tensor, method: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """Runs the whole model as it is now, catches the inputs of the block's linears and prunes them."""
+    inputs: dict[nn.Linear, list[Tensor]] = {}
+    hooks = [
+        module.register_forward_pre_hook(functools.partial(catch, inputs))
+        for module in block.modules()
+        if isinstance(module, nn.Linear)
+    ]
+    with torch.no_grad():
+        model(input_ids=tokens)
+    for hook in hooks:
+        hook.remove()
+    for module, rows in inputs.items():
+        module.weight.data = method(module.weight.data, torch.cat(rows))
 
 
 @pytest.mark.parametrize(
@@ -85,20 +84,20 @@ def test_pipeline_equals_a_naive_run_of_the_whole_model(
     settings = PruneSettings(method=method, calibration=str(text_file), samples=6, seqlen=48, seed=4)
     tokens = calibration_tokens(str(text_file), Checkpoint(folder), samples=6, seqlen=48, seed=4, progress=silent)
     reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    naive_prune(reference, BLOCK_LISTS.get(name, "model.layers"), tokens, naive)
-    expected = reference.state_dict()
+    blocks = reference.get_submodule(BLOCK_LISTS.get(name, "model.layers"))
 
     compared = 0
-    for done in Pipeline(Checkpoint(folder), settings).blocks():
+    for block, done in zip(blocks, Pipeline(Checkpoint(folder), settings).blocks(), strict=True):
+        naive_prune(reference, block, tokens, naive)
         for key, packed in done.weights.items():
             assert isinstance(packed, Packed24)
-            got, want = unpack(packed), expected[key]
-            differing = ((got == 0) != (want == 0)).float().mean()
-            assert differing <= 0.001, key  # rounding may settle a near tie the other way
-            if tolerance == 0:
-                assert torch.equal(got[(got == 0) == (want == 0)], want[(got == 0) == (want == 0)])
-            else:
-                assert float((got - want).norm() / want.norm()) < max(tolerance, 3 * float(differing) ** 0.5), key
+            parameter = reference.get_parameter(key)
+            got, want = unpack(packed), parameter.data
+            # Rounding may settle a near tie the other way; SparseGPT's updates then change the rest of that row.
+            alike = ((got == 0) == (want == 0)).all(dim=1)
+            assert alike.float().mean() >= 0.95, key
+            assert float((got[alike] - want[alike]).norm()) <= tolerance * float(want[alike].norm()), key
+            parameter.data = got  # so that a tie does not change the inputs of later blocks
             compared += 1
     linears = sum(isinstance(module, nn.Linear) for module in reference.modules()) - 1  # lm_head
     assert compared == linears > 0

@@ -1,27 +1,45 @@
 #include <cstring>
 
+#include "linear24.h"
 #include "sparse24.h"
 
 namespace swiftprune {
 
 // __builtin_cpu_supports reads CPUID and, for AVX and AVX-512, XCR0: a CPU whose operating system does not save the
 // wide registers counts as not having them.
-const Kernels* kernels_for(const char* isa) {
-  if (std::strcmp(isa, "generic") == 0) return &kGenericKernels;
+static bool cpu_runs(const char* isa) {
+  if (std::strcmp(isa, "generic") == 0) return true;
 #ifdef SWIFTPRUNE_X86
   __builtin_cpu_init();
   if (std::strcmp(isa, "avx2") == 0)
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c") && __builtin_cpu_supports("bmi2")
-               ? &kAvx2Kernels
-               : nullptr;
-  if (std::strcmp(isa, "avx512") == 0)
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                   __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-                   __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("bmi2")
-               ? &kAvx512Kernels
-               : nullptr;
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") &&
+           __builtin_cpu_supports("bmi2");
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+                      __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("bmi2");
+  if (std::strcmp(isa, "avx512") == 0) return avx512;
+  if (std::strcmp(isa, "avx512_bf16") == 0) return avx512 && __builtin_cpu_supports("avx512bf16");
 #endif
-  return nullptr;
+  return false;
+}
+
+const Kernels* kernels_for(const char* isa) {
+  if (!cpu_runs(isa)) return nullptr;
+#ifdef SWIFTPRUNE_X86
+  if (std::strcmp(isa, "avx2") == 0) return &kAvx2Kernels;
+  if (std::strcmp(isa, "avx512") == 0) return &kAvx512Kernels;
+#endif
+  return std::strcmp(isa, "generic") == 0 ? &kGenericKernels : nullptr;
+}
+
+swiftprune_linear24_fn linear24_for(const char* isa, [[maybe_unused]] Dtype dtype) {
+  if (!cpu_runs(isa)) return nullptr;
+#ifdef SWIFTPRUNE_X86
+  if (std::strcmp(isa, "avx2") == 0) return swiftprune_linear24_avx2;
+  if (std::strcmp(isa, "avx512") == 0) return swiftprune_linear24_avx512;
+  if (std::strcmp(isa, "avx512_bf16") == 0) return dtype == Dtype::kBFloat16 ? swiftprune_linear24_avx512_bf16 : nullptr;
+#endif
+  return std::strcmp(isa, "generic") == 0 ? swiftprune_linear24_generic : nullptr;
 }
 
 }  // namespace swiftprune

@@ -56,11 +56,20 @@ struct Float32 {
     std::memcpy(&f, &b, sizeof f);
     return f;
   }
+  static Bits from_float(float f) {
+    Bits b;
+    std::memcpy(&b, &f, sizeof b);
+    return b;
+  }
 };
 
 struct BFloat16 {
   using Bits = uint16_t;
   static float to_float(Bits b) { return Float32::to_float(static_cast<uint32_t>(b) << 16); }
+  static Bits from_float(float f) {  // to nearest, ties to even; a NaN stays one
+    const uint32_t b = Float32::from_float(f);
+    return static_cast<Bits>(f != f ? b >> 16 | 0x40u : (b + 0x7fffu + (b >> 16 & 1u)) >> 16);
+  }
 };
 
 struct Float16 {
@@ -71,6 +80,14 @@ struct Float16 {
     if (exponent) return Float32::to_float(sign | (exponent + 112) << 23 | fraction << 13);
     const float magnitude = static_cast<float>(fraction) * 0x1p-24f;  // subnormal or zero
     return sign ? -magnitude : magnitude;
+  }
+  static Bits from_float(float f) {  // to nearest, ties to even; a NaN stays one
+    const uint32_t b = Float32::from_float(f), sign = b >> 16 & 0x8000u, magnitude = b & 0x7fffffffu;
+    if (magnitude > 0x7f800000u) return static_cast<Bits>(sign | 0x7e00u);
+    if (magnitude >= 0x477ff000u) return static_cast<Bits>(sign | 0x7c00u);  // 65520 and above
+    if (magnitude < 0x38800000u)                                             // below 2^-14: the FPU rounds
+      return static_cast<Bits>(sign | (Float32::from_float(Float32::to_float(magnitude) + 0.5f) - 0x3f000000u));
+    return static_cast<Bits>(sign | (magnitude - 0x38000000u + 0xfffu + (magnitude >> 13 & 1u)) >> 13);
   }
 };
 

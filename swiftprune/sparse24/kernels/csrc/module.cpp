@@ -6,11 +6,13 @@
 #include <algorithm>
 #include <stdexcept>
 #include <string>
-#include <thread>
 #include <vector>
 
 #include "ewma.h"
+#include "linear24.h"
 #include "sparse24.h"
+#include "stream.h"
+#include "threads.h"
 
 namespace nb = nanobind;
 using namespace swiftprune;
@@ -28,19 +30,12 @@ const Kernels& kernels_or_throw(const std::string& isa) {
 
 // Splits rows over threads; of several faults the one in the earliest row is reported, whatever the thread count.
 template <class F>
-void in_threads(int64_t count, F run) {
-  nb::gil_scoped_release release;
-  std::vector<std::thread> pool;
-  for (int64_t i = 1; i < count; ++i) pool.emplace_back(run, i);
-  run(0);
-  for (auto& thread : pool) thread.join();
-}
-
-template <class F>
 std::pair<int, int64_t> over_rows(int64_t rows, int threads, F work) {
   const int64_t count = std::max<int64_t>(1, std::min<int64_t>(threads, rows));
   std::vector<Status> status(count);
-  in_threads(count, [&](int64_t i) { status[i] = work(rows * i / count, rows * (i + 1) / count); });
+  nb::gil_scoped_release release;
+  in_parallel(static_cast<int>(count),
+              [&](int i) { status[i] = work(rows * i / count, rows * (i + 1) / count); });
   for (const Status& s : status)
     if (s.fault != Fault::kNone) return {static_cast<int>(s.fault), s.index};
   return {0, 0};
@@ -53,7 +48,7 @@ float ranked_value(const float* values, int64_t count, int64_t rank, int threads
   uint32_t key = 0;
   for (int round = 0; round < 2; ++round) {
     std::vector<int64_t> counts(kBins * threads);
-    in_threads(threads, [&](int64_t i) {
+    in_parallel(threads, [&](int i) {
       count_keys(values, count * i / threads, count * (i + 1) / threads, prefix, counts.data() + kBins * i);
     });
     int64_t bin = 0;
@@ -71,6 +66,24 @@ float ranked_value(const float* values, int64_t count, int64_t rank, int threads
   float value;
   std::memcpy(&value, &bits, sizeof value);
   return value;
+}
+
+// Reads memory once, sixteen words at a time, and returns something that depends on every word: the fastest plain read
+// that compilers make of portable code, and the yardstick of the linear kernels.
+uint64_t read_pass(const uint64_t* memory, int64_t bytes, int threads) {
+  constexpr int64_t kWords = 64;
+  const int64_t steps = bytes / static_cast<int64_t>(kWords * sizeof(uint64_t));
+  std::vector<uint64_t> results(threads);
+  in_parallel(threads, [&](int i) {
+    uint64_t sums[kWords] = {};
+    const uint64_t* end = memory + steps * (i + 1) / threads * kWords;
+    for (const uint64_t* p = memory + steps * i / threads * kWords; p < end; p += kWords)
+      for (int64_t j = 0; j < kWords; ++j) sums[j] ^= p[j];
+    for (uint64_t sum : sums) results[i] ^= sum;
+  });
+  uint64_t result = 0;
+  for (uint64_t r : results) result ^= r;
+  return result;
 }
 
 }  // namespace
@@ -124,6 +137,53 @@ NB_MODULE(_native, m) {
   });
 
   m.def("ranked_value", [](uintptr_t values, int64_t count, int64_t rank, int threads) {
+    nb::gil_scoped_release release;
     return ranked_value(at<const float*>(values), count, rank, threads);
+  });
+
+  m.def("use_openmp_of", [](const std::string& library) { return use_openmp_of(library.c_str()); });
+
+  // The address of a linear kernel, or 0 when this CPU cannot run it or it has none for the dtype.
+  m.def("linear24_for", [](const std::string& isa, int dtype) {
+    return reinterpret_cast<uintptr_t>(linear24_for(isa.c_str(), static_cast<Dtype>(dtype)));
+  });
+
+  m.def("stream_bytes", [](int dtype, int64_t rows, int64_t cols) {
+    return stream_bytes(static_cast<Dtype>(dtype), rows, cols);
+  });
+
+  m.def("to_stream", [](int dtype, uintptr_t values, uintptr_t metadata, int64_t rows, int64_t cols, uintptr_t stream,
+                        int threads) {
+    advise_huge_pages(at<void*>(stream), stream_bytes(static_cast<Dtype>(dtype), rows, cols));
+    over_rows(blocks_of(rows), threads, [&](int64_t first, int64_t last) {
+      to_stream(static_cast<Dtype>(dtype), at<const void*>(values), at<const uint8_t*>(metadata), rows, cols,
+                at<void*>(stream), first, last);
+      return Status{};
+    });
+  });
+
+  m.def("from_stream", [](int dtype, uintptr_t stream, int64_t rows, int64_t cols, uintptr_t values,
+                          uintptr_t metadata, int threads) {
+    over_rows(blocks_of(rows), threads, [&](int64_t first, int64_t last) {
+      from_stream(static_cast<Dtype>(dtype), at<const void*>(stream), rows, cols, at<void*>(values),
+                  at<uint8_t*>(metadata), first, last);
+      return Status{};
+    });
+  });
+
+  m.def("linear24", [](uintptr_t kernel, int dtype, int y_dtype, uintptr_t stream, uintptr_t bias, uintptr_t x,
+                       int64_t x_stride, uintptr_t y, int64_t tokens, int64_t rows, int64_t cols, int threads) {
+    const swiftprune_linear24_args args{dtype, y_dtype, at<const void*>(stream), at<const void*>(bias),
+                                        at<const void*>(x), x_stride, at<void*>(y), rows, tokens, rows, cols};
+    const auto run = at<swiftprune_linear24_fn>(kernel);
+    const int64_t blocks = blocks_of(rows);
+    const auto count = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(threads, blocks)));
+    nb::gil_scoped_release release;
+    in_parallel(count, [&](int i) { run(&args, blocks * i / count, blocks * (i + 1) / count); });
+  });
+
+  m.def("read_bandwidth_pass", [](uintptr_t memory, int64_t bytes, int threads) {
+    nb::gil_scoped_release release;
+    return read_pass(at<const uint64_t*>(memory), bytes, threads);
   });
 }

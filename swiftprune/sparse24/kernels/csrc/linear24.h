@@ -1,0 +1,40 @@
+// y = x W^T + b over the stream of a packed 2:4 weight (stream.h): a plain C interface on raw pointers, so that every
+// host (Python, ONNX Runtime's custom ops) can call it.
+#pragma once
+
+#include "sparse24.h"
+
+extern "C" {
+
+struct swiftprune_linear24_args {
+  int dtype;    // swiftprune::Dtype of x, of the stream's values and of bias
+  int y_dtype;  // the same, or kFloat32 for the unrounded sums
+  const void* stream;
+  const void* bias;  // (rows) or null
+  const void* x;     // (tokens, cols), rows x_stride elements apart
+  int64_t x_stride;
+  void* y;  // (tokens, rows), rows y_stride elements apart; every element is written
+  int64_t y_stride;
+  int64_t tokens;
+  int64_t rows;
+  int64_t cols;
+};
+
+// Computes the outputs of row blocks [first, last). Calls on disjoint blocks may run at the same time, and how the
+// blocks are divided among calls does not change a bit of the result.
+typedef void (*swiftprune_linear24_fn)(const swiftprune_linear24_args*, int64_t first, int64_t last);
+
+void swiftprune_linear24_generic(const swiftprune_linear24_args*, int64_t first, int64_t last);
+#ifdef SWIFTPRUNE_X86
+void swiftprune_linear24_avx2(const swiftprune_linear24_args*, int64_t first, int64_t last);
+void swiftprune_linear24_avx512(const swiftprune_linear24_args*, int64_t first, int64_t last);
+void swiftprune_linear24_avx512_bf16(const swiftprune_linear24_args*, int64_t first, int64_t last);  // bf16 only
+#endif
+}
+
+namespace swiftprune {
+
+// Null when the name is unknown, or this CPU (or its operating system) cannot run it, or it has no kernel for dtype.
+swiftprune_linear24_fn linear24_for(const char* isa, Dtype dtype);
+
+}  // namespace swiftprune

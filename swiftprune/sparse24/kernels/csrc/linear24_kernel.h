@@ -1,0 +1,296 @@
+// The matrix product over a stream, written once; each per-ISA file supplies the vector operations as a class V:
+//
+//   Storage          Float32 | Float16 | BFloat16 of the stream, of x and of bias
+//   Input            what x is turned into before the product: uint16_t (bf16 bits) or float
+//   kInPlace         Input is Storage, so that one token's x can be used where it lies
+//   kInputs          inputs that one step covers, for two rows at once: kInputs values of the stream
+//   kTokens          most tokens that go through in one pass; 4 pairs of rows x kTokens sums in registers
+//   kTileTokens      most tokens of a tile of the many-token path, which keeps x in registers as well
+//   words(m)         the 64 bits of metadata, spread over lanes
+//   index(words, s)  of step s of a half: where in the step's inputs each lane finds its own
+//   load(p)          the values of a step
+//   inputs(p)        the x of a step
+//   dot(sum, index, x, values)
+//   rows(sum, out)   the eight rows' sums of one token, lanes added up
+//   widen(x, out)    kInputs elements of x -> Input
+//   store(sums, y, n)  n <= 8 of eight sums, rounded to the type of y
+//
+// Everything is in an anonymous namespace, so that no file can pick up code compiled for another file's ISA.
+#pragma once
+
+#include <algorithm>
+#include <cstdlib>
+#include <new>
+#include <type_traits>
+
+#include "group.h"
+#include "linear24.h"
+#include "stream.h"
+
+namespace swiftprune {
+namespace {
+
+constexpr int64_t kCacheLine = 64;
+// How far ahead of the loads the stream is asked for; hardware prefetchers stop at pages and start late.
+constexpr int64_t kPrefetchBytes = 9216;
+// Bytes of one token's x in an inner part: its unpacked weights (8 rows) and a tile's x share the first-level cache.
+constexpr int64_t kInnerBytes = 3072;
+// What an outer part takes of the second-level cache: x of so many tokens and bytes, sums of so many row blocks.
+constexpr int64_t kOuterTokens = 128;
+constexpr int64_t kOuterBytes = 512 << 10;
+constexpr int64_t kOuterBlocks = 128;
+
+// Memory that stays with its thread, so that a call allocates nothing after the first of its size.
+class Scratch {
+ public:
+  template <class T>
+  T* get(int64_t count) {
+    const int64_t bytes = ceil_div(count * static_cast<int64_t>(sizeof(T)), kCacheLine) * kCacheLine;
+    if (bytes > size_) {
+      std::free(memory_);
+      memory_ = std::aligned_alloc(kCacheLine, bytes);
+      size_ = memory_ ? bytes : 0;
+      if (!memory_) throw std::bad_alloc();
+    }
+    return static_cast<T*>(memory_);
+  }
+  ~Scratch() { std::free(memory_); }
+
+ private:
+  void* memory_ = nullptr;
+  int64_t size_ = 0;
+};
+
+template <class T>
+void store_rounded(const float* sums, typename T::Bits* y, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) y[i] = T::from_float(sums[i]);
+}
+
+inline void prefetch_lines(const void* from, int64_t lines) {
+  for (int64_t i = 0; i < lines; ++i) __builtin_prefetch(static_cast<const char*>(from) + i * kCacheLine, 0, 3);
+}
+
+template <class V>
+struct Linear24 {
+  using Bits = typename V::Storage::Bits;
+  using Input = typename V::Input;
+  using Stream = Chunk<Bits>;
+  using Saved = typename V::Saved;
+  static constexpr int64_t kInnerChunks = kInnerBytes / static_cast<int64_t>(kChunkInputs * sizeof(Input));
+  static constexpr int kHalfSteps = kHalfInputs / V::kInputs;
+  static constexpr int kChunkSteps = 2 * kHalfSteps;
+  static constexpr int64_t kLines = sizeof(Stream) / kCacheLine;
+  static constexpr int64_t kAhead = kPrefetchBytes / sizeof(Stream);
+
+  struct Job {
+    const swiftprune_linear24_args& a;
+    int64_t chunks = chunks_of(a.cols);
+    const Stream* block(int64_t b) const { return static_cast<const Stream*>(a.stream) + b * chunks; }
+    const Bits* x(int64_t token) const { return static_cast<const Bits*>(a.x) + token * a.x_stride; }
+  };
+
+  // x of `tokens` tokens from `token` on, inputs [begin, begin + width) with zeros beyond the last column, step by step:
+  // out[step][token][kInputs], so that a tile reads one line after the other.
+  static void pack_x(const Job& job, int64_t token, int64_t tokens, int64_t begin, int64_t width, Input* out) {
+    for (int64_t t = 0; t < tokens; ++t) {
+      const Bits* x = job.x(token + t);
+      for (int64_t k = begin; k < begin + width; k += V::kInputs) {
+        Input* to = out + (k - begin) * tokens + t * V::kInputs;
+        if (job.a.cols - k >= V::kInputs) {
+          V::widen(x + k, to);
+          continue;
+        }
+        Bits last[V::kInputs] = {};
+        std::copy_n(x + k, std::max<int64_t>(job.a.cols - k, 0), last);
+        V::widen(last, to);
+      }
+    }
+  }
+
+  // Adds the bias to the sums of block b and rounds them into y.
+  static void finish(const Job& job, int64_t b, int64_t token, const float* sums) {
+    const int64_t row = b * kBlockRows, count = std::min(kBlockRows, job.a.rows - row);
+    float out[kBlockRows];
+    std::copy_n(sums, kBlockRows, out);
+    if (job.a.bias) {
+      const Bits* bias = static_cast<const Bits*>(job.a.bias) + row;
+      for (int64_t i = 0; i < count; ++i) out[i] += V::Storage::to_float(bias[i]);
+    }
+    const int64_t at = token * job.a.y_stride + row;
+    if (job.a.y_dtype == static_cast<int>(Dtype::kFloat32))
+      std::copy_n(out, count, static_cast<float*>(job.a.y) + at);
+    else
+      V::store(out, static_cast<Bits*>(job.a.y) + at, count);
+  }
+
+  // Few tokens: one pass over the stream, all sums of a block in registers.
+  template <int T>
+  static void one_tile(const Job& job, const Input* x, int64_t first, int64_t last) {
+    for (int64_t b = first; b < last; ++b) {
+      typename V::Sum sum[T][kRowPairs];
+      for (int t = 0; t < T; ++t)
+        for (int p = 0; p < kRowPairs; ++p) sum[t][p] = V::zero();
+      const Stream* chunk = job.block(b);
+      const Input* at = x;
+      for (int64_t c = 0; c < job.chunks; ++c, ++chunk) {
+        prefetch_lines(reinterpret_cast<const char*>(chunk) + kPrefetchBytes, kLines);
+        for (int half = 0; half < 2; ++half, at += kHalfInputs * T)
+#pragma GCC unroll 4
+          for (int p = 0; p < kRowPairs; ++p) {
+            const auto words = V::words(chunk->metadata[half][p]);
+#pragma GCC unroll 8
+            for (int s = 0; s < kHalfSteps; ++s) {
+              const auto index = V::index(words, s);
+              const auto values = V::load(chunk->values[half][p] + s * V::kInputs);
+#pragma GCC unroll 8
+              for (int t = 0; t < T; ++t)
+                sum[t][p] = V::dot(sum[t][p], index, V::inputs(at + (s * T + t) * V::kInputs), values);
+            }
+          }
+      }
+      for (int t = 0; t < T; ++t) {
+        float out[kBlockRows];
+        V::rows(sum[t], out);
+        finish(job, b, t, out);
+      }
+    }
+  }
+
+  // Many tokens: a block's chunks are unpacked once into the first-level cache and used for tile after tile.
+  static void unpack(const Stream* chunk, int64_t chunks, Saved* out) {
+    for (int64_t c = 0; c < chunks; ++c, ++chunk)
+      for (int half = 0; half < 2; ++half)
+        for (int p = 0; p < kRowPairs; ++p) {
+          const auto words = V::words(chunk->metadata[half][p]);
+          for (int s = 0; s < kHalfSteps; ++s)
+            out[((c * 2 + half) * kHalfSteps + s) * kRowPairs + p] = {V::index(words, s),
+                                                                      V::load(chunk->values[half][p] + s * V::kInputs)};
+        }
+  }
+
+  // sums[t][8] (+)= the product of `steps` steps; lines of the stream to come are asked for on the way.
+  template <int T>
+  static void tile(const Saved* saved, const Input* x, int64_t chunks, float* sums, bool add, const char* next,
+                   int64_t lines) {
+    typename V::Sum sum[T][kRowPairs];
+    for (int t = 0; t < T; ++t)
+      for (int p = 0; p < kRowPairs; ++p) sum[t][p] = V::zero();
+    for (int64_t c = 0; c < chunks; ++c, next += lines * kCacheLine) {
+      prefetch_lines(next, lines);
+#pragma GCC unroll 2
+      for (int s = 0; s < kChunkSteps; ++s, x += T * V::kInputs) {
+        decltype(V::inputs(x)) own[T];
+#pragma GCC unroll 8
+        for (int t = 0; t < T; ++t) own[t] = V::inputs(x + t * V::kInputs);
+#pragma GCC unroll 4
+        for (int p = 0; p < kRowPairs; ++p, ++saved) {
+#pragma GCC unroll 8
+          for (int t = 0; t < T; ++t) sum[t][p] = V::dot(sum[t][p], saved->index, own[t], saved->values);
+        }
+      }
+    }
+    for (int t = 0; t < T; ++t) {
+      float out[kBlockRows];
+      V::rows(sum[t], out);
+      for (int i = 0; i < kBlockRows; ++i) sums[t * kBlockRows + i] = add ? sums[t * kBlockRows + i] + out[i] : out[i];
+    }
+  }
+
+  template <int T = V::kTileTokens, class... A>
+  static void tile_of(int64_t tokens, A... args) {
+    if constexpr (T > 0) {
+      if (tokens == T) return tile<T>(args...);
+      tile_of<T - 1>(tokens, args...);
+    }
+  }
+
+  template <int T = V::kTokens, class... A>
+  static void one_tile_of(int64_t tokens, A... args) {
+    if constexpr (T > 0) {
+      if (tokens == T) return one_tile<T>(args...);
+      one_tile_of<T - 1>(tokens, args...);
+    }
+  }
+
+  static void few_tokens(const Job& job, int64_t first, int64_t last) {
+    const int64_t width = job.chunks * kChunkInputs, tokens = job.a.tokens;
+    const Input* x = reinterpret_cast<const Input*>(job.a.x);
+    if (!V::kInPlace || tokens > 1 || width != job.a.cols) {
+      static thread_local Scratch scratch;
+      Input* packed = scratch.template get<Input>(tokens * width);
+      pack_x(job, 0, tokens, 0, width, packed);
+      x = packed;
+    }
+    one_tile_of(tokens, job, x, first, last);
+  }
+
+  static void many_tokens(const Job& job, int64_t first, int64_t last) {
+    const int64_t inners = ceil_div(job.chunks, kInnerChunks);
+    const int64_t inner_inputs = ceil_div(job.chunks, inners) * kChunkInputs;
+    const int64_t outer_room = kOuterBytes / (inner_inputs * static_cast<int64_t>(sizeof(Input)));
+    // All of x when it fits, so that the stream is read in order; else some of the tokens and some of the inputs.
+    const bool whole = inners * job.a.tokens <= outer_room;
+    const int64_t outer_tokens = whole ? job.a.tokens : std::min(job.a.tokens, kOuterTokens);
+    const int64_t outer_inners = whole ? inners : std::max<int64_t>(1, outer_room / outer_tokens);
+    const int64_t outer_blocks = whole ? last - first : std::min(last - first, kOuterBlocks);
+
+    static thread_local Scratch x_scratch, saved_scratch, sums_scratch;
+    Input* x = x_scratch.template get<Input>(outer_inners * outer_tokens * inner_inputs);
+    Saved* saved = saved_scratch.template get<Saved>(kInnerChunks * kChunkSteps * kRowPairs);
+    float* sums = sums_scratch.template get<float>((whole ? 1 : outer_blocks) * outer_tokens * kBlockRows);
+
+    for (int64_t token = 0; token < job.a.tokens; token += outer_tokens) {
+      const int64_t tokens = std::min(outer_tokens, job.a.tokens - token);
+      const int64_t tiles = ceil_div(tokens, V::kTileTokens);
+      const int64_t lines = ceil_div(kLines, tiles);  // of each chunk to come, asked for by each tile
+      for (int64_t block = first; block < last; block += outer_blocks)
+        for (int64_t inner = 0; inner < inners; inner += outer_inners) {
+          const int64_t end_inner = std::min(inner + outer_inners, inners);
+          for (int64_t i = inner; i < end_inner; ++i)
+            for (int64_t n = 0; n < tiles; ++n) {
+              const int64_t t = tokens * n / tiles, begin = i * inner_inputs;
+              pack_x(job, token + t, tokens * (n + 1) / tiles - t, begin,
+                     std::min(inner_inputs, job.chunks * kChunkInputs - begin),
+                     x + ((i - inner) * outer_tokens + t) * inner_inputs);
+            }
+          for (int64_t b = block; b < std::min(block + outer_blocks, last); ++b) {
+            float* block_sums = sums + (whole ? 0 : b - block) * outer_tokens * kBlockRows;
+            for (int64_t i = inner; i < end_inner; ++i) {
+              const int64_t begin = i * inner_inputs / kChunkInputs;
+              const int64_t chunks = std::min(inner_inputs / kChunkInputs, job.chunks - begin);
+              const Stream* chunk = job.block(b) + begin;
+              unpack(chunk, chunks, saved);
+              const char* next = reinterpret_cast<const char*>(chunk + chunks);
+              for (int64_t n = 0; n < tiles; ++n, next += lines * chunks * kCacheLine) {
+                const int64_t t = tokens * n / tiles;
+                tile_of(tokens * (n + 1) / tiles - t, saved, x + ((i - inner) * outer_tokens + t) * inner_inputs,
+                        chunks, block_sums + t * kBlockRows, i > 0, next, lines);
+              }
+            }
+            if (end_inner == inners)
+              for (int64_t t = 0; t < tokens; ++t) finish(job, b, token + t, block_sums + t * kBlockRows);
+          }
+        }
+    }
+  }
+
+  static void run(const swiftprune_linear24_args& args, int64_t first, int64_t last) {
+    const Job job{args};
+    if (args.tokens <= V::kTokens)
+      few_tokens(job, first, last);
+    else
+      many_tokens(job, first, last);
+  }
+};
+
+template <template <class> class V>
+void run_linear24(const swiftprune_linear24_args& args, int64_t first, int64_t last) {
+  switch (static_cast<Dtype>(args.dtype)) {
+    case Dtype::kFloat32: return Linear24<V<Float32>>::run(args, first, last);
+    case Dtype::kFloat16: return Linear24<V<Float16>>::run(args, first, last);
+    case Dtype::kBFloat16: return Linear24<V<BFloat16>>::run(args, first, last);
+  }
+}
+
+}  // namespace
+}  // namespace swiftprune

@@ -1,0 +1,304 @@
+"""Linear24 and its kernels against products in float64, on every backend that runs here."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from swiftprune.errors import SettingsError
+from swiftprune.sparse24 import dispatch
+from swiftprune.sparse24.format import Packed24, prune_and_pack, unpack
+from swiftprune.sparse24.kernels import native
+from swiftprune.sparse24.linear import Linear24
+from swiftprune.sparse24.score_factors import ScoreFactors
+
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+FAST = [(isa, dtype) for dtype in DTYPES for isa in native.linear_isas(dtype)]
+ANY = [(backend, dtype) for dtype in DTYPES for backend in dispatch.linear_backends(dtype)]
+IDS = [f"{backend}-{dtype}".replace("torch.", "") for backend, dtype in ANY]
+FAST_IDS = [f"{backend}-{dtype}".replace("torch.", "") for backend, dtype in FAST]
+# Relative Frobenius error over float64: of sums in float32, and once they are rounded to the dtype.
+SUM_ERROR = 1e-5
+ROUNDED_ERROR = {torch.bfloat16: 4e-3, torch.float16: 5e-4, torch.float32: SUM_ERROR}
+
+
+def random_packed(rows: int, cols: int, dtype: torch.dtype, generator: torch.Generator) -> Packed24:
+    weight = torch.randn(rows, cols, generator=generator).to(dtype)
+    return prune_and_pack(weight, ScoreFactors(torch.rand(cols, generator=generator)))
+
+
+def product(x: Tensor, packed: Packed24, bias: Tensor | None) -> Tensor:
+    return F.linear(x.double(), unpack(packed).double(), None if bias is None else bias.double())
+
+
+def relative_error(got: Tensor, want: Tensor, x: Tensor | None = None, packed: Packed24 | None = None) -> float:
+    """Frobenius norm of the error over that of the product, or over what that is where few products do not cancel."""
+    assert got.shape == want.shape
+    norm = want.norm()
+    if x is not None and packed is not None:
+        norm = norm.maximum((x.double().square() @ unpack(packed).double().square().T).sum().sqrt())
+    return float((got.double() - want).norm() / norm)
+
+
+def strided(x: Tensor, form: str) -> Tensor:
+    """The values of x (M, K) in memory that is not contiguous, or with more dimensions."""
+    if form == "every second column":
+        return torch.stack([x, -x], dim=2).flatten(1)[:, ::2]
+    if form == "part of wider rows":
+        return torch.cat([x, x[:, :3]], dim=1)[:, : x.shape[1]]
+    if form == "transposed":
+        return x.T.contiguous().T
+    return {"plain": x, "leading": x[None, :, None]}[form]
+
+
+@pytest.mark.parametrize(("backend", "dtype"), ANY, ids=IDS)
+@settings(max_examples=60)
+@given(
+    rows=st.one_of(st.integers(1, 40), st.sampled_from([64, 200])),
+    groups=st.one_of(st.integers(1, 40), st.sampled_from([128, 193, 500])),
+    tokens=st.one_of(st.integers(1, 20), st.sampled_from([33, 128, 131])),
+    form=st.sampled_from(["plain", "leading", "every second column", "part of wider rows", "transposed"]),
+    with_bias=st.booleans(),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_products_equal_those_in_float64(
+    backend: str, dtype: torch.dtype, rows: int, groups: int, tokens: int, form: str, with_bias: bool, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    packed = random_packed(rows, 4 * groups, dtype, generator)
+    bias = torch.randn(rows, generator=generator).to(dtype) if with_bias else None
+    x = strided(torch.randn(tokens, 4 * groups, generator=generator).to(dtype), form)
+    layer = Linear24.from_packed(packed, bias, backend)
+    y = layer(x)
+    assert (y.dtype, y.shape) == (dtype, (*x.shape[:-1], rows))
+    assert relative_error(y, product(x, packed, bias), x, packed) < ROUNDED_ERROR[dtype]
+
+
+@pytest.mark.parametrize(("backend", "dtype"), FAST, ids=FAST_IDS)
+@settings(max_examples=40)
+@given(tokens=st.integers(1, 40), groups=st.integers(1, 900), seed=st.integers(0, 2**32 - 1))
+def test_sums_are_kept_in_float32(backend: str, dtype: torch.dtype, tokens: int, groups: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    packed = random_packed(24, 4 * groups, dtype, generator)
+    x = torch.randn(tokens, 4 * groups, generator=generator).to(dtype)
+    stream = native.to_stream(packed.values, packed.metadata)
+    sums = native.linear24(backend, x, stream, None, 24, out_dtype=torch.float32)
+    assert sums.dtype == torch.float32
+    assert relative_error(sums, product(x, packed, None), x, packed) < SUM_ERROR
+    if dtype != torch.float32:  # the output is those sums, rounded once, to nearest and ties to even, as torch does
+        assert torch.equal(native.linear24(backend, x, stream, None, 24), sums.to(dtype))
+
+
+@pytest.mark.parametrize(("backend", "dtype"), FAST, ids=FAST_IDS)
+@pytest.mark.parametrize("tokens", [1, 3, 17])
+def test_which_values_meet_which_inputs(backend: str, dtype: torch.dtype, tokens: int) -> None:
+    """Small whole numbers: every product and sum is exact, so every bit must be right, and every element written."""
+    generator = torch.Generator().manual_seed(tokens)
+    weight = torch.randint(-4, 5, (19, 332), generator=generator).to(dtype)
+    packed = prune_and_pack(weight, ScoreFactors.of_magnitude(332))
+    x = torch.randint(-2, 3, (tokens, 332), generator=generator).to(dtype)
+    want = product(x, packed, None).float()
+    stream = native.to_stream(packed.values, packed.metadata)
+    poison = torch.full((10, tokens, 19), float("nan"))  # freed at once: the next allocations get this memory
+    del poison
+    for _ in range(5):
+        assert torch.equal(native.linear24(backend, x, stream, None, 19, out_dtype=torch.float32), want)
+
+
+@pytest.mark.parametrize(("backend", "dtype"), ANY, ids=IDS)
+@pytest.mark.parametrize("scale", [1e-40, 1e-6, 1e15, 1e30])
+def test_extreme_magnitudes(backend: str, dtype: torch.dtype, scale: float) -> None:
+    """Sums that float32 holds come out right and others as infinities; subnormal inputs may count as zero."""
+    generator = torch.Generator().manual_seed(1)
+    packed = random_packed(16, 256, dtype, generator)
+    x = (torch.randn(2, 256, generator=generator, dtype=torch.float64) * scale).to(dtype)
+    y = Linear24.from_packed(packed, None, backend)(x)
+    want = product(x, packed, None)
+    if scale == 1e-40:  # subnormal in bf16 and fp32, zero in fp16; vdpbf16ps takes subnormals for zeros
+        assert ((y.double() - want).abs() <= want.abs().max() * 1.01).all()
+    elif not torch.isfinite(x).all():  # fp16
+        assert not torch.isfinite(y).any()
+    else:
+        smallest_step = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+        assert ((y.double() - want).abs() <= want.abs().max() * ROUNDED_ERROR[dtype] + smallest_step).all()
+
+
+@pytest.mark.parametrize(("backend", "dtype"), ANY, ids=IDS)
+def test_negative_zeros_nan_and_infinity(backend: str, dtype: torch.dtype) -> None:
+    """A NaN or infinity reaches the outputs whose weights keep that input, and no others."""
+    values = torch.tensor([[1.0, -0.0], [2.0, 3.0]], dtype=dtype)
+    layer = Linear24.from_packed(Packed24(values, torch.tensor([[0b0100], [0b1110]], dtype=torch.uint8)), None, backend)
+    assert layer(torch.full((1, 4), -0.0, dtype=dtype)).tolist() == [[0, 0]]
+    only_first = layer(torch.tensor([[float("nan"), 1, 1, 1]], dtype=dtype))
+    assert only_first[0, 0].isnan()
+    if backend != dispatch.REFERENCE:  # which multiplies every input, by zeros too
+        assert only_first[0, 1] == 5
+    assert layer(torch.tensor([[0, 0, float("inf"), 0]], dtype=dtype))[0, 1] == float("inf")
+
+
+@pytest.mark.parametrize(("backend", "dtype"), FAST, ids=FAST_IDS)
+@pytest.mark.parametrize("tokens", [1, 4, 40])
+def test_results_depend_on_neither_the_run_nor_the_threads(backend: str, dtype: torch.dtype, tokens: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    layer = Linear24.from_packed(random_packed(300, 1024, dtype, generator), None, backend)
+    x = torch.randn(tokens, 1024, generator=generator).to(dtype)
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 1, 2, 3, 7):
+            torch.set_num_threads(threads)
+            results.append(layer(x))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+@pytest.mark.parametrize(("backend", "dtype"), ANY, ids=IDS)
+def test_empty_batches_and_single_vectors(backend: str, dtype: torch.dtype) -> None:
+    layer = Linear24.from_packed(random_packed(5, 12, dtype, torch.Generator()), None, backend)
+    assert layer(torch.empty(0, 12, dtype=dtype)).shape == (0, 5)
+    assert layer(torch.empty(3, 0, 12, dtype=dtype)).shape == (3, 0, 5)
+    assert layer(torch.ones(12, dtype=dtype)).shape == (5,)
+
+
+@pytest.mark.parametrize(("backend", "dtype"), ANY, ids=IDS)
+def test_wrong_inputs_are_refused(backend: str, dtype: torch.dtype) -> None:
+    layer = Linear24.from_packed(random_packed(5, 12, dtype, torch.Generator()), None, backend)
+    with pytest.raises(ValueError, match=r"\(\.\.\., 12\).*\(3, 16\)"):
+        layer(torch.ones(3, 16, dtype=dtype))
+    with pytest.raises(ValueError, match="float64"):
+        layer(torch.ones(3, 12, dtype=torch.float64))
+
+
+def test_kernels_refuse_what_does_not_fit() -> None:
+    packed = random_packed(5, 12, torch.float32, torch.Generator())
+    stream = native.to_stream(packed.values, packed.metadata)
+    with pytest.raises(ValueError, match="does not fit a stream"):
+        native.linear24("generic", torch.ones(1, 128), stream, None, 5)
+    if "avx512_bf16" in native.linear_isas(torch.bfloat16):
+        with pytest.raises(ValueError, match=r"avx512_bf16.*float32.*generic"):
+            native.linear24("avx512_bf16", torch.ones(1, 12), stream, None, 5)
+
+
+def test_the_stream_in_bits() -> None:
+    """A hand-worked chunk (csrc/stream.h): rows 2 and 3 are pair 1; group 9 is group 1 of the second half."""
+    values, metadata = torch.zeros(4, 32, dtype=torch.bfloat16), torch.full((4, 8), 0x44, dtype=torch.uint8)
+    values[2, 18], values[2, 19], values[3, 18] = 1.0, -2.0, 3.0  # 0x3F80, 0xC000, 0x4040
+    metadata[2, 4] = 0b1101_0100  # group 9: positions 1 and 3
+    metadata[3, 4] = 0b1110_0100  # group 9: positions 2 and 3
+    stream = native.to_stream(values, metadata)
+    assert stream.numel() == 576
+    words = stream[:64].view(torch.int16).view(2, 4, 4)
+    second = 0b01_01_01_01_01_01_01_01  # position 1 for all eight groups
+    assert words[0].tolist() == [[0, second] * 2] * 2 + [[0, 0] * 2] * 2  # rows 4..7 do not exist
+    changed = second & ~0b1100 | 0b1100
+    assert words[1, 1].tolist() == [0b01_00, changed, 0b10_00, changed]
+    lanes = stream[64:].view(torch.int16).view(2, 4, 8, 4)
+    assert lanes[1, 1, 1].tolist() == [0x3F80, 0xC000 - 2**16, 0x4040, 0]
+    assert lanes.count_nonzero() == 3
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@given(rows=st.integers(1, 40), groups=st.integers(1, 70), seed=st.integers(0, 2**32 - 1))
+def test_the_stream_gives_the_pair_back(dtype: torch.dtype, rows: int, groups: int, seed: int) -> None:
+    packed = random_packed(rows, 4 * groups, dtype, torch.Generator().manual_seed(seed))
+    layer = Linear24.from_packed(packed)
+    assert layer.backend != dispatch.REFERENCE
+    for got in (layer.packed, layer.use_backend("reference").packed, layer.use_backend("generic").packed):
+        assert torch.equal(got.values, packed.values)
+        assert torch.equal(got.metadata, packed.metadata)
+
+
+@pytest.mark.parametrize("backend", ["generic", "reference"])
+def test_layers_save_load_copy_and_convert(backend: str) -> None:
+    generator = torch.Generator().manual_seed(2)
+    packed, bias = random_packed(10, 68, torch.float32, generator), torch.randn(10, generator=generator)
+    layer = Linear24.from_packed(packed, bias, backend)
+    state = layer.state_dict()
+    assert {name: tuple(tensor.shape) for name, tensor in state.items()} == {
+        "weight": (10, 34), "weight_meta": (10, 9), "bias": (10,)
+    }  # fmt: skip
+    other = Linear24.from_packed(random_packed(10, 68, torch.float32, generator), torch.zeros(10), backend)
+    other.load_state_dict(state)
+    x = torch.randn(3, 68, generator=generator)
+    assert torch.equal(other(x), layer(x))
+    assert torch.equal(copy.deepcopy(layer)(x), layer(x))
+    half = copy.deepcopy(layer).to(torch.bfloat16)
+    assert half.dtype == half.packed.values.dtype == torch.bfloat16
+    assert torch.equal(half.packed.values, packed.values.bfloat16())
+    assert relative_error(half(x.bfloat16()), layer(x).double()) < 2e-2
+    assert backend in repr(layer)
+
+
+@pytest.mark.parametrize(("backend", "dtype"), ANY, ids=IDS)
+def test_compiled_layers_give_the_same(backend: str, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(3)
+    layer = Linear24.from_packed(random_packed(12, 64, dtype, generator), torch.ones(12, dtype=dtype), backend)
+    model = nn.Sequential(layer, nn.ReLU())
+    x = torch.randn(2, 3, 64, generator=generator).to(dtype)
+    torch.compiler.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), model(x))
+
+
+def test_the_operators_follow_the_rules_of_torch() -> None:
+    packed = random_packed(12, 64, torch.float32, torch.Generator().manual_seed(4))
+    stream = native.to_stream(packed.values, packed.metadata)
+    x = torch.randn(3, 64, requires_grad=True)
+    torch.library.opcheck(torch.ops.swiftprune.unpack24, (packed.values, packed.metadata))
+    torch.library.opcheck(torch.ops.swiftprune.linear24, (x, stream, torch.ones(12), 12, "generic"))
+
+
+@pytest.mark.parametrize(("backend", "dtype"), ANY, ids=IDS)
+def test_gradients_reach_the_inputs(backend: str, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(5)
+    packed = random_packed(12, 64, dtype, generator)
+    x = torch.randn(3, 64, generator=generator).to(dtype).requires_grad_()
+    gradient = torch.randn(3, 12, generator=generator).to(dtype)
+    Linear24.from_packed(packed, None, backend)(x).backward(gradient)
+    assert x.grad is not None
+    assert relative_error(x.grad, gradient.double() @ unpack(packed).double()) < 4e-3
+
+
+def test_backends_are_chosen_by_name_and_never_replaced_in_silence(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = Linear24.from_packed(random_packed(4, 8, torch.float32, torch.Generator()))
+    assert layer.backend == dispatch.linear_backends(torch.float32)[0]
+    monkeypatch.setenv("SWIFTPRUNE_BACKEND", "generic")
+    assert layer.use_backend().backend == "generic"
+    assert layer.use_backend("reference").backend == "reference"
+    monkeypatch.setenv("SWIFTPRUNE_BACKEND", "sse9")
+    with pytest.raises(SettingsError, match=r"unknown backend 'sse9'; known: avx512_bf16.*reference"):
+        layer.use_backend()
+    monkeypatch.setenv("SWIFTPRUNE_BACKEND", "avx512_bf16")
+    with pytest.raises(SettingsError, match=r"'avx512_bf16' cannot run torch.float32 .*SWIFTPRUNE_BACKEND"):
+        layer.use_backend()
+
+
+WITHOUT_KERNELS = """
+import sys
+sys.modules["swiftprune.sparse24.kernels._native"] = None  # what an installation without a compiler looks like
+import torch
+from swiftprune.sparse24.format import prune_and_pack
+from swiftprune.sparse24.linear import Linear24
+from swiftprune.sparse24.score_factors import ScoreFactors
+packed = prune_and_pack(torch.randn(8, 16), ScoreFactors.of_magnitude(16))
+layers = [Linear24.from_packed(packed) for _ in range(3)]
+print(layers[0].backend, layers[0](torch.ones(2, 16)).shape)
+Linear24.from_packed(packed, backend="avx2")
+"""
+
+
+def test_without_native_kernels_the_reference_runs_and_says_so_once() -> None:
+    run = subprocess.run([sys.executable, "-c", WITHOUT_KERNELS], capture_output=True, text=True, check=False)
+    assert run.stdout == "reference torch.Size([2, 8])\n", run.stderr
+    assert run.stderr.count("without its native kernels") == 1
+    assert "SettingsError: backend 'avx2' cannot run torch.float32" in run.stderr
