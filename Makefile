@@ -18,7 +18,7 @@ endif
 NATIVE := $(wildcard swiftprune/sparse24/kernels/csrc/*)
 SOURCES := $(shell find swiftprune exporters runtime_bench -name '*.py')
 
-.PHONY: setup demo test bench-prune bench-methods clean
+.PHONY: setup demo test bench-prune bench-methods bench-kernels clean
 
 setup: $(VENV)/installed
 
@@ -49,6 +49,9 @@ bench-prune: setup
 
 bench-methods: setup
 	$(BIN)/swiftprune-bench methods --folder $(DEMO) --seeds 3 --out build/results/methods.json
+
+bench-kernels: setup
+	$(BIN)/swiftprune-bench layers --dtype bf16,fp32 --out build/results/kernels.json --plot build/results/kernels.png
 
 clean:
 	rm -rf build $(VENV)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import typer
 from pydantic import BaseModel
@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.markdown import Markdown
 
 from exporters.cli import ProgressBars, run
-from runtime_bench import demo, demo_data, methods, pruning, synthetic
+from runtime_bench import demo, demo_data, layers, methods, plots, pruning, synthetic
+from swiftprune.errors import SettingsError
 from swiftprune.pruning.score import METHODS, find_method
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
@@ -21,11 +22,12 @@ Folder = Annotated[
 ]
 Result = Annotated[Path | None, typer.Option(help="Also write the result to this JSON file.")]
 DEMO_FOLDER = Path("build/demo")
+_T = TypeVar("_T")
 
 
 @app.callback()
 def bench() -> None:
-    """Measure what pruning costs and what it does, on this machine."""
+    """Measure what pruning costs and what it gains, on this machine."""
 
 
 @app.command("demo")
@@ -87,6 +89,53 @@ def methods_command(
             data, names, list(range(seeds)), samples=samples, seqlen=seqlen, pattern=pattern, progress=progress
         )
     _finish(result, methods.markdown(result), out)
+
+
+@app.command("layers")
+def layers_command(
+    models: Annotated[list[str] | None, typer.Argument(help=f"Of: {', '.join(layers.SHAPES)}. Default: all.")] = None,
+    m: Annotated[str, typer.Option("--m", help="Numbers of tokens.")] = ",".join(map(str, layers.TOKENS)),
+    threads: Annotated[str, typer.Option(help="Numbers of threads.")] = "1,2",
+    dtype: Annotated[str, typer.Option(help=f"Of: {', '.join(layers.DTYPES)}.")] = "bf16",
+    backend: Annotated[str | None, typer.Option(help="A backend of Linear24. Default: the fastest here.")] = None,
+    seconds: Annotated[float, typer.Option(min=0, help="What each combination may take, about.")] = (
+        layers.SECONDS_PER_CELL
+    ),
+    out: Result = None,
+    plot: Annotated[Path | None, typer.Option(help="Also draw the speedups into this PNG (needs matplotlib).")] = None,
+) -> None:
+    """Single layers: 2:4 kernels against the better of torch's and oneDNN's dense ones, on real shapes.
+
+    For example: swiftprune-bench layers llama-3-8b --m 1,8,512 --plot speedup.png
+    """
+    shapes = list(dict.fromkeys(shape for name in models or layers.SHAPES for shape in _known(name, layers.SHAPES)))
+    dtypes = dtype.split(",")
+    for name in dtypes:
+        _known(name, layers.DTYPES)
+    with ProgressBars(Console(stderr=True)) as progress:
+        result = layers.measure(
+            shapes, tokens=_numbers(m, "--m"), threads=_numbers(threads, "--threads"), dtypes=dtypes,
+            backend=backend, seconds=seconds, progress=progress,
+        )  # fmt: skip
+    _finish(result, layers.markdown(result), out)
+    if plot:
+        plots.layers(result, plot)
+
+
+def _known(name: str, table: dict[str, _T]) -> _T:
+    if name not in table:
+        raise SettingsError(f"unknown: {name!r}; known: {', '.join(table)}")
+    return table[name]
+
+
+def _numbers(text: str, option: str) -> list[int]:
+    try:
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError:
+        numbers = []
+    if not numbers or min(numbers) < 1:
+        raise SettingsError(f"{option} takes positive numbers with commas between them, 1,8,512 say, not {text!r}")
+    return numbers
 
 
 def _finish(result: BaseModel, table: str, out: Path | None) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from pydantic import BaseModel
 
@@ -18,6 +18,13 @@ class Timing(BaseModel):
     def median(self) -> float:
         return statistics.median(self.seconds)
 
+    def quantile(self, share: float) -> float:
+        """The seconds that `share` of the runs stayed below, interpolated."""
+        ordered = sorted(self.seconds)
+        at = share * (len(ordered) - 1)
+        low = ordered[int(at)]
+        return low + (ordered[min(int(at) + 1, len(ordered) - 1)] - low) * (at - int(at))
+
     @property
     def spread(self) -> float:
         """Half of the interquartile range over the median."""
@@ -27,7 +34,7 @@ class Timing(BaseModel):
         return (high - low) / 2 / self.median
 
 
-def interleaved(contestants: dict[str, Callable[[], object]], *, rounds: int, warmup: int = 1) -> dict[str, Timing]:
+def interleaved(contestants: Mapping[str, Callable[[], object]], *, rounds: int, warmup: int = 1) -> dict[str, Timing]:
     """Times all contestants in turn, `rounds` times, so that a slow spell of the machine hits each alike."""
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     for round_index in range(-warmup, rounds):

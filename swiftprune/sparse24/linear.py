@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Self, cast
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -89,7 +89,7 @@ class Linear24(nn.Module):
         if torch.compiler.is_compiling() or (x.requires_grad and torch.is_grad_enabled()):
             y: Tensor = torch.ops.swiftprune.linear24(x, self.stream, self.bias, self.out_features, self.backend)
             return y
-        stream = cast(Tensor, self._buffers["stream"])  # nn.Module.__getattr__ is slow
+        stream: Any = self._buffers["stream"]  # nn.Module.__getattr__ is slow
         return native.linear24(self.backend, x, stream, self._parameters.get("bias"), self.out_features)
 
     def extra_repr(self) -> str:

@@ -12,13 +12,14 @@ import torch
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from runtime_bench import cli, methods, pruning, synthetic
+from runtime_bench import cli, layers, methods, plots, pruning, synthetic
 from runtime_bench.demo_data import DemoData
 from runtime_bench.machine import this_machine
 from runtime_bench.measure import Timing, interleaved
 from swiftprune.errors import SettingsError
 from swiftprune.pruning.calibration_text import load_tokenizer, read_text, token_windows
 from swiftprune.pruning.evaluate import perplexity
+from swiftprune.sparse24.kernels import native
 from tests import models
 
 
@@ -46,6 +47,7 @@ def test_timing_statistics() -> None:
     timing = Timing(seconds=[4.0, 1.0, 2.0, 3.0, 100.0])
     assert timing.median == 3.0
     assert timing.spread == pytest.approx((52 - 1.5) / 2 / 3)
+    assert [timing.quantile(share) for share in (0, 0.1, 0.25, 1)] == pytest.approx([1, 1.4, 2, 100])
 
 
 def test_ratio_is_slow_over_fast() -> None:
@@ -140,3 +142,97 @@ def test_synthetic_checkpoints_load(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_a_mistyped_pattern_is_answered(tiny_data: DemoData) -> None:
     with pytest.raises(SettingsError, match="--format"):
         methods.compare(tiny_data, ["wanda"], [0], samples=1, seqlen=8, pattern="nonsense")
+
+
+def call_time(milliseconds: float) -> layers.CallTime:
+    return layers.CallTime(p20_ms=milliseconds, median_ms=2 * milliseconds, spread=0.1, rounds=5)
+
+
+def test_layers_are_compared_with_the_better_dense_kernel() -> None:
+    cell = layers.Cell(
+        rows=100, cols=1000, dtype="bf16", tokens=1, threads=1, backend="generic", sparse=call_time(0.5),
+        dense={"slow": call_time(3), "good": call_time(1)}, packed_bytes=112_500, read_gb_per_s=0.5,
+    )  # fmt: skip
+    assert (cell.better_dense, cell.speedup, cell.median_speedup) == ("good", 2, 2)
+    assert cell.packed_gb_per_s == pytest.approx(0.225)
+    assert cell.dense_gb_per_s == pytest.approx(0.2)
+    assert layers.BYTE_BOUND["bf16"] == pytest.approx(200_000 / 112_500)
+
+
+def test_a_turn_takes_the_next_copies() -> None:
+    copies = [torch.tensor(float(index)) for index in range(3)]
+    seen: list[float] = []
+
+    def run(weight: torch.Tensor) -> torch.Tensor:
+        seen.append(float(weight))
+        return weight
+
+    turn = layers._turn(run, copies, 2)
+    assert [float(turn()) for _ in range(3)] == [1, 0, 2]
+    assert seen == [0, 1, 2, 0, 1, 2]
+
+
+@pytest.fixture
+def small_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layers, "ROTATED_BYTES", 1 << 16)
+    monkeypatch.setattr(layers, "TURN_BYTES", 1 << 14)
+    monkeypatch.setattr(layers, "SHAPES", {"tiny": [(16, 64), (24, 132)]})
+
+
+@pytest.mark.usefixtures("small_sweep")
+def test_layer_sweep(tmp_path: Path) -> None:
+    threads = torch.get_num_threads()
+    out, plot = tmp_path / "layers.json", tmp_path / "plots" / "layers.png"
+    command = ["layers", "--m", "1,9", "--threads", "1,2", "--dtype", "bf16,fp32", "--seconds", "0"]
+    run = CliRunner().invoke(cli.app, [*command, "--out", str(out), "--plot", str(plot)])
+    assert run.exit_code == 0, run.output
+    assert torch.get_num_threads() == threads
+    bench = layers.LayersBench.model_validate_json(out.read_text())
+    assert len(bench.cells) == 2 * 2 * 2 * 2
+    assert run.stdout.count("\n| ") >= 16
+    assert all("reference" not in cell.backend and "torch F.linear" in cell.dense for cell in bench.cells)
+    assert bench.cells[-1].packed_bytes == 3 * 3 * 1088
+    assert bench.overhead.linear24_us > 0
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.usefixtures("small_sweep")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["llama-9"], "unknown: 'llama-9'; known: tiny"),
+        (["--m", "1,x"], "--m takes positive numbers"),
+        (["--threads", "0"], "--threads takes positive numbers"),
+        (["--dtype", "int3"], "known: bf16, fp16, fp32"),
+        (["--backend", "reference"], "'reference' multiplies dense weights and is not worth measuring"),
+        (["--backend", "sse9"], "unknown backend 'sse9'"),
+    ],
+)
+def test_the_layer_sweep_answers_mistakes(arguments: list[str], message: str) -> None:
+    run = CliRunner().invoke(cli.app, ["layers", *arguments])
+    assert run.exit_code != 0
+    assert message in str(run.exception)
+
+
+@pytest.mark.usefixtures("small_sweep")
+def test_a_wrong_product_is_never_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "linear24", lambda isa, x, stream, bias, rows: x.new_zeros(len(x), rows))
+    with pytest.raises(RuntimeError, match="sparse computes something else"):
+        layers.measure([(16, 64)], tokens=[1], threads=[1], seconds=0)
+
+
+def test_layers_plot_has_a_panel_for_each_dtype_and_thread_count(tmp_path: Path) -> None:
+    cells = [
+        layers.Cell(
+            rows=64, cols=64, dtype=dtype, tokens=m, threads=threads, backend="generic", sparse=call_time(1),
+            dense={"d": call_time(2)}, packed_bytes=1, read_gb_per_s=1,
+        )
+        for dtype in ("bf16", "fp32") for threads in (1, 2, 4) for m in (1, 8)
+    ]  # fmt: skip
+    overhead = layers.CallOverhead(linear24_us=1, operator_us=1, nn_linear_us=1)
+    bench = layers.LayersBench(
+        machine=this_machine(), shares_torch_threads=True, rotated_mb=1, overhead=overhead, cells=cells
+    )
+    plots.layers(bench, tmp_path / "p.png")
+    assert (tmp_path / "p.png").stat().st_size > 10_000
+    assert layers.markdown(bench).count("2.00x | 2.00x") == 12

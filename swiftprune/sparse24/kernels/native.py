@@ -155,13 +155,18 @@ def linear24(
         stride = x.stride(0)
         if x.stride(1) != 1:
             x, stride = x.contiguous(), cols
-    y = x.new_empty((*shape[:-1], rows), dtype=out_dtype)
+    if out_dtype is None:  # spelled so that torch takes half the time
+        out_dtype, y = dtype, x.new_empty(*shape[:-1], rows)
+    else:
+        y = x.new_empty(*shape[:-1], rows, dtype=out_dtype)
     tokens = x.numel() // cols
+    threads = torch.get_num_threads()
+    if threads > 1:
+        threads = min(threads, 1 + tokens * stream.numel() // _BYTES_PER_THREAD)
     if tokens:
         _native.linear24(
-            kernel, _DTYPES[dtype], _DTYPES[out_dtype or dtype], stream.data_ptr(),
-            0 if bias is None else bias.data_ptr(), x.data_ptr(), stride, y.data_ptr(), tokens, rows, cols,
-            min(torch.get_num_threads(), 1 + tokens * stream.numel() // _BYTES_PER_THREAD),
+            kernel, _DTYPES[dtype], _DTYPES[out_dtype], stream.data_ptr(),
+            0 if bias is None else bias.data_ptr(), x.data_ptr(), stride, y.data_ptr(), tokens, rows, cols, threads,
         )  # fmt: skip
     return y
 

@@ -23,10 +23,8 @@ struct Vector {
   static constexpr int kTokens = 3;
   static constexpr int kTileTokens = 3;
   using Sum = __m256;
-  struct Saved {
-    __m256i index;
-    __m256 values;
-  };
+  using Index = __m256i;
+  using Values = __m256;
 
   static __m256 zero() { return _mm256_setzero_ps(); }
   static __m256i words(uint64_t metadata) {

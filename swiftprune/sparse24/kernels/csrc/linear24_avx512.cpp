@@ -21,12 +21,10 @@ struct Vector {
   static constexpr bool kInPlace = std::is_same_v<T, Float32>;
   static constexpr int kInputs = 16;
   static constexpr int kTokens = 6;
-  static constexpr int kTileTokens = 5;
+  static constexpr int kTileTokens = 4;
   using Sum = __m512;
-  struct Saved {
-    __m512i index;
-    __m512 values;
-  };
+  using Index = __m512i;
+  using Values = __m512;
 
   static __m512 zero() { return _mm512_setzero_ps(); }
   static __m512i words(uint64_t metadata) {

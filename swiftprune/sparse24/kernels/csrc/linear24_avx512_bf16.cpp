@@ -14,9 +14,8 @@ struct Vector {
   static constexpr int kTileTokens = 5;
   static constexpr bool kInPlace = true;
   using Sum = __m512;
-  struct Saved {
-    __m512i index, values;
-  };
+  using Index = __m512i;
+  using Values = __m512i;
 
   static __m512 zero() { return _mm512_setzero_ps(); }
   static __m512i words(uint64_t metadata) { return _mm512_set1_epi64(static_cast<int64_t>(metadata)); }

@@ -19,10 +19,7 @@ struct Vector {
   struct Sum {
     float lane[kGroup];
   };
-  struct Saved {
-    Index index;
-    Sum values;
-  };
+  using Values = Sum;
 
   static Sum zero() { return {}; }
   static uint64_t words(uint64_t metadata) { return metadata; }

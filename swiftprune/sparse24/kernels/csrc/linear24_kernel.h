@@ -2,10 +2,11 @@
 //
 //   Storage          Float32 | Float16 | BFloat16 of the stream, of x and of bias
 //   Input            what x is turned into before the product: uint16_t (bf16 bits) or float
-//   kInPlace         Input is Storage, so that one token's x can be used where it lies
+//   kInPlace         Input is Storage, so that values, and one token's x, can be used where they lie
 //   kInputs          inputs that one step covers, for two rows at once: kInputs values of the stream
 //   kTokens          most tokens that go through in one pass; 4 pairs of rows x kTokens sums in registers
 //   kTileTokens      most tokens of a tile of the many-token path, which keeps x in registers as well
+//   Sum, Index, Values   registers
 //   words(m)         the 64 bits of metadata, spread over lanes
 //   index(words, s)  of step s of a half: where in the step's inputs each lane finds its own
 //   load(p)          the values of a step
@@ -25,16 +26,15 @@
 
 #include "group.h"
 #include "linear24.h"
+#include "prefetch.h"
 #include "stream.h"
 
 namespace swiftprune {
 namespace {
 
 constexpr int64_t kCacheLine = 64;
-// How far ahead of the loads the stream is asked for; hardware prefetchers stop at pages and start late.
-constexpr int64_t kPrefetchBytes = 9216;
 // Bytes of one token's x in an inner part: its unpacked weights (8 rows) and a tile's x share the first-level cache.
-constexpr int64_t kInnerBytes = 3072;
+constexpr int64_t kInnerBytes = 2048;
 // What an outer part takes of the second-level cache: x of so many tokens and bytes, sums of so many row blocks.
 constexpr int64_t kOuterTokens = 128;
 constexpr int64_t kOuterBytes = 512 << 10;
@@ -66,25 +66,35 @@ void store_rounded(const float* sums, typename T::Bits* y, int64_t count) {
   for (int64_t i = 0; i < count; ++i) y[i] = T::from_float(sums[i]);
 }
 
-inline void prefetch_lines(const void* from, int64_t lines) {
-  for (int64_t i = 0; i < lines; ++i) __builtin_prefetch(static_cast<const char*>(from) + i * kCacheLine, 0, 3);
+template <int kLocality>
+void prefetch_lines(const char* from, int64_t lines) {
+  for (int64_t i = 0; i < lines; ++i) __builtin_prefetch(from + i * kCacheLine, 0, kLocality);
 }
+constexpr int kFirstLevel = 3, kSecondLevel = 2;
 
 template <class V>
 struct Linear24 {
   using Bits = typename V::Storage::Bits;
   using Input = typename V::Input;
   using Stream = Chunk<Bits>;
-  using Saved = typename V::Saved;
+  // What is kept of a step for many tokens; values that need no conversion are read from the stream each time.
+  struct Both {
+    typename V::Index index;
+    typename V::Values values;
+  };
+  struct IndexOnly {
+    typename V::Index index;
+  };
+  using Saved = std::conditional_t<V::kInPlace, IndexOnly, Both>;
   static constexpr int64_t kInnerChunks = kInnerBytes / static_cast<int64_t>(kChunkInputs * sizeof(Input));
   static constexpr int kHalfSteps = kHalfInputs / V::kInputs;
   static constexpr int kChunkSteps = 2 * kHalfSteps;
   static constexpr int64_t kLines = sizeof(Stream) / kCacheLine;
-  static constexpr int64_t kAhead = kPrefetchBytes / sizeof(Stream);
 
   struct Job {
     const swiftprune_linear24_args& a;
     int64_t chunks = chunks_of(a.cols);
+    Prefetch prefetch = prefetch_for(a.tokens);
     const Stream* block(int64_t b) const { return static_cast<const Stream*>(a.stream) + b * chunks; }
     const Bits* x(int64_t token) const { return static_cast<const Bits*>(a.x) + token * a.x_stride; }
   };
@@ -133,7 +143,9 @@ struct Linear24 {
       const Stream* chunk = job.block(b);
       const Input* at = x;
       for (int64_t c = 0; c < job.chunks; ++c, ++chunk) {
-        prefetch_lines(reinterpret_cast<const char*>(chunk) + kPrefetchBytes, kLines);
+        const char* here = reinterpret_cast<const char*>(chunk);
+        if (job.prefetch.second_level) prefetch_lines<kSecondLevel>(here + job.prefetch.second_level, kLines);
+        if (job.prefetch.first_level) prefetch_lines<kFirstLevel>(here + job.prefetch.first_level, kLines);
         for (int half = 0; half < 2; ++half, at += kHalfInputs * T)
 #pragma GCC unroll 4
           for (int p = 0; p < kRowPairs; ++p) {
@@ -162,32 +174,45 @@ struct Linear24 {
       for (int half = 0; half < 2; ++half)
         for (int p = 0; p < kRowPairs; ++p) {
           const auto words = V::words(chunk->metadata[half][p]);
-          for (int s = 0; s < kHalfSteps; ++s)
-            out[((c * 2 + half) * kHalfSteps + s) * kRowPairs + p] = {V::index(words, s),
-                                                                      V::load(chunk->values[half][p] + s * V::kInputs)};
+          for (int s = 0; s < kHalfSteps; ++s) {
+            Saved& saved = out[((c * 2 + half) * kHalfSteps + s) * kRowPairs + p];
+            saved.index = V::index(words, s);
+            if constexpr (!V::kInPlace) saved.values = V::load(chunk->values[half][p] + s * V::kInputs);
+          }
         }
+  }
+
+  static typename V::Values values_of(const Saved& saved, const Bits* in_stream) {
+    if constexpr (V::kInPlace)
+      return V::load(in_stream);
+    else
+      return saved.values;
   }
 
   // sums[t][8] (+)= the product of `steps` steps; lines of the stream to come are asked for on the way.
   template <int T>
-  static void tile(const Saved* saved, const Input* x, int64_t chunks, float* sums, bool add, const char* next,
-                   int64_t lines) {
+  static void tile(const Job& job, const Stream* chunk, const Saved* saved, const Input* x, int64_t chunks, float* sums,
+                   bool add, const char* next, int64_t lines) {
     typename V::Sum sum[T][kRowPairs];
     for (int t = 0; t < T; ++t)
       for (int p = 0; p < kRowPairs; ++p) sum[t][p] = V::zero();
-    for (int64_t c = 0; c < chunks; ++c, next += lines * kCacheLine) {
-      prefetch_lines(next, lines);
-#pragma GCC unroll 2
-      for (int s = 0; s < kChunkSteps; ++s, x += T * V::kInputs) {
-        decltype(V::inputs(x)) own[T];
+    for (int64_t c = 0; c < chunks; ++c, ++chunk, next += lines * kCacheLine) {
+      if (job.prefetch.second_level)
+        prefetch_lines<kSecondLevel>(next, lines);
+      else
+        prefetch_lines<kFirstLevel>(next, lines);
+      for (int half = 0; half < 2; ++half)
+        for (int s = 0; s < kHalfSteps; ++s, x += T * V::kInputs) {
+          decltype(V::inputs(x)) own[T];
 #pragma GCC unroll 8
-        for (int t = 0; t < T; ++t) own[t] = V::inputs(x + t * V::kInputs);
+          for (int t = 0; t < T; ++t) own[t] = V::inputs(x + t * V::kInputs);
 #pragma GCC unroll 4
-        for (int p = 0; p < kRowPairs; ++p, ++saved) {
+          for (int p = 0; p < kRowPairs; ++p, ++saved) {
+            const auto values = values_of(*saved, chunk->values[half][p] + s * V::kInputs);
 #pragma GCC unroll 8
-          for (int t = 0; t < T; ++t) sum[t][p] = V::dot(sum[t][p], saved->index, own[t], saved->values);
+            for (int t = 0; t < T; ++t) sum[t][p] = V::dot(sum[t][p], saved->index, own[t], values);
+          }
         }
-      }
     }
     for (int t = 0; t < T; ++t) {
       float out[kBlockRows];
@@ -197,7 +222,7 @@ struct Linear24 {
   }
 
   template <int T = V::kTileTokens, class... A>
-  static void tile_of(int64_t tokens, A... args) {
+  static void tile_of(int64_t tokens, const A&... args) {
     if constexpr (T > 0) {
       if (tokens == T) return tile<T>(args...);
       tile_of<T - 1>(tokens, args...);
@@ -205,7 +230,7 @@ struct Linear24 {
   }
 
   template <int T = V::kTokens, class... A>
-  static void one_tile_of(int64_t tokens, A... args) {
+  static void one_tile_of(int64_t tokens, const A&... args) {
     if constexpr (T > 0) {
       if (tokens == T) return one_tile<T>(args...);
       one_tile_of<T - 1>(tokens, args...);
@@ -263,7 +288,7 @@ struct Linear24 {
               const char* next = reinterpret_cast<const char*>(chunk + chunks);
               for (int64_t n = 0; n < tiles; ++n, next += lines * chunks * kCacheLine) {
                 const int64_t t = tokens * n / tiles;
-                tile_of(tokens * (n + 1) / tiles - t, saved, x + ((i - inner) * outer_tokens + t) * inner_inputs,
+                tile_of(tokens * (n + 1) / tiles - t, job, chunk, saved, x + ((i - inner) * outer_tokens + t) * inner_inputs,
                         chunks, block_sums + t * kBlockRows, i > 0, next, lines);
               }
             }

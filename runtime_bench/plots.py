@@ -1,0 +1,53 @@
+"""Pictures of results, drawn with matplotlib (the extra `plots`)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from runtime_bench.layers import BYTE_BOUND, LayersBench
+
+
+def layers(bench: LayersBench, path: Path) -> None:
+    """Speedup over the number of tokens: a panel for each dtype and thread count, a line for each weight."""
+    from matplotlib.figure import Figure
+
+    dtypes = list(dict.fromkeys(cell.dtype for cell in bench.cells))
+    threads = sorted({cell.threads for cell in bench.cells})
+    shapes = sorted({(cell.rows, cell.cols) for cell in bench.cells}, key=lambda shape: shape[0] * shape[1])
+    figure = Figure(figsize=(5.5 * len(threads) + 1.5, 4 * len(dtypes)), layout="constrained")
+    panels = figure.subplots(len(dtypes), len(threads), squeeze=False, sharex=True, sharey=True)
+    for dtype, row in zip(dtypes, panels, strict=True):
+        for count, panel in zip(threads, row, strict=True):
+            for index, (rows, cols) in enumerate(shapes):
+                cells = [
+                    cell
+                    for cell in bench.cells
+                    if (cell.dtype, cell.threads, cell.rows, cell.cols) == (dtype, count, rows, cols)
+                ]
+                panel.plot(
+                    [cell.tokens for cell in cells], [cell.speedup for cell in cells],
+                    marker="o", markersize=3, linewidth=1.2, label=f"{rows} x {cols}",
+                    color=f"C{index}", alpha=0.85,
+                )  # fmt: skip
+            panel.axhline(1, color="black", linewidth=1)
+            panel.axhline(BYTE_BOUND[dtype], color="gray", linestyle="--", linewidth=1)
+            panel.annotate(
+                f"what the bytes allow: {BYTE_BOUND[dtype]:.2f}x", (1, BYTE_BOUND[dtype]),
+                xytext=(1, 1), xycoords=("axes fraction", "data"), textcoords="offset points",
+                ha="right", va="bottom", color="gray", fontsize=8,
+            )  # fmt: skip
+            panel.set_xscale("log", base=2)
+            panel.set_xticks(sorted({cell.tokens for cell in bench.cells}))
+            panel.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+            panel.set_ylim(bottom=0)
+            panel.grid(alpha=0.25)
+            panel.set_title(f"{dtype}, {count} thread{'s' * (count > 1)}", fontsize=10)
+    for row in panels:
+        row[0].set_ylabel("speedup over the better dense kernel")
+    for panel in panels[-1]:
+        panel.set_xlabel("tokens (M)")
+    handles, labels = panels[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center", title="outputs x inputs", fontsize=8, title_fontsize=8)
+    figure.suptitle(f"2:4 linear layers on {bench.machine.cpu}", fontsize=11)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
