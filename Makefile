@@ -18,7 +18,7 @@ endif
 NATIVE := $(wildcard swiftprune/sparse24/kernels/csrc/*)
 SOURCES := $(shell find swiftprune exporters runtime_bench -name '*.py')
 
-.PHONY: setup demo test bench-prune bench-methods bench-kernels clean
+.PHONY: setup demo test test-neon bench-prune bench-methods bench-kernels bench-decode clean
 
 setup: $(VENV)/installed
 
@@ -44,6 +44,11 @@ test: setup
 	$(BIN)/mypy
 	$(BIN)/pytest
 
+# The kernel for 64-bit Arm, compiled by Zig and run in an emulator: a compiler and an emulator more (470 MB).
+test-neon: setup
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,emulation]'
+	$(BIN)/pytest tests/native -k neon
+
 bench-prune: setup
 	$(BIN)/swiftprune-bench prune --folder $(DEMO) --out build/results/prune.json
 
@@ -52,6 +57,10 @@ bench-methods: setup
 
 bench-kernels: setup
 	$(BIN)/swiftprune-bench layers --dtype bf16,fp32 --out build/results/kernels.json --plot build/results/kernels.png
+
+bench-decode: setup
+	for model in smollm2-135m llama-3.2-1b; do \
+	  $(BIN)/swiftprune-bench decode $$model --folder $(DEMO) --out build/results/decode-$$model.json || exit 1; done
 
 clean:
 	rm -rf build $(VENV)

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markdown import Markdown
 
 from exporters.cli import ProgressBars, run
-from runtime_bench import demo, demo_data, layers, methods, plots, pruning, synthetic
+from runtime_bench import decode, demo, demo_data, layers, methods, plots, pruning, synthetic
 from swiftprune.errors import SettingsError
 from swiftprune.pruning.score import METHODS, find_method
 
@@ -120,6 +120,28 @@ def layers_command(
     _finish(result, layers.markdown(result), out)
     if plot:
         plots.layers(result, plot)
+
+
+@app.command("decode")
+def decode_command(
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="A packed checkpoint's folder, or one of these, made first: "
+            + ", ".join([decode.DEMO_MODEL, *synthetic.SHAPES])
+        ),
+    ],
+    folder: Folder = DEMO_FOLDER,
+    threads: Annotated[int, typer.Option(min=1)] = 2,
+    new_tokens: Annotated[int, typer.Option(min=3)] = 32,
+    rounds: Annotated[int, typer.Option(min=1, help="Turns of each side, after one to warm up.")] = 5,
+    out: Result = None,
+) -> None:
+    """Tokens per second in transformers: a packed model beside the same one with dense weights."""
+    with ProgressBars(Console(stderr=True)) as progress:
+        packed = decode.find(model, folder, progress)
+        result = decode.measure(packed, threads=threads, new_tokens=new_tokens, rounds=rounds, progress=progress)
+    _finish(result, decode.markdown(result), out)
 
 
 def _known(name: str, table: dict[str, _T]) -> _T:

@@ -16,7 +16,7 @@ from swiftprune.sparse24.score_factors import EwmaGains, ScoreFactors
 logger = logging.getLogger(__name__)
 
 REFERENCE = "reference"
-BACKENDS = ("avx512_bf16", "avx512", "avx2", "generic", REFERENCE)
+BACKENDS = ("avx512_bf16", "avx512", "avx2", "neon", "generic", REFERENCE)
 BACKEND_VARIABLE = "SWIFTPRUNE_BACKEND"
 
 

@@ -19,7 +19,7 @@ except ImportError:  # installed without a compiler: dispatch.py says so
     _native = None
 
 ISAS = ("avx512", "avx2", "generic")
-LINEAR_ISAS = ("avx512_bf16", *ISAS)
+LINEAR_ISAS = ("avx512_bf16", "avx512", "avx2", "neon", "generic")
 SHARES_TORCH_THREADS: bool = _native is not None and _native.use_openmp_of("libtorch_cpu.so")
 """Whether the kernels run on torch's own OpenMP team. Without it they start threads for each call."""
 _BYTES_PER_THREAD = 32 << 10  # of the stream; below, waking another thread costs more than it saves

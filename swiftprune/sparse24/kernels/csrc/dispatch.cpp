@@ -9,6 +9,9 @@ namespace swiftprune {
 // wide registers counts as not having them.
 static bool cpu_runs(const char* isa) {
   if (std::strcmp(isa, "generic") == 0) return true;
+#ifdef SWIFTPRUNE_NEON
+  if (std::strcmp(isa, "neon") == 0) return true;  // every 64-bit Arm CPU has it
+#endif
 #ifdef SWIFTPRUNE_X86
   __builtin_cpu_init();
   if (std::strcmp(isa, "avx2") == 0)
@@ -38,6 +41,9 @@ swiftprune_linear24_fn linear24_for(const char* isa, [[maybe_unused]] Dtype dtyp
   if (std::strcmp(isa, "avx2") == 0) return swiftprune_linear24_avx2;
   if (std::strcmp(isa, "avx512") == 0) return swiftprune_linear24_avx512;
   if (std::strcmp(isa, "avx512_bf16") == 0) return dtype == Dtype::kBFloat16 ? swiftprune_linear24_avx512_bf16 : nullptr;
+#endif
+#ifdef SWIFTPRUNE_NEON
+  if (std::strcmp(isa, "neon") == 0) return swiftprune_linear24_neon;
 #endif
   return std::strcmp(isa, "generic") == 0 ? swiftprune_linear24_generic : nullptr;
 }

@@ -30,6 +30,9 @@ void swiftprune_linear24_avx2(const swiftprune_linear24_args*, int64_t first, in
 void swiftprune_linear24_avx512(const swiftprune_linear24_args*, int64_t first, int64_t last);
 void swiftprune_linear24_avx512_bf16(const swiftprune_linear24_args*, int64_t first, int64_t last);  // bf16 only
 #endif
+#ifdef SWIFTPRUNE_NEON
+void swiftprune_linear24_neon(const swiftprune_linear24_args*, int64_t first, int64_t last);
+#endif
 }
 
 namespace swiftprune {

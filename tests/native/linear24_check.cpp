@@ -1,0 +1,113 @@
+// The linear kernels of every instruction set that runs here against double precision, over odd shapes in buffers of
+// exactly their size: built with ASan and UBSan on this machine, and for other ones to run under emulation. Prints what
+// it checked; exits with 1 at the first mistake.
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+
+#include "group.h"
+#include "linear24.h"
+#include "stream.h"
+
+using namespace swiftprune;
+
+namespace {
+
+uint64_t state = 1;
+uint32_t random_bits() {
+  state = state * 6364136223846793005u + 1442695040888963407u;
+  return static_cast<uint32_t>(state >> 33);
+}
+float random_float() { return static_cast<float>(random_bits() % 2001) / 1000.0f - 1.0f; }
+
+// Exactly `count` elements on the heap, so that a read or write beyond them is seen.
+template <class T>
+struct Buffer {
+  explicit Buffer(int64_t count) : size(count), data(new T[count]) {}
+  int64_t size;
+  std::unique_ptr<T[]> data;
+  T& operator[](int64_t i) { return data[i]; }
+};
+
+template <class T>
+bool check(const char* isa, Dtype dtype, int64_t rows, int64_t cols, int64_t tokens, bool with_bias, double tolerance) {
+  using Bits = typename T::Bits;
+  const int64_t half = cols / 2, stride = (cols / 4 + 1) / 2, x_stride = cols + 3;
+  Buffer<Bits> values(rows * half), x((tokens - 1) * x_stride + cols), y(tokens * rows), bias(rows), back(rows * half);
+  Buffer<uint8_t> metadata(rows * stride), metadata_back(rows * stride);
+  Buffer<float> sums(tokens * rows);
+  std::fill_n(metadata.data.get(), metadata.size, uint8_t{0});
+  for (int64_t i = 0; i < values.size; ++i) values[i] = T::from_float(random_float());
+  for (int64_t i = 0; i < x.size; ++i) x[i] = T::from_float(random_float());
+  for (int64_t i = 0; i < rows; ++i) bias[i] = T::from_float(random_float());
+  constexpr uint8_t kNibbles[] = {4, 8, 12, 9, 13, 14};
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t g = 0; g < cols / 4; ++g)
+      metadata[r * stride + g / 2] |= static_cast<uint8_t>(kNibbles[random_bits() % 6] << (g % 2 * 4));
+
+  // new char[] is aligned to 16 bytes only, as a stream in a foreign allocation may be.
+  Buffer<char> stream(stream_bytes(dtype, rows, cols));
+  const int64_t blocks = blocks_of(rows), middle = blocks / 2;
+  to_stream(dtype, values.data.get(), metadata.data.get(), rows, cols, stream.data.get(), 0, middle);
+  to_stream(dtype, values.data.get(), metadata.data.get(), rows, cols, stream.data.get(), middle, blocks);
+  from_stream(dtype, stream.data.get(), rows, cols, back.data.get(), metadata_back.data.get(), 0, blocks);
+  if (std::memcmp(back.data.get(), values.data.get(), values.size * sizeof(Bits)) != 0 ||
+      std::memcmp(metadata_back.data.get(), metadata.data.get(), metadata.size) != 0) {
+    std::printf("%s: the stream of %lldx%lld does not give the weight back\n", isa, (long long)rows, (long long)cols);
+    return false;
+  }
+
+  const auto run = linear24_for(isa, dtype);
+  if (!run) return true;
+  swiftprune_linear24_args args{static_cast<int>(dtype), static_cast<int>(Dtype::kFloat32), stream.data.get(),
+                                with_bias ? bias.data.get() : nullptr, x.data.get(), x_stride, sums.data.get(), rows,
+                                tokens, rows, cols};
+  std::fill_n(sums.data.get(), sums.size, std::nanf(""));
+  run(&args, 0, middle);
+  run(&args, middle, blocks);
+  args.y_dtype = static_cast<int>(dtype);
+  args.y = y.data.get();
+  run(&args, 0, blocks);
+  double error = 0, norm = 1e-30;
+  for (int64_t t = 0; t < tokens; ++t)
+    for (int64_t r = 0; r < rows; ++r) {
+      double sum = with_bias ? T::to_float(bias[r]) : 0;
+      for (int64_t i = 0; i < half; ++i) {
+        const int64_t g = i / 2;
+        const int64_t at = 4 * g + (metadata[r * stride + g / 2] >> (g % 2 * 4 + i % 2 * 2) & 3);
+        const double product = double(T::to_float(values[r * half + i])) * T::to_float(x[t * x_stride + at]);
+        sum += product;
+        norm += product * product;  // as large as the sums are where products do not cancel
+      }
+      const float got = sums[t * rows + r];
+      error += (got - sum) * (got - sum);
+      if (!(std::fabs(got - sum) < 1) || y[t * rows + r] != T::from_float(got)) error = 1e30;
+    }
+  if (std::sqrt(error / norm) <= tolerance) return true;
+  std::printf("%s: dtype %d, %lldx%lld, %lld tokens: off by %g\n", isa, static_cast<int>(dtype), (long long)rows,
+              (long long)cols, (long long)tokens, std::sqrt(error / norm));
+  return false;
+}
+
+}  // namespace
+
+int main() {
+  constexpr int64_t kShapes[][2] = {{1, 4}, {3, 12}, {8, 64}, {9, 68}, {17, 132}, {23, 1100}, {40, 2052}};
+  constexpr int64_t kTokens[] = {1, 2, 3, 4, 5, 6, 7, 11, 33};
+  for (const char* isa : {"generic", "neon", "avx2", "avx512", "avx512_bf16"}) {
+    for (const auto& shape : kShapes)
+      for (int64_t tokens : kTokens) {
+        const bool bias = tokens % 2 == 1;
+        if (!check<Float32>(isa, Dtype::kFloat32, shape[0], shape[1], tokens, bias, 1e-5) ||
+            !check<Float16>(isa, Dtype::kFloat16, shape[0], shape[1], tokens, bias, 1e-5) ||
+            !check<BFloat16>(isa, Dtype::kBFloat16, shape[0], shape[1], tokens, bias, 1e-5))
+          return 1;
+      }
+    const bool ran = linear24_for(isa, Dtype::kBFloat16) != nullptr;
+    std::printf("%s: %s\n", isa, ran ? "right" : "not here");
+  }
+  return 0;
+}
