@@ -1,7 +1,7 @@
 """How fast single linear layers are: 2:4 kernels against the better of torch's and oneDNN's dense ones.
 
 Every call takes the next of several copies of the weight, which together are larger than any cache, as the layers of a
-model are. The contestants take turns within one process, on the same threads; a turn on a small weight is several
+model are. The contestants take turns within one process, on the same threads; a turn of few tokens is several
 calls, as one layer of a model follows another.
 """
 
@@ -38,7 +38,8 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 BYTE_BOUND = {"bf16": 32 / 18, "fp16": 32 / 18, "fp32": 64 / 34}
 """Dense bytes over packed bytes of a weight: the speedup when both only read it, at the same speed."""
 ROTATED_BYTES = 512 << 20  # of dense weights, per contestant
-TURN_BYTES = 32 << 20  # of dense weights, per turn
+TURN_BYTES = 256 << 20  # of dense weights, per turn, for up to TURN_TOKENS tokens and fewer for more
+TURN_TOKENS = 2
 SECONDS_PER_CELL = 2.5
 ROUNDS = (5, 60)
 
@@ -184,7 +185,7 @@ class _Weights:
 def _cell(weights: _Weights, dtype: str, tokens: int, threads: int, memory: Tensor, seconds: float) -> Cell:
     x = torch.randn(tokens, weights.shape[1]).to(DTYPES[dtype])
     # Each contestant has weights of its own, so that none finds in the cache what another one has read.
-    calls = max(1, TURN_BYTES // weights.dense.nbytes)
+    calls = max(1, TURN_BYTES * TURN_TOKENS // max(tokens, TURN_TOKENS) // weights.dense.nbytes)
     contestants: dict[str, Callable[[], Tensor]] = {
         "sparse": _turn(lambda layer: layer(x), weights.sparse, calls),
         "torch F.linear": _turn(lambda weight: F.linear(x, weight), weights.plain, calls),

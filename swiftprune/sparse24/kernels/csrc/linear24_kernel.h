@@ -66,8 +66,9 @@ void store_rounded(const float* sums, typename T::Bits* y, int64_t count) {
   for (int64_t i = 0; i < count; ++i) y[i] = T::from_float(sums[i]);
 }
 
+// Inlined by force: GCC takes a function that does nothing but prefetch for one without effects, and drops its calls.
 template <int kLocality>
-void prefetch_lines(const char* from, int64_t lines) {
+[[gnu::always_inline]] inline void prefetch_lines(const char* from, int64_t lines) {
   for (int64_t i = 0; i < lines; ++i) __builtin_prefetch(from + i * kCacheLine, 0, kLocality);
 }
 constexpr int kFirstLevel = 3, kSecondLevel = 2;
@@ -133,9 +134,19 @@ struct Linear24 {
       V::store(out, static_cast<Bits*>(job.a.y) + at, count);
   }
 
+  // Asks for a part (one of 2 kRowPairs) of the chunk so far ahead. A whole chunk at once would fill the buffers that
+  // misses wait in, and hold up the loads behind it.
+  [[gnu::always_inline]] static void prefetch_part(Prefetch ahead, const Stream* chunk, int part) {
+    const int64_t begin = kLines * part / (2 * kRowPairs), lines = kLines * (part + 1) / (2 * kRowPairs) - begin;
+    const char* from = reinterpret_cast<const char*>(chunk) + begin * kCacheLine;
+    if (ahead.second_level) prefetch_lines<kSecondLevel>(from + ahead.second_level, lines);
+    if (ahead.first_level) prefetch_lines<kFirstLevel>(from + ahead.first_level, lines);
+  }
+
   // Few tokens: one pass over the stream, all sums of a block in registers.
   template <int T>
   static void one_tile(const Job& job, const Input* x, int64_t first, int64_t last) {
+    const Prefetch prefetch = job.prefetch;
     for (int64_t b = first; b < last; ++b) {
       typename V::Sum sum[T][kRowPairs];
       for (int t = 0; t < T; ++t)
@@ -143,12 +154,10 @@ struct Linear24 {
       const Stream* chunk = job.block(b);
       const Input* at = x;
       for (int64_t c = 0; c < job.chunks; ++c, ++chunk) {
-        const char* here = reinterpret_cast<const char*>(chunk);
-        if (job.prefetch.second_level) prefetch_lines<kSecondLevel>(here + job.prefetch.second_level, kLines);
-        if (job.prefetch.first_level) prefetch_lines<kFirstLevel>(here + job.prefetch.first_level, kLines);
         for (int half = 0; half < 2; ++half, at += kHalfInputs * T)
 #pragma GCC unroll 4
           for (int p = 0; p < kRowPairs; ++p) {
+            prefetch_part(prefetch, chunk, half * kRowPairs + p);
             const auto words = V::words(chunk->metadata[half][p]);
 #pragma GCC unroll 8
             for (int s = 0; s < kHalfSteps; ++s) {
@@ -285,7 +294,9 @@ struct Linear24 {
               const int64_t chunks = std::min(inner_inputs / kChunkInputs, job.chunks - begin);
               const Stream* chunk = job.block(b) + begin;
               unpack(chunk, chunks, saved);
-              const char* next = reinterpret_cast<const char*>(chunk + chunks);
+              // Where x does not fit, a block is left before its end, and the next one begins elsewhere.
+              const char* next = reinterpret_cast<const char*>(
+                  i + 1 < end_inner ? chunk + chunks : job.block(b + 1) + inner * inner_inputs / kChunkInputs);
               for (int64_t n = 0; n < tiles; ++n, next += lines * chunks * kCacheLine) {
                 const int64_t t = tokens * n / tiles;
                 tile_of(tokens * (n + 1) / tiles - t, job, chunk, saved, x + ((i - inner) * outer_tokens + t) * inner_inputs,
