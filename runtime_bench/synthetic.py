@@ -32,6 +32,7 @@ def write(name: str, folder: Path, *, shard_bytes: int = 1 << 30, seed: int = 0)
     config = SHAPES[name]
     with init_empty_weights():
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.tie_weights()  # accelerate made two of what is one
     shapes = {key: value.shape for key, value in model.named_parameters()}  # tied ones once
     generator = torch.Generator().manual_seed(seed)
     pool = torch.randn(_POOL, generator=generator).mul_(0.02).bfloat16()

@@ -134,6 +134,7 @@ def test_synthetic_checkpoints_load(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(synthetic, "_POOL", 1000)  # smaller than the tensors: the pool is walked round and round
     folder = synthetic.write("tiny", tmp_path / "model", shard_bytes=50_000)
     assert len(list(folder.glob("*.safetensors"))) > 3
+    assert "lm_head.weight" not in json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert model.dtype == torch.bfloat16
     assert float(model.get_submodule("model.layers.1.mlp.up_proj").weight.float().std()) == pytest.approx(0.02, rel=0.1)
