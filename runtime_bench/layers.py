@@ -98,6 +98,11 @@ class Cell(BaseModel):
         return self.packed_bytes / self.sparse.p20_ms / 1e6
 
     @property
+    def bandwidth_share(self) -> float:
+        """Packed bytes per second over what this machine read from memory."""
+        return self.packed_gb_per_s / self.read_gb_per_s
+
+    @property
     def dense_gb_per_s(self) -> float:
         width = torch.empty((), dtype=DTYPES[self.dtype]).element_size()
         return self.rows * self.cols * width / self.dense[self.better_dense].p20_ms / 1e6
@@ -247,6 +252,8 @@ def call_overhead(calls: int = 2000, rounds: int = 9) -> CallOverhead:
 
 
 def markdown(bench: LayersBench) -> str:
+    """Every cell in a row, then speedups at a glance, then the cost of a call."""
+    overhead = bench.overhead
     lines = [
         "| weight | dtype | M | threads | backend | dense ms | by | sparse ms | speedup | of medians | bytes allow "
         "| dense GB/s | packed GB/s | of read bandwidth |",
@@ -258,15 +265,36 @@ def markdown(bench: LayersBench) -> str:
             f"| {cell.rows}x{cell.cols} | {cell.dtype} | {cell.tokens} | {cell.threads} | {cell.backend} "
             f"| {best.p20_ms:.3f} | {cell.better_dense} | {cell.sparse.p20_ms:.3f} | {cell.speedup:.2f}x "
             f"| {cell.median_speedup:.2f}x | {BYTE_BOUND[cell.dtype]:.2f}x | {cell.dense_gb_per_s:.1f} "
-            f"| {cell.packed_gb_per_s:.1f} | {cell.packed_gb_per_s / cell.read_gb_per_s:.0%} |"
+            f"| {cell.packed_gb_per_s:.1f} | {cell.bandwidth_share:.0%} |"
         )
-    overhead = bench.overhead
     lines += [
         "",
         "Times are 20th percentiles; M is the number of tokens. What exceeds the speedup that bytes allow is the dense "
         "kernel's own slack: it reads slower than memory could.",
         "",
+        at_a_glance(bench),
+        "",
         f"A call of an 8 x 8 layer costs {overhead.linear24_us:.1f} us (Linear24), {overhead.operator_us:.1f} us "
         f"(as an operator of torch), {overhead.nn_linear_us:.1f} us (nn.Linear).",
     ]
     return "\n".join(lines)
+
+
+def at_a_glance(bench: LayersBench) -> str:
+    """A table for each dtype and number of threads: weights down, tokens across, and how well one token is read."""
+    tables = []
+    groups = itertools.groupby(bench.cells, key=lambda cell: (cell.dtype, cell.rows, cell.cols, cell.threads))
+    cells = {key: list(group) for key, group in groups}
+    for dtype, threads in dict.fromkeys((dtype, threads) for dtype, _, _, threads in cells):
+        lines = []
+        for row in (row for key, row in cells.items() if (key[0], key[3]) == (dtype, threads)):
+            if not lines:
+                head = [f"{dtype}, {threads} thread{'s' * (threads > 1)}", *(f"M={cell.tokens}" for cell in row)]
+                lines += [
+                    f"| {' | '.join(head)} | bandwidth, {head[1]} |",
+                    f"| --- |{' ---: |' * (len(row) + 1)}",
+                ]
+            speedups = " | ".join(f"{cell.speedup:.2f}x" for cell in row)
+            lines.append(f"| {row[0].rows}x{row[0].cols} | {speedups} | {row[0].bandwidth_share:.0%} |")
+        tables.append("\n".join(lines))
+    return "\n\n".join(tables)

@@ -159,6 +159,7 @@ def test_layers_are_compared_with_the_better_dense_kernel() -> None:
     assert (cell.better_dense, cell.speedup, cell.median_speedup) == ("good", 2, 2)
     assert cell.packed_gb_per_s == pytest.approx(0.225)
     assert cell.dense_gb_per_s == pytest.approx(0.2)
+    assert cell.bandwidth_share == pytest.approx(0.45)
     assert layers.BYTE_BOUND["bf16"] == pytest.approx(200_000 / 112_500)
 
 
@@ -238,7 +239,10 @@ def test_layers_plot_has_a_panel_for_each_dtype_and_thread_count(tmp_path: Path)
     )
     plots.layers(bench, tmp_path / "p.png")
     assert (tmp_path / "p.png").stat().st_size > 10_000
-    assert layers.markdown(bench).count("2.00x | 2.00x") == 12
+    text = layers.markdown(bench)
+    assert text.count("| 2.00x | 2.00x | 1.") == 12
+    assert text.count("| 64x64 | 2.00x | 2.00x | 0% |") == 6
+    assert "| fp32, 4 threads | M=1 | M=8 | bandwidth, M=1 |" in text
 
 
 def test_decoding_is_compared_with_the_same_weights_unpacked(
