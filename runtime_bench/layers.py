@@ -286,7 +286,7 @@ def at_a_glance(bench: LayersBench) -> str:
     groups = itertools.groupby(bench.cells, key=lambda cell: (cell.dtype, cell.rows, cell.cols, cell.threads))
     cells = {key: list(group) for key, group in groups}
     for dtype, threads in dict.fromkeys((dtype, threads) for dtype, _, _, threads in cells):
-        lines = []
+        lines: list[str] = []
         for row in (row for key, row in cells.items() if (key[0], key[3]) == (dtype, threads)):
             if not lines:
                 head = [f"{dtype}, {threads} thread{'s' * (threads > 1)}", *(f"M={cell.tokens}" for cell in row)]

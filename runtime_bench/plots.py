@@ -39,9 +39,9 @@ def layers(bench: LayersBench, path: Path) -> None:
             panel.set_xscale("log", base=2)
             panel.set_xticks(sorted({cell.tokens for cell in bench.cells}))
             panel.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-            panel.set_ylim(bottom=0)
             panel.grid(alpha=0.25)
             panel.set_title(f"{dtype}, {count} thread{'s' * (count > 1)}", fontsize=10)
+    panels[0][0].set_ylim(bottom=0)  # all share it, so only now that all is drawn
     for row in panels:
         row[0].set_ylabel("speedup over the better dense kernel")
     for panel in panels[-1]:
