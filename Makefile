@@ -37,13 +37,19 @@ $(VENV)/installed: $(VENV)/torch pyproject.toml CMakeLists.txt constraints.txt $
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
+# The last compressed-tensors with sparse formats, for one test, where nothing else finds it.
+$(VENV)/compressed-tensors-0.14: $(VENV)/torch
+	$(BIN)/pip install --quiet --no-deps --target $@ compressed-tensors==0.14.0.1 loguru
+	@touch $@
+
 demo: setup
 	$(BIN)/swiftprune-bench demo --folder $(DEMO) --method $(METHOD)
 
-test: setup
+test: setup $(VENV)/compressed-tensors-0.14
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/hadolint docker/*.Dockerfile
 	$(BIN)/pytest
 
 # The kernel for 64-bit Arm, compiled by Zig and run in an emulator: a compiler and an emulator more (470 MB).
@@ -77,6 +83,10 @@ bench-kernels: setup
 bench-decode: setup
 	for model in smollm2-135m llama-3.2-1b; do \
 	  $(BIN)/swiftprune-bench decode $$model --folder $(DEMO) --out build/results/decode-$$model.json || exit 1; done
+
+bench-vllm: vllm-env
+	for model in smollm2-135m llama-3.2-1b; do \
+	  $(VLLM)/bin/swiftprune-bench vllm $$model --folder $(DEMO) --out build/results/vllm-$$model.json || exit 1; done
 
 clean:
 	rm -rf build $(VENV) $(VLLM)

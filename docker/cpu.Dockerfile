@@ -3,6 +3,8 @@
 #   docker run --rm swiftprune-cpu
 FROM python:3.11-bookworm
 
+# Any version of a compiler will do.
+# hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends cmake make g++ \
     && rm -rf /var/lib/apt/lists/*

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,12 +20,15 @@ from swiftprune.pruning.checkpoint import INDEX_NAME, Checkpoint, TensorEntry, s
 from swiftprune.pruning.evaluate import perplexity
 from swiftprune.pruning.pipeline import DTYPES, LayerResult, Pipeline, PrunedBlock, PruneSettings
 from swiftprune.pruning.progress import Progress, silent
-from swiftprune.pruning.targets import Block
+from swiftprune.pruning.targets import Block, Targets
 from swiftprune.pruning.whole_model import load_whole_model
+from swiftprune.sparse24 import bitmask
 from swiftprune.sparse24 import format as format24
 from swiftprune.sparse24.format import METADATA_SUFFIX, Packed24
 
-Target = Literal["packed", "dense", "torch"]
+Target = Literal["packed", "dense", "torch", "sparse24-bitmask"]
+# vLLM runs these as one layer, so all of a set are packed or none.
+_FUSED = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})
 MANIFEST = "swiftprune.json"
 EVALUATION_SEQLEN = 2048
 _OUTSIDE_SHARD_BYTES = 512 << 20
@@ -63,9 +65,9 @@ def export(
     """Prunes `model` (local folder or hub id) and writes the result to the folder `out`.
 
     Targets: `packed` (the 2:4 format of swiftprune.sparse24.format), `dense` (zeros in place, loads anywhere), `torch`
-    (see exporters.torch_sparse). The output is built in `OUT.partial` and renamed at the end; after an interruption
-    `resume=True` continues it and gives the same bytes. `evaluate` names a text on which perplexity is measured before
-    and after. Raises the errors of swiftprune.errors.
+    (see exporters.torch_sparse), `sparse24-bitmask` (see swiftprune.sparse24.bitmask). The output is built in
+    `OUT.partial` and renamed at the end; after an interruption `resume=True` continues it and gives the same bytes.
+    `evaluate` names a text on which perplexity is measured before and after. Raises the errors of swiftprune.errors.
     """
     settings = (settings or PruneSettings()).resolved()
     _check_target(settings, target)
@@ -74,6 +76,8 @@ def export(
     if Path(out).resolve() == checkpoint.folder.resolve():
         raise OutputError(f"{out}: is the model itself; give another --out")
     pipeline = Pipeline(checkpoint, settings, progress=progress)
+    if target in ("packed", "sparse24-bitmask"):
+        _check_fused(pipeline.targets)
     workspace = Workspace(Path(out), resume=resume, overwrite=overwrite)
     with pipeline.clock("hash source"):
         state = _state(checkpoint, settings, target, progress)
@@ -92,7 +96,7 @@ def export(
         report = writer.finish(state)
     if windows is not None:
         with pipeline.clock("evaluate"):
-            before, after = _evaluate(checkpoint, Path(out), windows, progress)
+            before, after = _evaluate(checkpoint, Path(out), target, windows, progress)
         report = report.model_copy(update={"perplexity_before": before, "perplexity_after": after})
     return report.model_copy(update={"seconds": dict(pipeline.clock.seconds)})
 
@@ -104,6 +108,18 @@ def _check_target(settings: PruneSettings, target: Target) -> None:
         )
     if target == "torch" and settings.dtype == "float32":
         raise SettingsError("--target torch stores float16 or bfloat16 weights; leave out --dtype float32")
+
+
+def _check_fused(targets: Targets) -> None:
+    packed = {linear.name for block in targets.blocks for linear in block.linears}
+    for name, reason in targets.dense.items():
+        parent, _, kind = name.rpartition(".")
+        for fused in _FUSED:
+            if kind in fused and (others := {f"{parent}.{other}" for other in fused} & packed):
+                raise SettingsError(
+                    f"{name} stays dense ({reason}), but {', '.join(sorted(others))} would be packed, and engines run "
+                    "them as one layer; change --ignore to name all of them or none, or use --target dense"
+                )
 
 
 def _state(checkpoint: Checkpoint, settings: PruneSettings, target: Target, progress: Progress) -> dict[str, Any]:
@@ -136,17 +152,18 @@ class _ShardWriter:
         self._workspace = workspace
         self._blocks = pipeline.targets.blocks
         self._outside = self._split_outside()
-        self._dense = pipeline.targets.dense | (self._unsuitable_for_cutlass() if target == "torch" else {})
+        self._dense = pipeline.targets.dense | self._unsuitable()
         self._layer_seconds: dict[str, float] = defaultdict(float)
 
-    def _unsuitable_for_cutlass(self) -> dict[str, str]:
+    def _unsuitable(self) -> dict[str, str]:
+        """Linears that are pruned, but that the target cannot store packed."""
         reasons = {}
         dtype = self._pipeline.settings.dtype
         for linear in (linear for block in self._blocks for linear in block.linears):
             entry = self._checkpoint.tensors[linear.tensor]
             stored = DTYPES[dtype] if dtype else entry.dtype
             assert stored is not None
-            if reason := torch_sparse.unsuitable_reason((entry.shape[0], entry.shape[1]), stored):
+            if reason := _unsuitable_reason(self._target, (entry.shape[0], entry.shape[1]), stored):
                 reasons[linear.name] = f"pruned, stored dense: {reason}"
         return reasons
 
@@ -179,6 +196,9 @@ class _ShardWriter:
         return {linear.tensor: self._restore(tensors, linear.tensor) for linear in block.linears}
 
     def _restore(self, tensors: dict[str, Tensor], name: str) -> Tensor:
+        if (stored := bitmask.names(name))[bitmask.MASK] in tensors:
+            packed = bitmask.from_bitmask(tensors[stored[bitmask.VALUES]], tensors[stored[bitmask.MASK]], name)
+            return format24.unpack(packed, name)
         metadata = tensors.get(name + METADATA_SUFFIX)
         if metadata is None:
             return tensors[name]
@@ -200,12 +220,13 @@ class _ShardWriter:
     def _store(self, name: str, weight: Packed24 | Tensor) -> dict[str, Tensor]:
         if not isinstance(weight, Packed24):
             return {name: weight}
-        if self._target == "dense":
+        if self._target == "dense" or _unsuitable_reason(self._target, weight.shape, weight.values.dtype):
             return {name: format24.unpack(weight, name)}
         if self._target == "packed":
             return {name: weight.values, name + METADATA_SUFFIX: weight.metadata}
-        if torch_sparse.unsuitable_reason(weight.shape, weight.values.dtype):
-            return {name: format24.unpack(weight, name)}
+        if self._target == "sparse24-bitmask":
+            stored = bitmask.names(name)
+            return {stored[part]: tensor for part, tensor in bitmask.to_bitmask(weight).items()}
         values, metadata = torch_sparse.to_cutlass(weight, name)
         return {name: values, name + METADATA_SUFFIX: metadata}
 
@@ -258,7 +279,8 @@ class _ShardWriter:
         linear_after = sum(
             stored[name].nbytes
             for block in self._blocks for linear in block.linears
-            for name in (linear.tensor, linear.tensor + METADATA_SUFFIX) if name in stored
+            for name in (linear.tensor, linear.tensor + METADATA_SUFFIX, *bitmask.names(linear.tensor).values())
+            if name in stored
         )  # fmt: skip
         workspace.finish()
         return ExportReport(
@@ -273,7 +295,9 @@ class _ShardWriter:
         if dtype := self._pipeline.settings.dtype:
             config.pop("torch_dtype", None)
             config["dtype"] = dtype
-        if self._target != "dense":
+        if self._target == "sparse24-bitmask":
+            config["quantization_config"] = bitmask.quantization_config(list(self._dense))
+        elif self._target != "dense":
             config["quantization_config"] = {
                 "quant_method": "swiftprune",
                 "format": format24.FORMAT if self._target == "packed" else torch_sparse.FORMAT,
@@ -283,11 +307,19 @@ class _ShardWriter:
         return config
 
 
+def _unsuitable_reason(target: Target, shape: tuple[int, int], dtype: torch.dtype) -> str | None:
+    if target == "torch":
+        return torch_sparse.unsuitable_reason(shape, dtype)
+    return bitmask.unsuitable_reason(shape) if target == "sparse24-bitmask" else None
+
+
 def _evaluation_windows(checkpoint: Checkpoint, path: Path) -> Tensor:
     return token_windows(read_text(path), load_tokenizer(checkpoint.folder), EVALUATION_SEQLEN, str(path))
 
 
-def _evaluate(checkpoint: Checkpoint, out: Path, windows: Tensor, progress: Progress) -> tuple[float, float | None]:
+def _evaluate(
+    checkpoint: Checkpoint, out: Path, target: Target, windows: Tensor, progress: Progress
+) -> tuple[float, float | None]:
     """Perplexity of the source and of the output, each loaded as a user would load it."""
     import swiftprune.serve.transformers  # noqa: F401 - registers the packed format
 
@@ -296,7 +328,6 @@ def _evaluate(checkpoint: Checkpoint, out: Path, windows: Tensor, progress: Prog
         return perplexity(model, windows, stage=stage, progress=progress)
 
     before = measure(checkpoint.folder, "evaluate dense")
-    config = json.loads((out / "config.json").read_text())
-    if config.get("quantization_config", {}).get("format") == torch_sparse.FORMAT:
-        return before, None  # needs a CUDA device
+    if target in ("torch", "sparse24-bitmask"):
+        return before, None  # transformers loads neither here
     return before, measure(out, "evaluate pruned")

@@ -39,6 +39,7 @@ class TargetChoice(enum.StrEnum):
     PACKED = "packed"
     DENSE = "dense"
     TORCH = "torch"
+    SPARSE24_BITMASK = "sparse24-bitmask"
 
 
 class DtypeChoice(enum.StrEnum):
@@ -107,7 +108,7 @@ def export_command(
         TargetChoice,
         typer.Option(
             help="[b]packed[/]: 9/16 of the bytes, for swiftprune's engines; [b]dense[/]: zeros in place, loads "
-            "anywhere; [b]torch[/]: CUTLASS layout of torch.sparse."
+            "anywhere; [b]torch[/]: CUTLASS layout of torch.sparse; [b]sparse24-bitmask[/]: for vLLM up to 0.18."
         ),
     ] = TargetChoice.PACKED,
     ignore: Annotated[

@@ -11,7 +11,18 @@ from rich.console import Console
 from rich.markdown import Markdown
 
 from exporters.cli import ProgressBars, run
-from runtime_bench import decode, demo, demo_data, layers, methods, plots, pruning, synthetic
+from runtime_bench import (
+    decode,
+    demo,
+    demo_data,
+    known_models,
+    layers,
+    methods,
+    plots,
+    pruning,
+    synthetic,
+    vllm_serving,
+)
 from swiftprune.errors import SettingsError
 from swiftprune.pruning.score import METHODS, find_method
 
@@ -127,8 +138,7 @@ def decode_command(
     model: Annotated[
         str,
         typer.Argument(
-            help="A packed checkpoint's folder, or one of these, made first: "
-            + ", ".join([decode.DEMO_MODEL, *synthetic.SHAPES])
+            help="A packed checkpoint's folder, or one of these, made first: " + ", ".join(known_models.NAMES)
         ),
     ],
     folder: Folder = DEMO_FOLDER,
@@ -142,6 +152,40 @@ def decode_command(
         packed = decode.find(model, folder, progress)
         result = decode.measure(packed, threads=threads, new_tokens=new_tokens, rounds=rounds, progress=progress)
     _finish(result, decode.markdown(result), out)
+
+
+@app.command("vllm")
+def vllm_command(
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="A checkpoint's folder, not pruned, or one of these, made first: " + ", ".join(known_models.NAMES)
+        ),
+    ],
+    folder: Folder = DEMO_FOLDER,
+    command: Annotated[
+        list[str] | None, typer.Option(help=f"Of vLLM's: {', '.join(vllm_serving.COMMANDS)}. Repeat for several.")
+    ] = None,
+    concurrency: Annotated[str, typer.Option(help="Numbers of requests at a time.")] = "1,8",
+    input_len: Annotated[int, typer.Option(min=1)] = 64,
+    output_len: Annotated[int, typer.Option(min=2)] = 48,
+    pairs: Annotated[int, typer.Option(min=1, help="Runs of each side.")] = 5,
+    out: Result = None,
+) -> None:
+    """vLLM: a packed model beside the same weights stored dense, measured by vLLM's own bench commands.
+
+    The model is pruned by magnitude for this: speed does not depend on which weights are kept.
+    """
+    commands = [
+        _known(name, {name: name for name in vllm_serving.COMMANDS}) for name in command or vllm_serving.COMMANDS
+    ]
+    with ProgressBars(Console(stderr=True)) as progress:
+        result = vllm_serving.measure(
+            vllm_serving.find(model, folder, progress), folder / "vllm-logs", commands=commands,
+            concurrency=_numbers(concurrency, "--concurrency"), input_len=input_len, output_len=output_len, pairs=pairs,
+            progress=progress,
+        )  # fmt: skip
+    _finish(result, vllm_serving.markdown(result), out)
 
 
 def _known(name: str, table: dict[str, _T]) -> _T:

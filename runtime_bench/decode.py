@@ -21,7 +21,7 @@ from transformers.generation.streamers import BaseStreamer
 
 import swiftprune.serve.transformers  # noqa: F401 - registers the packed format
 from exporters import export
-from runtime_bench import demo_data, synthetic
+from runtime_bench import known_models
 from runtime_bench.machine import Machine, this_machine
 from runtime_bench.measure import Timing
 from swiftprune.errors import SettingsError
@@ -31,7 +31,6 @@ from swiftprune.sparse24 import dispatch
 from swiftprune.sparse24.format import unpack
 from swiftprune.sparse24.linear import Linear24
 
-DEMO_MODEL = "smollm2-135m"
 PROMPT_TOKENS = 16
 LOGITS_ERROR = 0.05
 WAYS = ("torch", "onednn")
@@ -111,18 +110,9 @@ class _Clock(BaseStreamer):  # type: ignore[misc]
 
 def find(model: str, folder: Path, progress: Progress = silent) -> Path:
     """The packed checkpoint at the path `model`, or one made under `folder` when `model` is a name known here."""
-    out = folder / f"{model}-2of4-decode"
     if Path(model).is_dir():
         return Path(model)
-    if model == DEMO_MODEL:
-        source = demo_data.fetch(folder, progress).model
-    elif model in synthetic.SHAPES:
-        source = folder / model
-        if not source.exists():
-            synthetic.write(model, source)
-    else:
-        names = ", ".join([DEMO_MODEL, *synthetic.SHAPES])
-        raise SettingsError(f"{model!r} is neither a folder nor one of: {names}")
+    source, out = known_models.fetch(model, folder, progress), folder / f"{model}-2of4-decode"
     if not out.exists():
         export(source, out, PruneSettings(calibration="none"), progress=progress)
     return out
@@ -200,7 +190,7 @@ def _way(way: str, folder: Path, new_tokens: int, rounds: int, progress: Progres
         dense_spread=times["dense"].spread, packed_spread=times["packed"].spread,
         dense_linears_ms=1e3 * statistics.median(linears["dense"]),
         packed_linears_ms=1e3 * statistics.median(linears["packed"]),
-        logits_error=error, same_tokens=_same(tokens["dense"], tokens["packed"]) - PROMPT_TOKENS,
+        logits_error=error, same_tokens=agreement(tokens["dense"], tokens["packed"]) - PROMPT_TOKENS,
     )  # fmt: skip
 
 
@@ -221,7 +211,8 @@ def _linears_seconds(linears: Sequence[Any]) -> float:
     return time.perf_counter() - start
 
 
-def _same(a: Sequence[int], b: Sequence[int]) -> int:
+def agreement(a: Sequence[object], b: Sequence[object]) -> int:
+    """How many items agree before the first that does not."""
     return next((index for index, (x, y) in enumerate(zip(a, b, strict=True)) if x != y), len(a))
 
 

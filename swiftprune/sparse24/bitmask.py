@@ -9,6 +9,8 @@ Both formats describe eight columns in a byte, so one is turned into the other b
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -20,6 +22,26 @@ FORMAT = "sparse-24-bitmask"
 VALUES, MASK, SHAPE = "compressed", "bitmask", "shape"
 _NIBBLE_OF = {1 << low | 1 << high: low | high << 2 for high in range(GROUP) for low in range(high)}
 """Four bits of the mask, two of them set -> the nibble of our metadata."""
+
+
+def names(weight: str) -> dict[str, str]:
+    """The names of the three tensors that stand for `<module>.weight`, by their last part."""
+    module = weight.removesuffix("weight")
+    return {part: module + part for part in (VALUES, MASK, SHAPE)}
+
+
+def quantization_config(ignore: list[str]) -> dict[str, Any]:
+    """What compressed-tensors 0.14 wrote into config.json, the linears in `ignore` being dense."""
+    return {
+        "quant_method": "compressed-tensors",
+        "version": "0.14.0.1",
+        "sparsity_config": {
+            "format": FORMAT,
+            "sparsity_structure": format24.FORMAT,
+            "targets": ["Linear"],
+            "ignore": ignore,
+        },
+    }
 
 
 def to_bitmask(packed: Packed24) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from swiftprune.sparse24 import dispatch
 from swiftprune.sparse24 import format as format24
 from swiftprune.sparse24.format import GROUP, KEPT, METADATA_SUFFIX, Packed24, metadata_width
-from swiftprune.sparse24.kernels import native
+from swiftprune.sparse24.kernels import native, reference
 
 
 class Linear24(nn.Module):
@@ -150,6 +150,12 @@ _library.define("unpack24_stream(Tensor stream, ScalarType dtype, int rows, int 
 @torch.library.impl(_library, "unpack24", "CPU")
 def _unpack24(values: Tensor, metadata: Tensor) -> Tensor:
     return format24.unpack(Packed24(values, metadata))
+
+
+@torch.library.impl(_library, "unpack24", "CUDA")
+def _unpack24_cuda(values: Tensor, metadata: Tensor) -> Tensor:
+    """Without the checks, which would make the host wait: loaders check the pair. Not run on a GPU yet."""
+    return reference.scatter(values, reference.stored_positions(values, metadata))
 
 
 @torch.library.register_fake("swiftprune::unpack24")  # type: ignore[untyped-decorator]

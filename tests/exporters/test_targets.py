@@ -15,7 +15,7 @@ from torch.sparse._semi_structured_conversions import sparse_semi_structured_fro
 from transformers import AutoModelForCausalLM
 
 import swiftprune.serve.transformers  # noqa: F401 - registers the packed format
-from exporters import export, torch_sparse
+from exporters import Target, export, torch_sparse
 from swiftprune.errors import FormatError, SettingsError
 from swiftprune.pruning.checkpoint import Checkpoint
 from swiftprune.pruning.pipeline import PruneSettings
@@ -190,3 +190,68 @@ def test_ignored_linears_stay_as_they_are(tiny_models: Callable[[str], Path], tm
     key = "model.layers.1.mlp.down_proj.weight"
     assert torch.equal(before.read([key])[key], after.read([key])[key])
     assert len(generate(tmp_path / "out")) == 29
+
+
+COMPRESSED_TENSORS = Path(sys.prefix) / "compressed-tensors-0.14"
+
+
+@pytest.mark.skipif(not COMPRESSED_TENSORS.exists(), reason="make test installs compressed-tensors 0.14.0.1")
+def test_bitmask_target_is_what_compressed_tensors_reads(tiny_models: Callable[[str], Path], tmp_path: Path) -> None:
+    settings = PruneSettings(calibration="none")
+    report = export(tiny_models("qwen2"), tmp_path / "bitmask", settings, target="sparse24-bitmask")
+    export(tiny_models("qwen2"), tmp_path / "dense", settings, target="dense")
+    assert report.linear_bytes_after < report.linear_bytes_before * 9 / 16 * 1.01  # and the shapes, 16 bytes each
+
+    code = f"""
+import sys
+sys.path.insert(0, {str(COMPRESSED_TENSORS)!r})
+import compressed_tensors, torch
+from compressed_tensors.compressors import ModelCompressor
+from transformers import AutoModelForCausalLM
+assert compressed_tensors.__version__.startswith("0.14.0")
+dense = AutoModelForCausalLM.from_pretrained({str(tmp_path / "dense")!r})
+model = AutoModelForCausalLM.from_pretrained({str(tiny_models("qwen2"))!r})
+compressor = ModelCompressor.from_pretrained({str(tmp_path / "bitmask")!r})
+compressor.decompress({str(tmp_path / "bitmask")!r}, model)
+want = dense.state_dict()
+assert want.keys() == model.state_dict().keys()
+print(sum(torch.equal(want[name], tensor) for name, tensor in model.state_dict().items()), len(want))
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    same, total = run.stdout.split()[-2:] if run.returncode == 0 else ("", run.stderr)
+    assert same == total
+
+
+def test_bitmask_target_resumes_to_the_same_bytes(
+    tiny_models: Callable[[str], Path], text_file: Path, tmp_path: Path
+) -> None:
+    settings = PruneSettings(method="wanda", calibration=str(text_file), samples=2, seqlen=32)
+    export(tiny_models("qwen2"), tmp_path / "whole", settings, target="sparse24-bitmask")
+
+    def stop(stage: str, done: float, total: float) -> None:
+        if stage == "prune" and done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        export(tiny_models("qwen2"), tmp_path / "part", settings, target="sparse24-bitmask", progress=stop)
+    export(tiny_models("qwen2"), tmp_path / "part", settings, target="sparse24-bitmask", resume=True)
+    for path in (tmp_path / "whole").glob("*.safetensors"):
+        assert path.read_bytes() == (tmp_path / "part" / path.name).read_bytes()
+
+
+@pytest.mark.parametrize("target", ["packed", "sparse24-bitmask"])
+@pytest.mark.parametrize("ignore", [r"0\.self_attn\.k_proj", "gate_proj"])
+def test_what_engines_fuse_is_packed_together(
+    target: Target, ignore: str, tiny_models: Callable[[str], Path], tmp_path: Path
+) -> None:
+    settings = PruneSettings(calibration="none", ignore=ignore)
+    with pytest.raises(SettingsError, match=r"stays dense .* would be packed, and engines run them as one layer"):
+        export(tiny_models("qwen2"), tmp_path / "out", settings, target=target)
+    assert not (tmp_path / "out").exists()
+    export(tiny_models("qwen2"), tmp_path / "dense", settings, target="dense")
+    export(
+        tiny_models("qwen2"),
+        tmp_path / "out",
+        settings.model_copy(update={"ignore": "[qkv]_proj|o_proj"}),
+        target=target,
+    )

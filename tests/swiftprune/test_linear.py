@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from swiftprune.errors import SettingsError
 from swiftprune.sparse24 import dispatch
 from swiftprune.sparse24.format import Packed24, prune_and_pack, unpack
-from swiftprune.sparse24.kernels import native
+from swiftprune.sparse24.kernels import native, reference
 from swiftprune.sparse24.linear import Linear24
 from swiftprune.sparse24.score_factors import ScoreFactors
 
@@ -302,3 +302,11 @@ def test_without_native_kernels_the_reference_runs_and_says_so_once() -> None:
     assert run.stdout == "reference torch.Size([2, 8])\n", run.stderr
     assert run.stderr.count("without its native kernels") == 1
     assert "SettingsError: backend 'avx2' cannot run torch.float32" in run.stderr
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_unpacking_without_checks_is_unpacking(dtype: torch.dtype) -> None:
+    """What `reference` runs on a GPU, run here."""
+    packed = random_packed(5, 132, dtype, torch.Generator().manual_seed(0))
+    positions = reference.stored_positions(packed.values, packed.metadata)
+    assert torch.equal(reference.scatter(packed.values, positions), unpack(packed))

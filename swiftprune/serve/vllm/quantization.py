@@ -93,8 +93,8 @@ class SwiftpruneConfig(QuantizationConfig):  # type: ignore[misc]
         dense = [member for member in members if member in self.ignore or member.rpartition(".")[2] in self.ignore]
         if dense and len(dense) < len(members):
             raise FormatError(
-                f"{prefix}: vLLM runs {', '.join(members)} as one layer, but only {', '.join(dense)} stays dense in this "
-                "checkpoint; export again with an --ignore that names all of them or none"
+                f"{prefix}: vLLM runs {', '.join(members)} as one layer, but only {', '.join(dense)} stays dense in "
+                "this checkpoint; export again with an --ignore that names all of them or none"
             )
         return bool(dense)
 
@@ -169,7 +169,7 @@ class SwiftpruneLinearMethod(LinearMethodBase):  # type: ignore[misc]
             )
         self.config.started(self.prefix)
 
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         if hasattr(layer, "linear24"):
             return
         name = f"{self.prefix}.weight"
@@ -182,9 +182,9 @@ class SwiftpruneLinearMethod(LinearMethodBase):  # type: ignore[misc]
         layer.linear24 = Linear24.from_packed(packed, name=name)
         self.config.finished(self.prefix, layer.linear24, packed.values.device.type)
 
-    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        linear24: Linear24 = layer.linear24
-        return linear24.multiply(x, bias)
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        y: Tensor = layer.linear24.multiply(x, bias)
+        return y
 
 
 # By name, since the decorator for it is younger (0.17) than the list.

@@ -39,14 +39,11 @@ class ReferenceKernels:
         return _store(groups)
 
     def unpack(self, values: Tensor, metadata: Tensor, name: str) -> Tensor:
-        rows, half = values.shape
-        nibbles = torch.stack((metadata & 15, metadata >> 4), dim=-1).flatten(1)[:, : half // 2]
-        positions = torch.stack((nibbles & 3, nibbles >> 2), dim=-1).long()
+        positions = stored_positions(values, metadata)
         if (bad := positions[..., 0] >= positions[..., 1]).any():
             row, group = bad.nonzero()[0].tolist()
-            raise bad_metadata(name, row, group, int(nibbles[row, group]))
-        weight = torch.zeros(rows, half // 2, 4, dtype=values.dtype)
-        return weight.scatter_(-1, positions, values.reshape(rows, half // 2, 2)).flatten(1)
+            raise bad_metadata(name, row, group, int(metadata[row, group // 2]) >> group % 2 * 4 & 15)
+        return scatter(values, positions)
 
     def surprise(self, score: Tensor, mean: Tensor, deviation: Tensor, gains: EwmaGains) -> Tensor:
         columns = []
@@ -59,6 +56,18 @@ class ReferenceKernels:
 
     def ranked_value(self, values: Tensor, rank: int) -> float:
         return float(values.flatten().kthvalue(rank + 1).values)
+
+
+def stored_positions(values: Tensor, metadata: Tensor) -> Tensor:
+    """Positions within their groups (N, K/4, 2) int64 of `values` (N, K/2), on any device, unchecked."""
+    nibbles = torch.stack((metadata & 15, metadata >> 4), dim=-1).flatten(1)[:, : values.shape[1] // 2]
+    return torch.stack((nibbles & 3, nibbles >> 2), dim=-1).long()
+
+
+def scatter(values: Tensor, positions: Tensor) -> Tensor:
+    """The weight (N, K) with zeros between the values."""
+    weight = torch.zeros(*positions.shape[:2], 4, dtype=values.dtype, device=values.device)
+    return weight.scatter_(-1, positions, values.reshape(positions.shape)).flatten(1)
 
 
 def _groups(weight: Tensor) -> Tensor:

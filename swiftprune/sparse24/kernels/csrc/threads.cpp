@@ -32,8 +32,12 @@ void take_turns(void* data) {
 
 bool use_openmp_of([[maybe_unused]] const char* library) {
 #ifndef _WIN32
-  if (void* handle = dlopen(library, RTLD_LAZY | RTLD_NOLOAD))
-    gomp_parallel = reinterpret_cast<GompParallel>(dlsym(handle, "GOMP_parallel"));  // in the library or what it needs
+  // What LD_PRELOAD brings (Intel's runtime, which vLLM recommends) comes first, for that library too; then the library
+  // and what it needs.
+  if (void* handle = dlopen(library, RTLD_LAZY | RTLD_NOLOAD)) {
+    void* function = dlsym(RTLD_DEFAULT, "GOMP_parallel");
+    gomp_parallel = reinterpret_cast<GompParallel>(function ? function : dlsym(handle, "GOMP_parallel"));
+  }
 #endif
   return gomp_parallel != nullptr;
 }

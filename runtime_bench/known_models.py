@@ -1,0 +1,23 @@
+"""The models that benchmarks can make for themselves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from runtime_bench import demo_data, synthetic
+from swiftprune.errors import SettingsError
+from swiftprune.pruning.progress import Progress, silent
+
+DEMO_MODEL = "smollm2-135m"
+NAMES = (DEMO_MODEL, *synthetic.SHAPES)
+
+
+def fetch(name: str, folder: Path, progress: Progress = silent) -> Path:
+    """The dense checkpoint of one of `NAMES`, made under `folder` on first use. Raises SettingsError for others."""
+    if name == DEMO_MODEL:
+        return demo_data.fetch(folder, progress).model
+    if name not in synthetic.SHAPES:
+        raise SettingsError(f"{name!r} is neither a folder nor one of: {', '.join(NAMES)}")
+    if not (folder / name).exists():
+        synthetic.write(name, folder / name)
+    return folder / name

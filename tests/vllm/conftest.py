@@ -1,0 +1,44 @@
+"""vLLM runs in an environment of its own (make test-vllm); elsewhere these tests are not collected."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from exporters import Target, export
+from swiftprune.pruning.pipeline import PruneSettings
+from tests import models
+
+collect_ignore_glob = [] if importlib.util.find_spec("vllm") else ["test_*.py"]
+
+# In this process, on all cores, without the network. vLLM reads them when it is imported.
+os.environ.update(
+    VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_CPU_OMP_THREADS_BIND="nobind", VLLM_CPU_KVCACHE_SPACE="1",
+    VLLM_NO_USAGE_STATS="1", HF_HUB_OFFLINE="1",
+)  # fmt: skip
+
+# vLLM's attention for CPUs takes heads from 32 on; two key-value heads can be shared out to two devices.
+_SIZE = {"hidden_size": 256, "intermediate_size": 320, "num_attention_heads": 4, "head_dim": 64}
+
+Checkpoints = Callable[[str, Target], Path]
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
+    """Makes the pruned checkpoint of that architecture and target on first use; tests must not write to it."""
+    root = tmp_path_factory.mktemp("vllm")
+
+    def get(name: str, target: Target) -> Path:
+        source, out = root / name, root / f"{name}-{target}"
+        if not source.exists():
+            config = models.SUPPORTED[name]
+            models.write_model(source, type(config)(**config.to_dict() | _SIZE))
+        if not out.exists():
+            export(source, out, PruneSettings(calibration="none"), target=target)
+        return out
+
+    return get
