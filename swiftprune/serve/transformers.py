@@ -17,7 +17,6 @@ from torch import nn
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from swiftprune.errors import FormatError
 from swiftprune.sparse24 import format as format24
 from swiftprune.sparse24.linear import Linear24
 
@@ -49,17 +48,7 @@ class SwiftpruneQuantizer(HfQuantizer):  # type: ignore[misc]
             raise ValueError("swiftprune packs checkpoints ahead of time: run swiftprune-export, then load its output")
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
-        config = self.quantization_config
-        if config.format != format24.FORMAT:
-            raise FormatError(
-                f"this checkpoint has the format {config.format!r}; transformers can run {format24.FORMAT!r} only "
-                "(export with --target packed)"
-            )
-        if config.version != format24.VERSION:
-            raise FormatError(
-                f"this checkpoint has version {config.version} of the packed format, but this swiftprune reads "
-                f"version {format24.VERSION}; use a matching swiftprune or export again"
-            )
+        format24.check_declared(self.quantization_config.format, self.quantization_config.version, "transformers")
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         ignore = set(self.quantization_config.ignore)

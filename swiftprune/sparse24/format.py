@@ -71,6 +71,19 @@ class Packed24:
         return self.values.nbytes + self.metadata.nbytes
 
 
+def check_declared(format: str | None, version: int | None, engine: str) -> None:
+    """Raises FormatError when a checkpoint's config.json declares a format or version that `engine` cannot run."""
+    if format != FORMAT:
+        raise FormatError(
+            f"this checkpoint has the format {format!r}; {engine} can run {FORMAT!r} only (export with --target packed)"
+        )
+    if version != VERSION:
+        raise FormatError(
+            f"this checkpoint has version {version} of the packed format, but this swiftprune reads version {VERSION}; "
+            "use a matching swiftprune or export again"
+        )
+
+
 def unpackable_reason(shape: tuple[int, ...], dtype: torch.dtype) -> str | None:
     """Why a weight of this shape and dtype cannot be packed, or None when it can."""
     if len(shape) != 2:

@@ -22,6 +22,7 @@ from runtime_bench import demo_data
 from swiftprune.errors import CheckpointError, FormatError
 from swiftprune.pruning.pipeline import PruneSettings
 from swiftprune.serve import vllm as plugin
+from swiftprune.serve.vllm.quantization import SwiftpruneConfig, SwiftpruneLinearMethod
 from swiftprune.sparse24.kernels import native
 from tests.vllm.conftest import Checkpoints
 from tests.vllm.engine import PROMPTS, TOKENS, answers, ask, assert_same, engine
@@ -190,18 +191,39 @@ def test_other_formats_and_versions_are_refused(checkpoints: Checkpoints, tmp_pa
         ask(folder)
 
 
-def test_inputs_that_cannot_be_shared_out(checkpoints: Checkpoints) -> None:
-    config = plugin_config()
+def empty_linear() -> Any:
     layer = QKVParallelLinear.__new__(QKVParallelLinear)
     torch.nn.Module.__init__(layer)
-    method = config.get_quant_method(layer, "model.layers.0.self_attn.qkv_proj")
+    return layer
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "dense"),
+    [
+        ({"targets": ["Linear"], "ignore": ["lm_head", "re:.*down_proj$"]}, {"a.down_proj", "lm_head"}),
+        ({"targets": ["a.up_proj", "re:a[.]o_.*"]}, {"a.down_proj", "lm_head"}),
+        ({}, set()),
+    ],
+)
+def test_what_compressed_tensors_calls_sparse(sparsity: dict[str, Any], dense: set[str]) -> None:
+    config = SwiftpruneConfig.from_config({"sparsity_config": {"format": "sparse-24-bitmask"} | sparsity})
+    assert config.from_bitmask
+    for name in ("a.up_proj", "a.o_proj", "a.down_proj", "lm_head"):
+        method = config.get_quant_method(empty_linear(), name)
+        assert isinstance(method, UnquantizedLinearMethod if name in dense else SwiftpruneLinearMethod), name
+
+
+def test_quantized_bitmask_checkpoints_are_left_to_vllm() -> None:
+    config = {"sparsity_config": {"format": "sparse-24-bitmask"}, "config_groups": {"group_0": {}}}
+    assert SwiftpruneConfig.override_quantization_method(config, None) is None
+    assert SwiftpruneConfig.override_quantization_method({"quant_method": "fp8"}, None) is None
+
+
+def test_inputs_that_cannot_be_shared_out() -> None:
+    config = SwiftpruneConfig(["lm_head"])
+    layer = empty_linear()
+    method: Any = config.get_quant_method(layer, "model.layers.0.self_attn.qkv_proj")
     assert isinstance(config.get_quant_method(layer, "lm_head"), UnquantizedLinearMethod)
     assert config.get_quant_method(torch.nn.Embedding(2, 2), "embed") is None
     with pytest.raises(FormatError, match=r"a share of 36 of its 72 inputs .* use another --tensor-parallel-size"):
         method.create_weights(layer, 36, [8], 72, 8, torch.float32, weight_loader=lambda *_: None)
-
-
-def plugin_config() -> Any:
-    from swiftprune.serve.vllm.quantization import SwiftpruneConfig
-
-    return SwiftpruneConfig(["lm_head"])

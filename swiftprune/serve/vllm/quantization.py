@@ -7,9 +7,11 @@ put together is checked and laid out for the kernels once all weights are there.
 
 from __future__ import annotations
 
+import logging
 import os
+import re
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,18 +36,22 @@ logger = init_logger("vllm.swiftprune")
 
 QUANT_METHOD = "swiftprune"
 _GROUPS_PER_BYTE = 2
+_ALL = "Linear"
+_SLOW = ", which unpacks the weight in every call: right, but no faster than dense"
 
 
 @register_quantization_config(QUANT_METHOD)
 class SwiftpruneConfig(QuantizationConfig):  # type: ignore[misc]
     """The `quantization_config` of a packed checkpoint, or of one that compressed-tensors wrote as sparse-24-bitmask.
 
-    `ignore` names the linears that stay dense, as the checkpoint calls them.
+    `ignore` names the linears that stay dense, and `targets` those that do not, as the checkpoint calls them;
+    compressed-tensors may also give regular expressions, after `re:`, and `Linear` for all.
     """
 
-    def __init__(self, ignore: Iterable[str], *, from_bitmask: bool = False) -> None:
+    def __init__(self, ignore: Sequence[str], *, targets: Sequence[str] = (_ALL,), from_bitmask: bool = False) -> None:
         super().__init__()
         self.ignore = list(ignore)
+        self.targets = list(targets)
         self.from_bitmask = from_bitmask
         self._unfinished: set[str] = set()
         self._served: Counter[tuple[str, torch.dtype, str]] = Counter()
@@ -53,17 +59,9 @@ class SwiftpruneConfig(QuantizationConfig):  # type: ignore[misc]
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> SwiftpruneConfig:
         if _is_bitmask(config):
-            return cls(config["sparsity_config"].get("ignore") or [], from_bitmask=True)
-        if config.get("format") != format24.FORMAT:
-            raise FormatError(
-                f"this checkpoint has the format {config.get('format')!r}; vLLM can run {format24.FORMAT!r} only "
-                "(export with --target packed)"
-            )
-        if config.get("version") != format24.VERSION:
-            raise FormatError(
-                f"this checkpoint has version {config.get('version')} of the packed format, but this swiftprune reads "
-                f"version {format24.VERSION}; use a matching swiftprune or export again"
-            )
+            sparsity = config["sparsity_config"]
+            return cls(sparsity.get("ignore") or [], targets=sparsity.get("targets") or [_ALL], from_bitmask=True)
+        format24.check_declared(config.get("format"), config.get("version"), "vLLM")
         return cls(config.get("ignore") or [])
 
     @classmethod
@@ -74,11 +72,12 @@ class SwiftpruneConfig(QuantizationConfig):  # type: ignore[misc]
     def maybe_update_config(self, model_name: str, **_: Any) -> None:
         """Reads every header of a local checkpoint before any work: a damaged file is named at once."""
         folder = Path(model_name)
-        if folder.is_dir() and (any(folder.glob("*.safetensors"))):
+        if folder.is_dir() and any(folder.glob("*.safetensors")):
             _check_headers(Checkpoint(folder))
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         self.ignore = hf_to_vllm_mapper.apply_list(self.ignore)
+        self.targets = hf_to_vllm_mapper.apply_list(self.targets)
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> LinearMethodBase | None:
         if not isinstance(layer, LinearBase):
@@ -90,7 +89,7 @@ class SwiftpruneConfig(QuantizationConfig):  # type: ignore[misc]
     def _stays_dense(self, prefix: str) -> bool:
         parent, _, name = prefix.rpartition(".")
         members = [f"{parent}.{member}" for member in self.packed_modules_mapping.get(name, [name])]
-        dense = [member for member in members if member in self.ignore or member.rpartition(".")[2] in self.ignore]
+        dense = [name for name in members if _names(self.ignore, name) or not _names(self.targets, name)]
         if dense and len(dense) < len(members):
             raise FormatError(
                 f"{prefix}: vLLM runs {', '.join(members)} as one layer, but only {', '.join(dense)} stays dense in "
@@ -108,15 +107,11 @@ class SwiftpruneConfig(QuantizationConfig):  # type: ignore[misc]
         if self._unfinished:
             return
         for (backend, dtype, on), count in self._served.items():
-            if backend == dispatch.REFERENCE:
-                logger.warning(
-                    "swiftprune: %d 2:4 linears run on the backend %s, which unpacks the weight in every call: right, "
-                    "but no faster than dense. %s", count, backend, _why(dtype, on),
-                )  # fmt: skip
-            else:
-                logger.info(
-                    "swiftprune: %d 2:4 linears run on the backend %s. %s", count, backend, _why(dtype, on)
-                )  # fmt: skip
+            slow = backend == dispatch.REFERENCE
+            logger.log(
+                logging.WARNING if slow else logging.INFO, "swiftprune: %d 2:4 linears run on the backend %s%s. %s",
+                count, backend, _SLOW if slow else "", _why(dtype, on),
+            )  # fmt: skip
         self._served.clear()
 
     def get_name(self) -> str:
@@ -190,6 +185,15 @@ class SwiftpruneLinearMethod(LinearMethodBase):  # type: ignore[misc]
 # By name, since the decorator for it is younger (0.17) than the list.
 if SwiftpruneLinearMethod.__name__ not in vllm_linear.WEIGHT_LOADER_V2_SUPPORTED:
     vllm_linear.WEIGHT_LOADER_V2_SUPPORTED.append(SwiftpruneLinearMethod.__name__)
+
+
+def _names(entries: Sequence[str], module: str) -> bool:
+    """Whether one of the entries names the module, its last part, or a regular expression that matches it."""
+    return any(
+        re.match(entry.removeprefix("re:"), module) if entry.startswith("re:")
+        else entry in (_ALL, module, module.rpartition(".")[2])
+        for entry in entries
+    )  # fmt: skip
 
 
 def _is_bitmask(config: dict[str, Any]) -> bool:
