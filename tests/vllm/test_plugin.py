@@ -122,6 +122,16 @@ def test_registering_is_lazy_and_can_be_repeated() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+def test_without_the_plugin_vllm_stops(checkpoints: Checkpoints) -> None:
+    """Never on wrong weights."""
+    code = f"import vllm; vllm.LLM({str(checkpoints('llama-gqa-tied', 'packed'))!r}, max_model_len=64)"
+    run = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | {"VLLM_PLUGINS": ""}, capture_output=True, text=True, check=False
+    )
+    assert run.returncode != 0
+    assert "Unknown quantization method: swiftprune" in run.stderr
+
+
 def damaged(source: Path, folder: Path, shard: str, change: Any) -> Path:
     shutil.copytree(source, folder)
     tensors = load_file(folder / shard)
