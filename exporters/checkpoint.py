@@ -299,7 +299,7 @@ class _ShardWriter:
             config["quantization_config"] = bitmask.quantization_config(list(self._dense))
         elif self._target != "dense":
             config["quantization_config"] = {
-                "quant_method": "swiftprune",
+                "quant_method": format24.QUANT_METHOD,
                 "format": format24.FORMAT if self._target == "packed" else torch_sparse.FORMAT,
                 "version": format24.VERSION,
                 "ignore": list(self._dense),

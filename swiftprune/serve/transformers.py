@@ -18,11 +18,10 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from swiftprune.sparse24 import format as format24
+from swiftprune.sparse24.format import QUANT_METHOD
 from swiftprune.sparse24.linear import Linear24
 
 logger = logging.getLogger(__name__)
-
-QUANT_METHOD = "swiftprune"
 
 
 @register_quantization_config(QUANT_METHOD)

@@ -48,6 +48,7 @@ from swiftprune.sparse24.score_factors import ScoreFactors
 KEPT = 2
 GROUP = 4
 FORMAT = "2:4"
+QUANT_METHOD = "swiftprune"  # what config.json calls it
 VERSION = 1
 VALUE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 METADATA_SUFFIX = "_meta"  # <module>.weight -> <module>.weight_meta

@@ -28,13 +28,12 @@ from swiftprune.errors import FormatError
 from swiftprune.pruning.checkpoint import Checkpoint
 from swiftprune.sparse24 import bitmask, dispatch
 from swiftprune.sparse24 import format as format24
-from swiftprune.sparse24.format import GROUP, KEPT, METADATA_SUFFIX, Packed24, metadata_width
+from swiftprune.sparse24.format import GROUP, KEPT, METADATA_SUFFIX, QUANT_METHOD, Packed24, metadata_width
 from swiftprune.sparse24.linear import Linear24
 
 # Only children of the logger `vllm` show.
 logger = init_logger("vllm.swiftprune")
 
-QUANT_METHOD = "swiftprune"
 _GROUPS_PER_BYTE = 2
 _ALL = "Linear"
 _SLOW = ", which unpacks the weight in every call: right, but no faster than dense"
@@ -89,7 +88,7 @@ class SwiftpruneConfig(QuantizationConfig):  # type: ignore[misc]
     def _stays_dense(self, prefix: str) -> bool:
         parent, _, name = prefix.rpartition(".")
         members = [f"{parent}.{member}" for member in self.packed_modules_mapping.get(name, [name])]
-        dense = [name for name in members if _names(self.ignore, name) or not _names(self.targets, name)]
+        dense = [m for m in members if _names(self.ignore, m) or not _names(self.targets, m)]
         if dense and len(dense) < len(members):
             raise FormatError(
                 f"{prefix}: vLLM runs {', '.join(members)} as one layer, but only {', '.join(dense)} stays dense in "
