@@ -8,6 +8,7 @@ BIN := $(VENV)/bin
 VLLM := .venv-vllm
 DEMO := build/demo
 METHOD ?= swiftprune
+RESULTS := build/bench
 
 TORCH_VERSION := 2.13.0
 # On Linux without an NVIDIA GPU only the CPU build will do: the default build brings gigabytes of CUDA.
@@ -20,7 +21,7 @@ endif
 NATIVE := $(wildcard swiftprune/sparse24/kernels/csrc/*)
 SOURCES := $(shell find swiftprune exporters runtime_bench -name '*.py')
 
-.PHONY: setup demo test test-neon vllm-env test-vllm bench-vllm bench-prune bench-methods bench-kernels bench-decode clean
+.PHONY: setup demo browser test test-neon vllm-env test-vllm bench bench-vllm bench-prune bench-methods bench-kernels clean
 
 setup: $(VENV)/installed
 
@@ -45,7 +46,15 @@ $(VENV)/compressed-tensors-0.14: $(VENV)/torch
 demo: setup
 	$(BIN)/swiftprune-bench demo --folder $(DEMO) --method $(METHOD)
 
-test: setup $(VENV)/compressed-tensors-0.14
+# For the test that clicks through the report. Without any Chromium, and no way to get one, it is skipped.
+BROWSERS := chromium chromium-browser google-chrome
+browser:
+	@for name in $(BROWSERS); do command -v $$name > /dev/null && exit 0; done; \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null; then \
+	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends chromium > /dev/null; \
+	else echo "no Chromium: the report's page will not be tried in a browser"; fi
+
+test: setup browser $(VENV)/compressed-tensors-0.14
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -80,13 +89,21 @@ bench-methods: setup
 bench-kernels: setup
 	$(BIN)/swiftprune-bench layers --dtype bf16,fp32 --out build/results/kernels.json --plot build/results/kernels.png
 
-bench-decode: setup
-	for model in smollm2-135m llama-3.2-1b; do \
-	  $(BIN)/swiftprune-bench decode $$model --folder $(DEMO) --out build/results/decode-$$model.json || exit 1; done
+# From nothing to the report of two models: build/results/report.html. Under 15 minutes on two cores.
+BENCH := $(BIN)/swiftprune-bench run --folder $(DEMO) --out $(RESULTS)/
+bench: setup
+	$(BENCH) smollm2-135m --at-once 1,8 --prompt-tokens 64,512 --rounds 8 \
+	  --text $(DEMO)/wikipedia-held-out.txt --windows 4
+	$(BENCH) llama-3.2-1b --at-once 1,8 --rounds 6
+	$(BIN)/swiftprune-bench layers llama-3.2-1b --m 1,8,64,512 --threads 2 --seconds 1.5 --out $(RESULTS)/layers.json
+	$(BIN)/swiftprune-bench report $(RESULTS)/*.json --html $(RESULTS)/report.html \
+	  --markdown $(RESULTS)/summary.md --picture $(RESULTS)/speedup.png
 
+# Hours in all: vLLM's latency and throughput load the model for every run.
 bench-vllm: vllm-env
-	for model in smollm2-135m llama-3.2-1b; do \
-	  $(VLLM)/bin/swiftprune-bench vllm $$model --folder $(DEMO) --out build/results/vllm-$$model.json || exit 1; done
+	for model in smollm2-135m llama-3.2-1b; do for work in serve:1,8 latency:1 throughput:8; do \
+	  $(VLLM)/bin/swiftprune-bench run $$model --folder $(DEMO) --engine vllm --workload $${work%:*} --at-once $${work#*:} \
+	    --new-tokens 48 --rounds 5 --starts 1 --out build/results/vllm-$$model-$${work%:*}.json || exit 1; done; done
 
 clean:
 	rm -rf build $(VENV) $(VLLM)

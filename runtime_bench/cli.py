@@ -2,28 +2,40 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
+import traceback
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, Literal, TypeVar
 
+import torch
 import typer
 from pydantic import BaseModel
 from rich.console import Console
 from rich.markdown import Markdown
 
-from exporters.cli import ProgressBars, run
+from exporters.cli import ProgressBars
+from exporters.cli import run as run_app
 from runtime_bench import (
-    decode,
     demo,
     demo_data,
+    gate,
+    gpu,
     known_models,
     layers,
     methods,
     plots,
     pruning,
+    quality,
+    report,
+    results,
+    roofline,
     synthetic,
-    vllm_serving,
 )
-from swiftprune.errors import SettingsError
+from runtime_bench import run as end_to_end
+from runtime_bench.engines import VLLM_WORKLOADS, Engine, Workload
+from runtime_bench.run import RunSettings
+from swiftprune.errors import SettingsError, SwiftpruneError
 from swiftprune.pruning.score import METHODS, find_method
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
@@ -133,59 +145,174 @@ def layers_command(
         plots.layers(result, plot)
 
 
-@app.command("decode")
-def decode_command(
+@app.command("run", no_args_is_help=True)
+def run_command(
     model: Annotated[
         str,
         typer.Argument(
-            help="A packed checkpoint's folder, or one of these, made first: " + ", ".join(known_models.NAMES)
+            help="The sparse checkpoint's folder, or one of these, made with its dense twin first: "
+            + ", ".join(known_models.NAMES)
         ),
     ],
-    folder: Folder = DEMO_FOLDER,
-    threads: Annotated[int, typer.Option(min=1)] = 2,
-    new_tokens: Annotated[int, typer.Option(min=3)] = 32,
-    rounds: Annotated[int, typer.Option(min=1, help="Turns of each side, after one to warm up.")] = 5,
-    out: Result = None,
-) -> None:
-    """Tokens per second in transformers: a packed model beside the same one with dense weights."""
-    with ProgressBars(Console(stderr=True)) as progress:
-        packed = decode.find(model, folder, progress)
-        result = decode.measure(packed, threads=threads, new_tokens=new_tokens, rounds=rounds, progress=progress)
-    _finish(result, decode.markdown(result), out)
-
-
-@app.command("vllm")
-def vllm_command(
-    model: Annotated[
-        str,
-        typer.Argument(
-            help="A checkpoint's folder, not pruned, or one of these, made first: " + ", ".join(known_models.NAMES)
-        ),
-    ],
-    folder: Folder = DEMO_FOLDER,
-    command: Annotated[
-        list[str] | None, typer.Option(help=f"Of vLLM's: {', '.join(vllm_serving.COMMANDS)}. Repeat for several.")
+    baseline: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="The dense checkpoint; not for a model made here.")
     ] = None,
-    concurrency: Annotated[str, typer.Option(help="Numbers of requests at a time.")] = "1,8",
-    input_len: Annotated[int, typer.Option(min=1)] = 64,
-    output_len: Annotated[int, typer.Option(min=2)] = 48,
-    pairs: Annotated[int, typer.Option(min=1, help="Runs of each side.")] = 5,
-    out: Result = None,
+    engine: Annotated[
+        Literal[Engine, "torch"],
+        typer.Option(help="`torch` measures the model's linears one by one, as `layers` does."),
+    ] = "transformers",
+    workload: Annotated[
+        Workload | None,
+        typer.Option(
+            help="`batch`: sequences decoded together, the only one outside vLLM. For vLLM its own bench commands: "
+            "`serve` (the default there), `latency`, `throughput`."
+        ),
+    ] = None,
+    at_once: Annotated[str, typer.Option(help="Sequences at once: batch sizes, or requests open at a time.")] = "1",
+    prompt_tokens: Annotated[str, typer.Option(help="Lengths of prompts.")] = "64",
+    new_tokens: Annotated[str, typer.Option(help="Lengths of answers.")] = "32",
+    rounds: Annotated[int, typer.Option(min=1, help="Runs of each case on each side, in turns.")] = 10,
+    starts: Annotated[int, typer.Option(min=1, help="Times that both sides are loaded anew for them.")] = 2,
+    threads: Annotated[int | None, typer.Option(min=1, show_default="all cores")] = None,
+    dtype: Annotated[str, typer.Option(help=f"Of: {', '.join(end_to_end.DTYPES)}.")] = "bfloat16",
+    dense_linears: Annotated[
+        Literal["torch", "onednn"],
+        typer.Option(help="What runs dense linears in transformers, on both sides: F.linear or oneDNN's own layout."),
+    ] = "torch",
+    text: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also measure perplexity on this text, for both sides.")
+    ] = None,
+    windows: Annotated[
+        int | None, typer.Option(min=1, help="Windows of 2,048 tokens of that text.", show_default="all")
+    ] = None,
+    task: Annotated[
+        list[str] | None, typer.Option(help="Also run this task of lm-evaluation-harness. Repeat for several.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Documents of each task.")] = None,
+    reference: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="The sparse weights as transformers loads them, to check answers against."),
+    ] = None,
+    require_gpu: Annotated[bool, typer.Option("--require-gpu", help="Stop when there is no GPU.")] = False,
+    folder: Folder = DEMO_FOLDER,
+    out: Annotated[
+        Path | None, typer.Option(help="Write the result to this .json file, or under a name of its own into a folder.")
+    ] = None,
 ) -> None:
-    """vLLM: a packed model beside the same weights stored dense, measured by vLLM's own bench commands.
+    """A sparse model beside a dense one, end to end: is it faster here, by how much, at what quality?
 
-    The model is pruned by magnitude for this: speed does not depend on which weights are kept.
+    Both sides take turns within one run, after the sparse side's answers have been checked. Ctrl-C keeps the rounds
+    that are done.
+
+    For example: swiftprune-bench run ./model-2of4 --baseline ./model --at-once 1,8 --out results/
     """
-    commands = [
-        _known(name, {name: name for name in vllm_serving.COMMANDS}) for name in command or vllm_serving.COMMANDS
-    ]
+    if require_gpu:
+        gpu.require()
     with ProgressBars(Console(stderr=True)) as progress:
-        result = vllm_serving.measure(
-            vllm_serving.find(model, folder, progress), folder / "vllm-logs", commands=commands,
-            concurrency=_numbers(concurrency, "--concurrency"), input_len=input_len, output_len=output_len, pairs=pairs,
-            progress=progress,
+        if Path(model).is_dir():
+            if baseline is None:
+                raise SettingsError("--baseline FOLDER is missing: what the sparse model is compared with")
+            sides, name = {"dense": baseline, "sparse": Path(model)}, ""
+        else:
+            sides, name = end_to_end.find(model, folder, progress), model
+        if engine == "torch":
+            shapes = [(layer.rows, layer.cols) for layer in roofline.linears(sides["sparse"]) if layer.packed]
+            found: results.Result = layers.measure(
+                list(dict.fromkeys(shapes)), tokens=_numbers(at_once, "--at-once"),
+                threads=[threads or torch.get_num_threads()], dtypes=[layers.short(dtype)], progress=progress,
+            )  # fmt: skip
+        else:
+            settings = RunSettings(
+                engine=engine, workload=workload or (VLLM_WORKLOADS[0] if engine == "vllm" else "batch"),
+                at_once=_numbers(at_once, "--at-once"), prompt_tokens=_numbers(prompt_tokens, "--prompt-tokens"),
+                new_tokens=_numbers(new_tokens, "--new-tokens"), rounds=rounds, starts=min(starts, rounds),
+                threads=threads or torch.get_num_threads(), dtype=dtype, dense_linears=dense_linears,
+            )  # fmt: skip
+            found = end_to_end.measure(
+                sides, settings, name=name, work=folder / "logs", reference=reference, progress=progress
+            )
+            if text:
+                found.quality.append(quality.perplexity(sides, text, windows=windows, progress=progress))
+            if task:
+                found.quality += quality.tasks(sides, task, limit=limit, dtype=dtype, progress=progress)
+    if out and out.suffix != ".json":
+        out = out / f"{'layers' if engine == 'torch' else engine}-{name or Path(model).resolve().name}.json"
+    _finish(found, report.markdown([found]), out)
+
+
+@app.command("gpu-suite")
+def gpu_suite_command(
+    out: Annotated[Path, typer.Option(help="Folder for gpu-suite.json.")] = Path("results"),
+    budget: Annotated[float, typer.Option(min=10, help="Seconds it may take, about.")] = 540,
+) -> None:
+    """Every correctness check and measurement of the GPU backends, in under ten minutes, into one file.
+
+    Exit code 1 when a check failed.
+    """
+    gpu.require()
+    with ProgressBars(Console(stderr=True)) as progress:
+        result = gpu.suite(budget_seconds=budget, progress=progress)
+    _finish(result, gpu.markdown(result), out / "gpu-suite.json")
+    if not all(check.passed for check in result.checks):
+        sys.exit(1)
+
+
+@app.command("gate", no_args_is_help=True)
+def gate_command(
+    new: Annotated[Path, typer.Argument(help="What `run` or `layers` wrote now.")],
+    against: Annotated[
+        list[Path], typer.Option(metavar="FILE", help="What it wrote before; repeat to take several runs together.")
+    ],
+    max_regression: Annotated[str, typer.Option(help="How much slower the sparse side may become.")] = "5%",
+    confidence: Annotated[str, typer.Option(help="Of each verdict.")] = "95%",
+    metric: Annotated[
+        list[str] | None,
+        typer.Option(help="What to judge: ttft, tpot, tokens_per_s, ... Default: what tells most of decoding."),
+    ] = None,
+) -> None:
+    """Did it become slower? For continuous integration.
+
+    Exit code 0: no. 1: yes. 2: cannot tell: no comparable baseline, a void or unreadable result, or too much noise.
+    70: a bug, which must not look like a regression.
+    """
+    limit, sure = _share(max_regression, "--max-regression"), _share(confidence, "--confidence")
+    try:
+        comparisons = gate.judge(
+            results.load(new), [results.load(path) for path in against],
+            max_regression=limit, confidence=sure, metrics=metric or (),
         )  # fmt: skip
-    _finish(result, vllm_serving.markdown(result), out)
+    except SwiftpruneError:
+        raise
+    except Exception:
+        traceback.print_exc()
+        sys.exit(70)
+    _show(gate.markdown(comparisons))
+    sys.exit(gate.exit_code(comparisons))
+
+
+@app.command("report", no_args_is_help=True)
+def report_command(
+    files: Annotated[list[Path], typer.Argument(metavar="FILES", help="Results of run, layers and gpu-suite.")],
+    html: Annotated[Path | None, typer.Option(help="One page with everything, that needs no network.")] = None,
+    markdown: Annotated[Path | None, typer.Option(help="The table for a pull request.")] = None,
+    picture: Annotated[Path | None, typer.Option(help="A PNG of the speedups.")] = None,
+) -> None:
+    """Show results: a page to look at, a table to paste."""
+    found = [results.load(path) for path in files]
+    table = report.markdown(found)
+    if markdown:
+        results.write_text(markdown, table + "\n")
+    if html:
+        results.write_text(html, report.html(found, [str(path) for path in files]))
+    if picture:
+        report.picture(found, picture)
+    _show(table)
+
+
+@app.command("schema")
+def schema_command() -> None:
+    """Print the JSON schema of results."""
+    print(results.schema(), end="")
 
 
 def _known(name: str, table: dict[str, _T]) -> _T:
@@ -204,16 +331,33 @@ def _numbers(text: str, option: str) -> list[int]:
     return numbers
 
 
+def _share(text: str, option: str) -> float:
+    """5% or 0.05."""
+    try:
+        share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        share = -1
+    if not 0 < share < 1:
+        raise SettingsError(f"{option} takes a share, 5% or 0.05 say, not {text!r}")
+    return share
+
+
 def _finish(result: BaseModel, table: str, out: Path | None) -> None:
+    if isinstance(result, results.Result):
+        result.command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    if out:
+        results.save(result, out)
+    _show(table)
+
+
+def _show(table: str) -> None:
+    """Set as a table on a terminal, as it stands elsewhere."""
     console = Console()
     if console.is_terminal:
         console.print(Markdown(table))
     else:
         print(table)
-    if out:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(result.model_dump_json(indent=1) + "\n")
 
 
 def main() -> None:
-    run(app)
+    run_app(app)

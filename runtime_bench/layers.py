@@ -11,15 +11,18 @@ import itertools
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel
+from pydantic import Field
 from torch import Tensor, nn
 
-from runtime_bench.machine import Machine, this_machine
+from runtime_bench.conditions import judged, watch
+from runtime_bench.machine import this_machine
 from runtime_bench.measure import Timing, interleaved
+from runtime_bench.results import Result, Stored
+from runtime_bench.statistics import ratios
 from swiftprune.errors import SettingsError
 from swiftprune.pruning.progress import Progress, silent
 from swiftprune.sparse24 import dispatch
@@ -47,13 +50,15 @@ ROUNDS = (5, 60)
 _Weight = TypeVar("_Weight", Tensor, Linear24)
 
 
-class CallTime(BaseModel):
+class CallTime(Stored):
     """Milliseconds of one call over `rounds` turns; `spread` is half the interquartile range over the median."""
 
     p20_ms: float
     median_ms: float
     spread: float
     rounds: int
+    turns_ms: list[float] = Field(default_factory=list)
+    """Of every turn, in order; absent from files written before they were kept."""
 
     @classmethod
     def of(cls, timing: Timing, calls: int) -> CallTime:
@@ -61,10 +66,11 @@ class CallTime(BaseModel):
         return cls(
             p20_ms=1e3 * timing.quantile(0.2) / calls, median_ms=1e3 * timing.median / calls,
             spread=timing.spread, rounds=len(timing.seconds),
+            turns_ms=[float(f"{1e3 * seconds / calls:.4g}") for seconds in timing.seconds],
         )  # fmt: skip
 
 
-class Cell(BaseModel):
+class Cell(Stored):
     """One shape, number of tokens and number of threads."""
 
     rows: int
@@ -79,6 +85,15 @@ class Cell(BaseModel):
     packed_bytes: int
     read_gb_per_s: float
     """What this machine read from memory, on these threads, in turn with these calls."""
+
+    @property
+    def label(self) -> str:
+        return f"{self.rows}x{self.cols} {self.dtype}, M={self.tokens}, {self.threads} threads, {self.backend}"
+
+    @property
+    def speedups(self) -> list[float]:
+        """Over the better dense contestant, turn by turn."""
+        return ratios(self.dense[self.better_dense].turns_ms, self.sparse.turns_ms, lower_is_better=True)
 
     @property
     def better_dense(self) -> str:
@@ -108,7 +123,7 @@ class Cell(BaseModel):
         return self.rows * self.cols * width / self.dense[self.better_dense].p20_ms / 1e6
 
 
-class CallOverhead(BaseModel):
+class CallOverhead(Stored):
     """Microseconds of a call of an 8 x 8 layer, one token: what is not the product."""
 
     linear24_us: float
@@ -117,8 +132,8 @@ class CallOverhead(BaseModel):
     nn_linear_us: float
 
 
-class LayersBench(BaseModel):
-    machine: Machine
+class LayersResult(Result):
+    kind: Literal["layers"] = "layers"
     shares_torch_threads: bool
     rotated_mb: int
     overhead: CallOverhead
@@ -134,7 +149,7 @@ def measure(
     backend: str | None = None,
     seconds: float = SECONDS_PER_CELL,
     progress: Progress = silent,
-) -> LayersBench:
+) -> LayersResult:
     """Measures every combination. `seconds` is about what a cell may take.
 
     Raises SettingsError when `backend` cannot run here or when only `reference` can: it is not worth measuring.
@@ -150,7 +165,7 @@ def measure(
     total = len(dtypes) * len(shapes) * len(tokens) * len(threads)
     memory = torch.empty(ROTATED_BYTES, dtype=torch.uint8).random_()
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), watch() as seen:
             for dtype, (rows, cols) in itertools.product(dtypes, shapes):
                 weights = _Weights(rows, cols, DTYPES[dtype], chosen[dtype])
                 for count, m in itertools.product(threads, tokens):
@@ -162,9 +177,12 @@ def measure(
         overhead = call_overhead()
     finally:
         torch.set_num_threads(before)
-    return LayersBench(
-        machine=this_machine(), shares_torch_threads=native.SHARES_TORCH_THREADS,
-        rotated_mb=ROTATED_BYTES >> 20, overhead=overhead, cells=cells,
+    assert seen.result
+    spreads = {f"{cell.rows}x{cell.cols} {cell.dtype} M={cell.tokens}": cell.sparse.spread for cell in cells}
+    return LayersResult(
+        machine=this_machine(), conditions=judged(seen.result, spreads),
+        shares_torch_threads=native.SHARES_TORCH_THREADS, rotated_mb=ROTATED_BYTES >> 20, overhead=overhead,
+        cells=cells,
     )  # fmt: skip
 
 
@@ -251,7 +269,7 @@ def call_overhead(calls: int = 2000, rounds: int = 9) -> CallOverhead:
     return CallOverhead.model_validate({name: statistics.median(values) for name, values in times.items()})
 
 
-def markdown(bench: LayersBench) -> str:
+def markdown(bench: LayersResult) -> str:
     """Every cell in a row, then speedups at a glance, then the cost of a call."""
     overhead = bench.overhead
     lines = [
@@ -280,7 +298,15 @@ def markdown(bench: LayersBench) -> str:
     return "\n".join(lines)
 
 
-def at_a_glance(bench: LayersBench) -> str:
+def short(dtype: str) -> str:
+    """`bf16` for `bfloat16`. Raises SettingsError for types that no kernel has."""
+    for name, known in DTYPES.items():
+        if dtype in (name, str(known).removeprefix("torch.")):
+            return name
+    raise SettingsError(f"unknown dtype {dtype!r}; known: {', '.join(DTYPES)}")
+
+
+def at_a_glance(bench: LayersResult) -> str:
     """A table for each dtype and number of threads: weights down, tokens across, and how well one token is read."""
     tables = []
     groups = itertools.groupby(bench.cells, key=lambda cell: (cell.dtype, cell.rows, cell.cols, cell.threads))

@@ -1,13 +1,13 @@
-"""Pictures of results, drawn with matplotlib (the extra `plots`)."""
+"""Pictures of results, drawn with matplotlib (the extra `report`)."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from runtime_bench.layers import BYTE_BOUND, LayersBench
+from runtime_bench.layers import BYTE_BOUND, LayersResult
 
 
-def layers(bench: LayersBench, path: Path) -> None:
+def layers(bench: LayersResult, path: Path) -> None:
     """Speedup over the number of tokens: a panel for each dtype and thread count, a line for each weight."""
     from matplotlib.figure import Figure
 

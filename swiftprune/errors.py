@@ -1,7 +1,8 @@
 """Errors a user can act on, each with the exit code the command line ends with.
 
-Exit codes: 0 done; 1 a bug in swiftprune; 2 wrong settings; 3 the checkpoint cannot be used; 4 the calibration or
-evaluation text cannot be used; 5 the output cannot be written; 6 packed data breaks the 2:4 format; 130 interrupted.
+Exit codes: 0 done; 1 a bug in swiftprune; 2 wrong settings, or a result file that cannot be used; 3 the checkpoint
+cannot be used; 4 the calibration or evaluation text cannot be used; 5 the output cannot be written; 6 packed data
+breaks the 2:4 format; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -15,6 +16,12 @@ class SwiftpruneError(Exception):
 
 class SettingsError(SwiftpruneError):
     """A setting is unknown, out of range, or contradicts another one."""
+
+    exit_code = 2
+
+
+class ResultError(SwiftpruneError):
+    """A result file is missing, damaged, or of a version that is not supported."""
 
     exit_code = 2
 

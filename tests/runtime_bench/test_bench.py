@@ -12,15 +12,13 @@ import torch
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from exporters import export
-from runtime_bench import cli, decode, layers, methods, plots, pruning, synthetic
+from runtime_bench import cli, layers, methods, plots, pruning, results, synthetic
 from runtime_bench.demo_data import DemoData
 from runtime_bench.machine import this_machine
 from runtime_bench.measure import Timing, interleaved
 from swiftprune.errors import SettingsError
 from swiftprune.pruning.calibration_text import load_tokenizer, read_text, token_windows
 from swiftprune.pruning.evaluate import perplexity
-from swiftprune.pruning.pipeline import PruneSettings
 from swiftprune.sparse24.kernels import native
 from tests import models
 
@@ -191,7 +189,7 @@ def test_layer_sweep(tmp_path: Path) -> None:
     run = CliRunner().invoke(cli.app, [*command, "--out", str(out), "--plot", str(plot)])
     assert run.exit_code == 0, run.output
     assert torch.get_num_threads() == threads
-    bench = layers.LayersBench.model_validate_json(out.read_text())
+    bench = results.load(out)
     assert len(bench.cells) == 2 * 2 * 2 * 2
     assert run.stdout.count("\n| ") >= 16
     assert all("reference" not in cell.backend and "torch F.linear" in cell.dense for cell in bench.cells)
@@ -234,7 +232,7 @@ def test_layers_plot_has_a_panel_for_each_dtype_and_thread_count(tmp_path: Path)
         for dtype in ("bf16", "fp32") for threads in (1, 2, 4) for m in (1, 8)
     ]  # fmt: skip
     overhead = layers.CallOverhead(linear24_us=1, operator_us=1, nn_linear_us=1)
-    bench = layers.LayersBench(
+    bench = layers.LayersResult(
         machine=this_machine(), shares_torch_threads=True, rotated_mb=1, overhead=overhead, cells=cells
     )
     plots.layers(bench, tmp_path / "p.png")
@@ -243,41 +241,3 @@ def test_layers_plot_has_a_panel_for_each_dtype_and_thread_count(tmp_path: Path)
     assert text.count("| 2.00x | 2.00x | 1.") == 12
     assert text.count("| 64x64 | 2.00x | 2.00x | 0% |") == 6
     assert "| fp32, 4 threads | M=1 | M=8 | bandwidth, M=1 |" in text
-
-
-def test_decoding_is_compared_with_the_same_weights_unpacked(
-    tiny_models: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    packed = tmp_path / "packed"
-    export(tiny_models("qwen2"), packed, PruneSettings(calibration="none"))  # its linears have biases
-    out = tmp_path / "decode.json"
-    command = ["decode", str(packed), "--new-tokens", "4", "--rounds", "2", "--threads", "1", "--out", str(out)]
-    run = CliRunner().invoke(cli.app, command)
-    assert run.exit_code == 0, run.output
-    bench = decode.DecodeBench.model_validate_json(out.read_text())
-    assert [row.way for row in bench.ways] == ["torch", "onednn"]
-    assert bench.packed_linears == 7 * 3
-    assert bench.backend != "reference"
-    for row in bench.ways:
-        assert 0 <= row.logits_error < 0.02
-        assert row.packed_linears_ms < row.packed_ms
-        assert 0 <= row.same_tokens <= 4
-    assert run.stdout.count("\n| ") == 4
-
-    monkeypatch.setattr(decode, "unpack", lambda packed: torch.zeros(packed.shape, dtype=packed.values.dtype))
-    with pytest.raises(RuntimeError, match="packed logits are off"):
-        decode.measure(packed, threads=1, new_tokens=4, rounds=1)
-    with pytest.raises(SettingsError, match="holds no packed linears"):
-        decode.measure(tiny_models("qwen2"), threads=1, new_tokens=4, rounds=1)
-    with pytest.raises(SettingsError, match=r"neither a folder nor one of: smollm2-135m, llama-3\.2-1b"):
-        decode.find("llama-0", tmp_path)
-
-
-def test_bounds_of_decoding() -> None:
-    row = decode.Decode(
-        way="torch", dense_ms=10, packed_ms=5, dense_spread=0, packed_spread=0, dense_linears_ms=8,
-        packed_linears_ms=3, logits_error=0, same_tokens=1,
-    )  # fmt: skip
-    assert row.speedup == 2
-    assert row.amdahl_bound == pytest.approx(5)
-    assert row.byte_bound == pytest.approx(10 / (2 + 8 * 9 / 16))

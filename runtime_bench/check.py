@@ -1,0 +1,61 @@
+"""Whether an engine's answers are those of the checkpoint: the oracle before any timing.
+
+The oracle is the sparse checkpoint with every packed weight unpacked, run densely in fp32 by transformers. It reads the
+engine's own answers, so a token that rounding has swapped does not make all later ones differ.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+import swiftprune.serve.transformers  # noqa: F401 - registers the packed format
+from runtime_bench.results import Check
+from swiftprune.sparse24.format import unpack
+from swiftprune.sparse24.linear import Linear24
+
+TOLERANCE = {"float32": 1e-3, "float16": 0.1, "bfloat16": 0.25}
+"""In log probability: what the rounding of an engine that computes in this dtype may cost a token."""
+
+
+def against_reference(
+    folder: Path, prompts: list[list[int]], answers: list[list[int]], dtype: str
+) -> Check:  # fmt: skip
+    """Checks greedy `answers` to `prompts`, all of one length, given by an engine that runs in `dtype`.
+
+    Works in a process of its own, so that the fp32 model's memory is given back.
+    """
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        gaps = pool.submit(_gaps, folder, prompts, answers).result()
+    return Check(
+        tokens=len(gaps), equal=sum(gap == 0 for gap in gaps), largest_gap=max(gaps, default=0.0),
+        tolerance=TOLERANCE[dtype],
+    )  # fmt: skip
+
+
+@torch.inference_mode()
+def _gaps(folder: Path, prompts: list[list[int]], answers: list[list[int]]) -> list[float]:
+    """How far each answered token was below the likeliest one."""
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    for name, module in list(model.named_modules()):
+        if isinstance(module, Linear24):
+            model.set_submodule(name, _unpacked(module))
+    gaps: list[float] = []
+    for prompt, answer in zip(prompts, answers, strict=True):
+        logits = model(torch.tensor([prompt + answer[:-1]])).logits[0, len(prompt) - 1 :].float()
+        chosen = logits.gather(1, torch.tensor(answer)[:, None])[:, 0]
+        gaps += (logits.max(dim=1).values - chosen).tolist()
+    return gaps
+
+
+def _unpacked(layer: Linear24) -> nn.Linear:
+    linear = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
+    linear.weight = nn.Parameter(unpack(layer.packed), requires_grad=False)
+    linear.register_parameter("bias", layer.bias)
+    return linear

@@ -1,0 +1,150 @@
+"""Did the last change make it worse? `swiftprune-bench gate`, for continuous integration.
+
+What is compared is the speedup of the sparse side over the dense one, of the same machine, engine and workload: the
+dense side, measured in the same rounds, takes out what the machine was like on the day. For each case and metric the
+rounds of both files give one of three verdicts, by one-sided Mann-Whitney tests at the error rate 1 - `confidence`:
+
+- `pass`: a slowdown of the limit or more can be ruled out. A true slowdown beyond the limit is passed at most at the
+  error rate, whatever the distribution of the noise, provided it is the same in both files.
+- `regression`: a slowdown of the limit or less can be ruled out, at the error rate over all comparisons together.
+- `unclear`: the rounds allow both. More rounds, or a quieter machine, decide it.
+
+All must pass for exit code 0. Any regression is exit code 1. Otherwise it is 2: unclear, void, or nothing to compare.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from runtime_bench.layers import LayersResult
+from runtime_bench.results import RunResult
+from runtime_bench.statistics import CONFIDENCE, Shift, least_p, shift
+
+Verdict = Literal["pass", "regression", "unclear", "void", "missing"]
+EXIT_CODES: dict[Verdict, int] = {"pass": 0, "regression": 1, "unclear": 2, "void": 2, "missing": 2}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One case and metric of the new result."""
+
+    what: str
+    verdict: Verdict
+    detail: str
+    shift: Shift | None = None
+
+
+@dataclass(frozen=True)
+class Series:
+    """The speedups of all rounds of one case and metric, or why there are none."""
+
+    speedups: list[float]
+    void: str | None = None
+
+
+def judge(
+    new: Any, baselines: Sequence[Any], *, max_regression: float = 0.05, confidence: float = CONFIDENCE,
+    metrics: Sequence[str] = (),
+) -> list[Comparison]:  # fmt: skip
+    """Compares `new` with those of `baselines` that are like it; their rounds are taken together.
+
+    `max_regression` is the limit, 0.05 say: the sparse side may become 5% slower against the dense one. `metrics` are
+    the names of those to judge; by default the one that tells most of decoding, since others, as `ttft`, vary more.
+    """
+    fresh = dict(_series(new, metrics))
+    if not fresh:
+        return [
+            Comparison(new.kind, "missing", f"nothing to judge in it{': no ' if metrics else ''}{', '.join(metrics)}")
+        ]
+    alike = [base for base in baselines if _setting(base) == _setting(new)]
+    if not alike:
+        return [Comparison("machine and engine", "missing", _unlike(new, baselines))]
+    known: dict[str, list[float]] = {}
+    for base in alike:
+        for what, series in _series(base, metrics):
+            known.setdefault(what, []).extend(series.speedups)
+    return [
+        _compare(what, series, known.get(what, []), max_regression, confidence, len(fresh))
+        for what, series in fresh.items()
+    ]
+
+
+def exit_code(comparisons: Sequence[Comparison]) -> int:
+    """1 if any regressed, else 2 if any is not a pass, else 0."""
+    codes = {EXIT_CODES[comparison.verdict] for comparison in comparisons}
+    return 1 if 1 in codes else max(codes, default=2)
+
+
+def _compare(
+    what: str, new: Series, old: list[float], limit: float, confidence: float, comparisons: int
+) -> Comparison:  # fmt: skip
+    if new.void:
+        return Comparison(what, "void", new.void)
+    if not old:
+        return Comparison(what, "missing", "the baseline has no such case, or it is void there")
+    error = 1 - confidence
+    if least_p(len(old), len(new.speedups)) >= error:
+        return Comparison(what, "unclear", f"{len(new.speedups)} rounds against {len(old)} are too few for any verdict")
+    found = shift(old, new.speedups, limit, confidence)
+    if found.p_beyond < error / comparisons:
+        return Comparison(what, "regression", f"slower by more than {limit:.1%} (p = {found.p_beyond:.2g})", found)
+    if found.p_within < error:
+        return Comparison(what, "pass", f"not slower by {limit:.1%} (p = {found.p_within:.2g})", found)
+    return Comparison(what, "unclear", _advice(found, limit), found)
+
+
+def _advice(found: Shift, limit: float) -> str:
+    """How many rounds would do, if the noise stays: an interval shrinks with the root of their number."""
+    distance = abs(limit - found.slowdown)
+    half = (found.high - found.low) / 2
+    if distance < half / 10:
+        return f"right at the limit of {limit:.1%}; take many more rounds, or another limit"
+    return f"too noisy to tell; about {max((half / distance) ** 2, 1.5):.1f} times as many rounds would do"
+
+
+def _setting(result: Any) -> tuple[str, ...]:
+    """What two results must share to be compared at all."""
+    if isinstance(result, RunResult):
+        return (
+            "run", result.machine.key, result.engine, result.model, result.dtype, str(result.threads),
+            result.dense_linears,
+        )  # fmt: skip
+    return (result.kind, result.machine.key)
+
+
+def _unlike(new: Any, baselines: Sequence[Any]) -> str:
+    """Why no baseline is like `new`."""
+    if not baselines:
+        return "no baseline was given"
+    differences = [
+        ", ".join(f"{theirs} (here: {ours})" for ours, theirs in zip(_setting(new), _setting(base), strict=False)
+                  if ours != theirs)
+        for base in baselines
+    ]  # fmt: skip
+    return "no baseline is comparable: " + "; ".join(f"one is of {difference}" for difference in differences)
+
+
+def _series(result: Any, metrics: Sequence[str]) -> Iterator[tuple[str, Series]]:
+    """Of everything in `result` that can be judged, by what it is."""
+    if isinstance(result, RunResult):
+        for case in result.cases:
+            if case.void:
+                yield case.label, Series([], case.void)
+            named = [case.metric(name) for name in metrics] if metrics else [case.decoding]
+            for metric in named:
+                if metric:
+                    yield f"{metric.name}, {case.label}", Series(metric.speedups)
+    if isinstance(result, LayersResult):
+        for cell in result.cells:
+            yield cell.label, Series(cell.speedups)
+    # Results of kind `gpu` are not judged: nothing has been measured yet to learn their noise from.
+
+
+def markdown(comparisons: Sequence[Comparison]) -> str:
+    lines = ["| what | verdict | slowdown | why |", "| --- | --- | ---: | --- |"]
+    for row in comparisons:
+        change = f"{row.shift.slowdown:+.1%} ({row.shift.low:+.1%} to {row.shift.high:+.1%})" if row.shift else ""
+        lines.append(f"| {row.what} | {row.verdict} | {change} | {row.detail} |")
+    return "\n".join(lines)

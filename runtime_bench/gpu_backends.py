@@ -1,0 +1,335 @@
+"""The contestants of the GPU benchmark: the ways to multiply by a masked weight on a CUDA device, and their checks.
+
+Unmeasured: written against the sources of torch 2.13, checked on CPU tensors only; none of this has run on a GPU yet.
+
+A weight is (N, K), inputs are (M, K) and outputs (M, N), for M tokens. 16-bit floats give their own type, int8 gives
+int32 and float8_e4m3fn gives bfloat16, with all scales 1.
+
+The sparse ones call torch's operators over the compressed weight by name instead of handing the weight to F.linear, so
+there is no dispatch in which a dense product could take their place. What F.linear does around the operator (filling
+up tokens with zeros, turning the output around) is done here too. cuSPARSELt runs its default algorithm, as it does
+for everybody who does not search for a better one.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.sparse import (
+    SparseSemiStructuredTensor,
+    SparseSemiStructuredTensorCUSPARSELT,
+    SparseSemiStructuredTensorCUTLASS,
+)
+
+from exporters.torch_sparse import to_cutlass
+from swiftprune.sparse24 import dispatch
+from swiftprune.sparse24.format import pack, unpack, unpackable_reason
+from swiftprune.sparse24.kernels import reference
+from swiftprune.sparse24.linear import Linear24
+
+DENSE = "cublas"
+DTYPES = {name: getattr(torch, name) for name in ("bfloat16", "float16", "int8", "float8_e4m3fn")}
+"""By their names in results; the most informative first."""
+CAPABILITY = {torch.bfloat16: (8, 0), torch.float16: (8, 0), torch.int8: (8, 0), torch.float8_e4m3fn: (8, 9)}
+"""The least compute capability that multiplies the type 2:4 (fp8: that has it at all)."""
+TOLERANCE = {torch.bfloat16: 5e-3, torch.float16: 2e-3, torch.int8: 0.0, torch.float8_e4m3fn: 2e-2}
+"""Of the relative Frobenius error. int8 is exact in int32; Hopper adds fp8 products up in less than fp32."""
+_ACCUMULATED = {torch.int8: torch.int32, torch.float8_e4m3fn: torch.bfloat16}
+_CUBLAS_MULTIPLE = {torch.int8: 8, torch.float8_e4m3fn: 16}  # of N and K
+_INT_MM_ROWS = 32  # torch._int_mm refuses up to 16 tokens
+_CHUNK = 512  # tokens
+_CPU = torch.device("cpu")
+CHECKED_SHAPES = ((64, 128), (256, 512))
+ODD_SHAPE = (24, 132)  # 33 groups in a row
+CHECKED_TOKENS = (1, 7, 16, 33)
+
+Run = Callable[[Tensor], Tensor]
+_Multiply = Callable[[SparseSemiStructuredTensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way to multiply by a weight that is 2:4 with its zeros in place."""
+
+    name: str
+    limits: Callable[[torch.dtype, tuple[int, int]], str | None]
+    """Why a weight of this dtype and shape (N, K) is refused, or None."""
+    prepare: Callable[[Tensor], Run]
+    """Lays out the weight, on its device, and returns what multiplies inputs by it. May raise anything."""
+    major: int | None = None
+    """The only major compute capability that it has kernels for, if there is just one."""
+
+    def refusal(self, dtype: torch.dtype, shape: tuple[int, int], capability: tuple[int, int]) -> str | None:
+        """Why a device of this compute capability cannot do it, or None when nothing is known to be in the way."""
+        if capability < (least := CAPABILITY[dtype]):
+            return f"{short(dtype)} needs compute capability {version(least)}, and this is {version(capability)}"
+        if self.major not in (None, capability[0]):
+            return f"{self.name} needs compute capability {self.major}.x, and this is {version(capability)}"
+        return self.limits(dtype, shape)
+
+
+def short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def version(capability: tuple[int, int]) -> str:
+    return "{}.{}".format(*capability)
+
+
+def masked_weight(rows: int, cols: int, dtype: torch.dtype, device: torch.device, seed: int = 0) -> Tensor:
+    """A random (rows, cols) weight in which each group of four has two zeros, in places drawn evenly."""
+    random = torch.Generator(device).manual_seed(seed)
+    kept = [[place in pair for place in range(4)] for pair in itertools.combinations(range(4), 2)]
+    masks = torch.tensor(kept, device=device)
+    drawn = torch.randint(len(kept), (rows, cols // 4), generator=random, device=device)
+    mask = masks[drawn].view(rows, cols)
+    if dtype == torch.int8:
+        return torch.where(mask, inputs(rows, cols, dtype, device, seed + 1), 0)
+    weight = inputs(rows, cols, torch.float32, device, seed + 1)
+    if dtype.itemsize > 1:
+        weight = weight * cols**-0.5  # outputs as large as inputs
+    rounded = torch.where(mask, weight, 0).to(dtype).float()
+    return (rounded + 0.0).to(dtype)  # fp8 rounds the smallest to zero, and the negative of them to -0.0
+
+
+def inputs(tokens: int, cols: int, dtype: torch.dtype, device: torch.device, seed: int = 0) -> Tensor:
+    """Random inputs (tokens, cols): standard normal, or all of int8 but -128."""
+    random = torch.Generator(device).manual_seed(seed)
+    if dtype == torch.int8:
+        return torch.randint(-127, 128, (tokens, cols), generator=random, dtype=dtype, device=device)
+    return torch.randn(tokens, cols, generator=random, device=device).to(dtype)
+
+
+def truth(x: Tensor, weight: Tensor) -> Tensor:
+    """x W^T in float64 of what `x` and `weight` hold."""
+    exact = weight.double().t()
+    return torch.cat([x[start : start + _CHUNK].double() @ exact for start in range(0, x.shape[0], _CHUNK)])
+
+
+def relative_error(y: Tensor, expected: Tensor) -> float | None:
+    """Frobenius norm of the difference over that of `expected`; None when shapes differ or `y` is not finite."""
+    if y.shape != expected.shape or not torch.isfinite(y).all():
+        return None
+    return float((y.double() - expected).norm() / expected.norm().clamp_min(torch.finfo(torch.float64).tiny))
+
+
+def fault(y: Tensor, expected: Tensor, dtype: torch.dtype) -> tuple[float | None, str | None]:
+    """The relative error of `y` for a weight of `dtype`, and why it disqualifies `y` or None."""
+    error = relative_error(y, expected)
+    if error is None:
+        wrong = f"of shape {tuple(y.shape)}" if y.shape != expected.shape else "with NaN or infinities"
+        return None, f"gave a result {wrong}"
+    if error > TOLERANCE[dtype]:
+        return error, f"wrong result: relative error {error:.2g}, tolerance {TOLERANCE[dtype]:g}"
+    return error, None
+
+
+def from_packed_cutlass(weight: Tensor) -> SparseSemiStructuredTensorCUTLASS:
+    """The masked `weight` in the layout that `swiftprune-export --target torch` writes, on the device of `weight`."""
+    values, metadata = to_cutlass(pack(weight.cpu()))
+    place = weight.device
+    return SparseSemiStructuredTensorCUTLASS(weight.shape, values.to(place), metadata.to(place), None, None, None)
+
+
+def multiply_cutlass(sparse: SparseSemiStructuredTensor, x: Tensor) -> Tensor:
+    """x W^T by torch's CUTLASS operator."""
+    assert sparse.packed is not None
+    assert sparse.meta is not None
+    filled = _filled(x, _dense_rows(type(sparse), x.dtype))
+    y = torch._sparse_semi_structured_mm(sparse.packed, sparse.meta, filled.t(), out_dtype=_ACCUMULATED.get(x.dtype))
+    return y[:, : x.shape[0]].t().contiguous()
+
+
+def multiply_cusparselt(sparse: SparseSemiStructuredTensor, x: Tensor) -> Tensor:
+    """x W^T by torch's cuSPARSELt operator."""
+    assert sparse.packed is not None
+    filled = _filled(x, _dense_rows(type(sparse), x.dtype))
+    # A scale would go into `alpha`, which the host reads from the device in every call: no graph could hold that.
+    y = torch._cslt_sparse_mm(sparse.packed, filled.t(), out_dtype=_ACCUMULATED.get(x.dtype), transpose_result=True)
+    return y[: x.shape[0]]
+
+
+def _compressed(kind: type[SparseSemiStructuredTensor], multiply: _Multiply, weight: Tensor) -> Run:
+    sparse = kind.from_dense(weight)
+    if type(sparse) is not kind:
+        raise TypeError(f"torch made a {type(sparse).__name__}, not a {kind.__name__}")
+    return partial(multiply, sparse)
+
+
+def _cublas(weight: Tensor) -> Run:
+    transposed = weight.t()
+    if weight.dtype == torch.int8:
+        return lambda x: torch._int_mm(_filled(x, _INT_MM_ROWS) if x.shape[0] <= 16 else x, transposed)[: x.shape[0]]
+    if weight.dtype == torch.float8_e4m3fn:
+        one = torch.ones((), device=weight.device)
+        return lambda x: torch._scaled_mm(x, transposed, one, one, out_dtype=_ACCUMULATED[x.dtype])
+    return lambda x: F.linear(x, weight)
+
+
+def _linear24(choose: Callable[[torch.dtype], str | None], weight: Tensor) -> Run:
+    packed = pack(weight.cpu())
+    chosen = choose(weight.dtype)
+    layer = Linear24.from_packed(packed, backend=dispatch.REFERENCE).to(weight.device).use_backend(chosen)
+    if layer.backend != chosen:
+        raise TypeError(f"Linear24 runs {layer.backend}, not {chosen}")
+    return layer
+
+
+def _own(dtype: torch.dtype) -> str | None:
+    """Linear24's fastest backend on CUDA, other than the one that unpacks for every call."""
+    return next((name for name in dispatch.linear_backends(dtype, "cuda") if name != dispatch.REFERENCE), None)
+
+
+def _own_limits(dtype: torch.dtype, shape: tuple[int, int]) -> str | None:
+    return _packed_limits(dtype, shape) or (None if _own(dtype) else "no Triton backend in this version")
+
+
+def _packed_limits(dtype: torch.dtype, shape: tuple[int, int]) -> str | None:
+    reason = unpackable_reason(shape, dtype)
+    return f"Linear24 cannot hold it: {reason}" if reason else None
+
+
+def _cublas_limits(dtype: torch.dtype, shape: tuple[int, int]) -> str | None:
+    return _multiples("cuBLAS", dtype, shape, (_CUBLAS_MULTIPLE.get(dtype, 1),) * 2)
+
+
+def _torch_limits(kind: type[SparseSemiStructuredTensor], dtype: torch.dtype, shape: tuple[int, int]) -> str | None:
+    """As the installed torch has them."""
+    limits = kind._DTYPE_SHAPE_CONSTRAINTS.get(dtype)
+    if limits is None:
+        return f"torch's {kind.BACKEND} does not take {short(dtype)}"
+    return _multiples(f"torch's {kind.BACKEND}", dtype, shape, (limits.sparse_min_rows, limits.sparse_min_cols))
+
+
+def _multiples(name: str, dtype: torch.dtype, shape: tuple[int, int], of: tuple[int, int]) -> str | None:
+    if shape[0] % of[0] or shape[1] % of[1]:
+        return f"{name} needs {short(dtype)} weights in multiples of {of}, not {shape}"
+    return None
+
+
+def _dense_rows(kind: type[SparseSemiStructuredTensor], dtype: torch.dtype) -> int:
+    """What the number of tokens must be a multiple of."""
+    return int(kind._DTYPE_SHAPE_CONSTRAINTS[dtype].dense_min_rows)
+
+
+def _filled(x: Tensor, multiple: int) -> Tensor:
+    """`x` with rows of zeros after it, up to a multiple."""
+    missing = -x.shape[0] % multiple
+    return F.pad(x, (0, 0, 0, missing)) if missing else x
+
+
+BACKENDS = (
+    Backend(DENSE, _cublas_limits, _cublas),
+    Backend(
+        "cusparselt",
+        partial(_torch_limits, SparseSemiStructuredTensorCUSPARSELT),
+        partial(_compressed, SparseSemiStructuredTensorCUSPARSELT, multiply_cusparselt),
+    ),
+    Backend(
+        "cutlass",
+        partial(_torch_limits, SparseSemiStructuredTensorCUTLASS),
+        partial(_compressed, SparseSemiStructuredTensorCUTLASS, multiply_cutlass),
+        major=8,  # torch's operator refuses all others
+    ),
+    Backend("triton", _own_limits, partial(_linear24, _own)),
+    Backend(dispatch.REFERENCE, _packed_limits, partial(_linear24, lambda _: dispatch.REFERENCE)),
+)
+"""The dense one first; it multiplies the zeros too."""
+
+
+class MismatchError(Exception):
+    """A check found something computed wrong."""
+
+
+def checks(
+    place: torch.device, backends: Sequence[Backend], capability: tuple[int, int]
+) -> Iterator[tuple[str, Callable[[], str]]]:
+    """Names, and what checks it on `place`: it returns what it found, and raises when that is wrong.
+
+    What a backend refuses by rule is not checked.
+    """
+    yield "Linear24 reference: the CPU's products", lambda: _check_linear24(place)
+    yield "packed pair: unpacked on the device", lambda: _check_unpack(place)
+    for backend in backends:
+        for dtype in DTYPES.values():
+            if not backend.refusal(dtype, CHECKED_SHAPES[0], capability):
+                yield f"{backend.name} {short(dtype)}: products", partial(_check_products, place, backend, dtype)
+        if not backend.refusal(torch.bfloat16, CHECKED_SHAPES[0], capability):
+            yield f"{backend.name}: -0.0 and groups of zeros", partial(_check_zeros, place, backend)
+        if backend.name == "cutlass" and not backend.refusal(torch.bfloat16, CHECKED_SHAPES[0], capability):
+            yield "exported CUTLASS layout: the products of torch's", lambda: _check_cutlass_export(place)
+
+
+def _check_linear24(place: torch.device) -> str:
+    """Also with a bias, and an odd number of groups in a row."""
+    worst = 0.0
+    for rows, cols in (*CHECKED_SHAPES, ODD_SHAPE):
+        weight = masked_weight(rows, cols, torch.bfloat16, _CPU)
+        layer = Linear24.from_packed(pack(weight), torch.arange(rows) / rows, backend=dispatch.REFERENCE)
+        x = inputs(7, cols, torch.bfloat16, _CPU)
+        expected = layer(x).double()
+        worst = max(worst, _right(layer.to(place)(x.to(place)).cpu(), expected, x.dtype, f"({rows}, {cols})"))
+    return f"largest relative difference {worst:.1e}"
+
+
+def _check_unpack(place: torch.device) -> str:
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for rows, cols in (*CHECKED_SHAPES, ODD_SHAPE):
+            packed = pack(masked_weight(rows, cols, dtype, _CPU))
+            values, metadata = packed.values.to(place), packed.metadata.to(place)
+            weight = reference.scatter(values, reference.stored_positions(values, metadata))
+            if not torch.equal(weight.cpu(), unpack(packed)):
+                raise MismatchError(f"({rows}, {cols}) {short(dtype)}: differs from the weight unpacked on the CPU")
+    return "bit for bit the CPU's, in three dtypes"
+
+
+def _check_products(place: torch.device, backend: Backend, dtype: torch.dtype) -> str:
+    worst = 0.0
+    for rows, cols in CHECKED_SHAPES:
+        weight = masked_weight(rows, cols, dtype, place)
+        run = backend.prepare(weight)
+        for tokens in CHECKED_TOKENS:
+            x = inputs(tokens, cols, dtype, place)
+            worst = max(worst, _right(run(x), truth(x, weight), dtype, f"({rows}, {cols}), {tokens} tokens"))
+    return f"largest relative error {worst:.1e}"
+
+
+def _check_zeros(place: torch.device, backend: Backend) -> str:
+    """-0.0 is a zero, and a group may have fewer than two other values."""
+    rows, cols = CHECKED_SHAPES[0]
+    weight = masked_weight(rows, cols, torch.bfloat16, place)
+    weight[0::4] = 0
+    weight[1::4, 0::2] = 0
+    weight[0:-1:2] = torch.where(weight[0:-1:2] == 0, -0.0, weight[0:-1:2])
+    x = inputs(7, cols, torch.bfloat16, place)
+    y = backend.prepare(weight)(x)
+    error = _right(y, truth(x, weight), torch.bfloat16, f"({rows}, {cols})")
+    if (y[:, 0::4] != 0).any():
+        raise MismatchError("rows of zeros gave something else than zeros")
+    return f"relative error {error:.1e}"
+
+
+def _check_cutlass_export(place: torch.device) -> str:
+    """The same kernel over the same bits gives the same bits."""
+    for dtype in (torch.bfloat16, torch.float16):
+        for rows, cols in CHECKED_SHAPES:
+            weight = masked_weight(rows, cols, dtype, place)
+            exported, own = from_packed_cutlass(weight), SparseSemiStructuredTensorCUTLASS.from_dense(weight)
+            x = inputs(7, cols, dtype, place)
+            if not torch.equal(multiply_cutlass(exported, x), multiply_cutlass(own, x)):
+                raise MismatchError(f"({rows}, {cols}) {short(dtype)}: not the product of torch's own layout")
+    return "bit for bit the same products"
+
+
+def _right(y: Tensor, expected: Tensor, dtype: torch.dtype, where: str) -> float:
+    """The relative error; raises when it is too large."""
+    error, wrong = fault(y, expected, dtype)
+    if wrong or error is None:
+        raise MismatchError(f"{where}: {wrong}")
+    return error

@@ -1,0 +1,82 @@
+"""What the sparse side loses: perplexity on a text, and tasks of lm-evaluation-harness."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import swiftprune.serve.transformers  # noqa: F401 - registers the packed format
+from runtime_bench.results import SIDES, Quality
+from swiftprune.errors import SettingsError
+from swiftprune.pruning import evaluate
+from swiftprune.pruning.calibration_text import load_tokenizer, read_text, token_windows
+from swiftprune.pruning.progress import Progress, silent
+
+
+def perplexity(
+    sides: dict[str, Path], text: Path, *, seqlen: int = 2048, windows: int | None = None, dtype: str = "float32",
+    progress: Progress = silent,
+) -> Quality:  # fmt: skip
+    """Of both sides on the UTF-8 `text`, in windows of `seqlen` tokens of the dense side's tokenizer.
+
+    `windows` takes so many of them from all over the text. fp32 is also faster than bf16 on most CPUs. Raises
+    TextError when the text is missing or shorter than a window.
+    """
+    taken = token_windows(read_text(text), load_tokenizer(sides["dense"]), seqlen, str(text))
+    if windows and windows < len(taken):
+        taken = taken[torch.linspace(0, len(taken) - 1, windows).round().long()]
+    values = {
+        side: evaluate.perplexity(_load(sides[side], dtype), taken, stage=f"perplexity, {side}", progress=progress)
+        for side in SIDES
+    }
+    return Quality(
+        name="perplexity", source=f"{text.name}, windows of {seqlen} tokens, {dtype}", lower_is_better=True,
+        tokens=taken.numel(), **values,
+    )  # fmt: skip
+
+
+def tasks(
+    sides: dict[str, Path], names: Sequence[str], *, limit: int | None = None, include: Path | None = None,
+    dtype: str = "bfloat16", progress: Progress = silent,
+) -> list[Quality]:  # fmt: skip
+    """lm-evaluation-harness `names` on both sides, through its Python API: a Quality for each task and metric.
+
+    `include` is a folder with task definitions of one's own; `limit` evaluates only so many documents of each task.
+    Raises SettingsError when the harness is not installed or does not know a task.
+    """
+    try:
+        import lm_eval
+        from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
+    except ImportError:
+        raise SettingsError("--task needs lm-evaluation-harness: pip install 'swiftprune[evaluation]'") from None
+    manager = TaskManager(include_path=str(include) if include else None)
+    if unknown := [name for name in names if name not in manager.all_tasks]:
+        raise SettingsError(f"lm-evaluation-harness has no task {', '.join(unknown)}; `lm-eval ls tasks` lists them")
+    scores: dict[str, dict[str, dict[str, float]]] = {}
+    better: dict[str, dict[str, bool]] = {}
+    for index, side in enumerate(SIDES):
+        progress("tasks", index, len(SIDES))
+        model = HFLM(pretrained=_load(sides[side], dtype), tokenizer=AutoTokenizer.from_pretrained(sides["dense"]))
+        answer: Any = lm_eval.simple_evaluate(
+            model=model, tasks=list(names), limit=limit, task_manager=manager, bootstrap_iters=0
+        )
+        scores[side], better = answer["results"], answer["higher_is_better"]
+    progress("tasks", len(SIDES), len(SIDES))
+    return [
+        Quality(
+            name=f"{task} {key.partition(',')[0]}", source="lm-evaluation-harness", dense=value,
+            sparse=scores["sparse"][task][key], lower_is_better=not better[task].get(key.partition(",")[0], True),
+        )
+        for task, metrics in scores["dense"].items()
+        for key, value in metrics.items()
+        if isinstance(value, float) and "stderr" not in key
+    ]  # fmt: skip
+
+
+def _load(folder: Path, dtype: str) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()

@@ -1,0 +1,131 @@
+"""What this machine can do at best, measured, and what that allows a model.
+
+A decode step reads every matrix once and multiplies each by `tokens` vectors, so it takes at least
+max(bytes / bandwidth, flops / peak); so does a prompt. A product with a 2:4 weight is counted with its dense flops on
+CPUs, whose arithmetic skips nothing worth the name. Attention and its cache are left out: they are small here.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from pydantic import BaseModel, ConfigDict
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from swiftprune.sparse24.format import GROUP, KEPT, QUANT_METHOD, metadata_width
+from swiftprune.sparse24.kernels import native
+
+_READ_BYTES = 512 << 20
+_GEMM = 2048
+_REPEATS = 5
+
+
+class Peaks(BaseModel):
+    """Medians of a few passes on so many threads."""
+
+    model_config = ConfigDict(extra="allow")
+
+    threads: int
+    dtype: str
+    read_gb_per_s: float | None
+    """Reading a buffer larger than any cache; None without native kernels."""
+    gemm_gflop_per_s: float
+    """torch.mm of two square matrices."""
+
+    def seconds(self, matrices: Matrices, tokens: int) -> float:
+        """The least that one pass of `tokens` through all matrices can take."""
+        arithmetic = 2 * matrices.parameters * tokens / (self.gemm_gflop_per_s * 1e9)
+        return max(arithmetic, matrices.nbytes / (self.read_gb_per_s * 1e9) if self.read_gb_per_s else 0.0)
+
+
+def measure(dtype: torch.dtype, threads: int) -> Peaks:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        a = torch.randn(_GEMM, _GEMM).to(dtype)
+        out = torch.empty_like(a)
+        gemm = _median_seconds(lambda: torch.mm(a, a, out=out))
+        read = None
+        if native.supported_isas():
+            memory = torch.empty(_READ_BYTES, dtype=torch.uint8).random_()
+            read = _READ_BYTES / _median_seconds(lambda: native.read_bandwidth_pass(memory)) / 1e9
+    finally:
+        torch.set_num_threads(before)
+    return Peaks(
+        threads=threads, dtype=str(dtype).removeprefix("torch."), read_gb_per_s=read,
+        gemm_gflop_per_s=2 * _GEMM**3 / gemm / 1e9,
+    )  # fmt: skip
+
+
+def best(a: Peaks, b: Peaks) -> Peaks:
+    """The higher of each: a peak is what was ever reached, and a machine has slow spells."""
+    reads = [peaks.read_gb_per_s for peaks in (a, b) if peaks.read_gb_per_s is not None]
+    return a.model_copy(
+        update={
+            "read_gb_per_s": max(reads, default=None),
+            "gemm_gflop_per_s": max(a.gemm_gflop_per_s, b.gemm_gflop_per_s),
+        }
+    )
+
+
+def _median_seconds(run: Callable[[], object]) -> float:
+    run()
+    seconds = []
+    for _ in range(_REPEATS):
+        start = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)
+
+
+@dataclass(frozen=True)
+class MatrixFacts:
+    """A weight that every decode step reads: a linear of a decoder block, or the head."""
+
+    rows: int
+    cols: int
+    packed: bool
+
+    def nbytes(self, dtype: torch.dtype) -> int:
+        """As the checkpoint stores it: packed, 9/16 of the dense bytes for 16-bit types."""
+        if self.packed:
+            return self.rows * (self.cols // GROUP * KEPT * dtype.itemsize + metadata_width(self.cols))
+        return self.rows * self.cols * dtype.itemsize
+
+
+def linears(folder: Path) -> list[MatrixFacts]:
+    """All of a checkpoint's, in its order, from its config.json alone."""
+    config = AutoConfig.from_pretrained(folder)
+    declared: dict[str, Any] = getattr(config, "quantization_config", None) or {}
+    dense = set(declared.get("ignore") or ())
+    with init_empty_weights():
+        model: Any = AutoModelForCausalLM.from_config(config)
+    return [
+        MatrixFacts(
+            module.out_features, module.in_features, declared.get("quant_method") == QUANT_METHOD and name not in dense
+        )
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+    ]
+
+
+@dataclass(frozen=True)
+class Matrices:
+    """All of them together. `parameters` counts zeros too."""
+
+    nbytes: int
+    parameters: int
+
+    @classmethod
+    def of(cls, folder: Path, dtype: torch.dtype) -> Matrices:
+        """Of a checkpoint that is run in `dtype`."""
+        found = linears(folder)
+        return cls(sum(m.nbytes(dtype) for m in found), sum(m.rows * m.cols for m in found))
