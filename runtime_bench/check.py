@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
+from transformers.utils.logging import disable_progress_bar
 
 import swiftprune.serve.transformers  # noqa: F401 - registers the packed format
 from runtime_bench.results import Check
@@ -42,6 +43,7 @@ def against_reference(
 @torch.inference_mode()
 def _gaps(folder: Path, prompts: list[list[int]], answers: list[list[int]]) -> list[float]:
     """How far each answered token was below the likeliest one."""
+    disable_progress_bar()
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     for name, module in list(model.named_modules()):
         if isinstance(module, Linear24):

@@ -72,7 +72,7 @@ def judged(seen: Conditions, spreads: dict[str, float] | None = None) -> Conditi
         warnings.append(f"the hypervisor gave {seen.steal:.0%} of the processor time to others")
     if seen.others > OTHERS_LIMIT:
         warnings.append(f"other processes used {seen.others:.0%} of the processor time")
-    if seen.load_before > 1 + 0.25 * (os.cpu_count() or 1):
+    if seen.load_before > (os.cpu_count() or 1):
         warnings.append(f"the machine was busy before: load {seen.load_before:g}")
     if seen.frequency_mhz and seen.frequency_mhz[0] < (1 - FREQUENCY_LIMIT) * seen.frequency_mhz[1]:
         warnings.append("core clocks went from {:.0f} to {:.0f} MHz".format(*seen.frequency_mhz))

@@ -22,6 +22,7 @@ from typing import Any
 import psutil
 
 from runtime_bench.engines import Job, Loaded, Options, Round
+from runtime_bench.engines.memory import peak_bytes
 from runtime_bench.statistics import quantile
 from swiftprune.errors import SettingsError
 
@@ -193,12 +194,7 @@ def _linears(log: Path) -> dict[str, int]:
 
 
 def _tree_peak_bytes(pid: int) -> int:
-    """Sum of the peaks of a process and its descendants, as Linux keeps them."""
-    total = 0
+    """Sum of the peaks of a process and its descendants."""
     with contextlib.suppress(psutil.NoSuchProcess):
-        root = psutil.Process(pid)
-        for process in (root, *root.children(recursive=True)):
-            with contextlib.suppress(OSError, ValueError):
-                status = Path(f"/proc/{process.pid}/status").read_text()
-                total += 1024 * int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")))
-    return total
+        return sum(peak_bytes(each) for each in (pid, *(c.pid for c in psutil.Process(pid).children(recursive=True))))
+    return 0

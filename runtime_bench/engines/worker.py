@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import multiprocessing
-import resource
 import signal
-import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -17,8 +15,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from transformers.utils.logging import disable_progress_bar
 
 from runtime_bench.engines import Engine, Job, Loaded, Options, Round, figures
+from runtime_bench.engines.memory import peak_bytes
 from swiftprune.errors import SwiftpruneError
 
 _PATIENCE_SECONDS = 20
@@ -92,6 +92,7 @@ class Worker(AbstractContextManager["Worker"]):
 def _work(connection: Connection, engine: Engine, folder: Path, options: Options) -> None:
     """In the new process: loads, then answers until the other end is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    disable_progress_bar()  # the parent shows where it is
     torch.set_num_threads(options.threads)
     module = importlib.import_module(f"runtime_bench.engines.{engine}_engine")
     try:
@@ -125,8 +126,7 @@ def _arrivals(model: Model, prompts: list[list[int]], new_tokens: int) -> list[f
 
 
 def _peak_memory_bytes(model: Model) -> int:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return peak_bytes()
 
 
 _ANSWERS: dict[str, Callable[..., Any]] = {
