@@ -1,8 +1,8 @@
 """What this machine can do at best, measured, and what that allows a model.
 
-A decode step reads every matrix once and multiplies each by `tokens` vectors, so it takes at least
-max(bytes / bandwidth, flops / peak); so does a prompt. A product with a 2:4 weight is counted with its dense flops on
-CPUs, whose arithmetic skips nothing worth the name. Attention and its cache are left out: they are small here.
+A decode step reads every matrix once and multiplies each by one vector per sequence, so it takes at least
+max(bytes / bandwidth, flops / peak). So does a prompt, of which only the last token goes through the head. Of a 2:4
+weight only kept values are counted. Attention and its cache are left out, which lowers the bound for long prompts.
 """
 
 from __future__ import annotations
@@ -40,9 +40,10 @@ class Peaks(BaseModel):
     gemm_gflop_per_s: float
     """torch.mm of two square matrices."""
 
-    def seconds(self, matrices: Matrices, tokens: int) -> float:
-        """The least that one pass of `tokens` through all matrices can take."""
-        arithmetic = 2 * matrices.parameters * tokens / (self.gemm_gflop_per_s * 1e9)
+    def seconds(self, matrices: Matrices, tokens: int, head_tokens: int) -> float:
+        """The least that a pass of `tokens` through the blocks and of `head_tokens` through the head can take."""
+        products = matrices.block_weights * tokens + matrices.head_weights * head_tokens
+        arithmetic = 2 * products / (self.gemm_gflop_per_s * 1e9)
         return max(arithmetic, matrices.nbytes / (self.read_gb_per_s * 1e9) if self.read_gb_per_s else 0.0)
 
 
@@ -93,6 +94,12 @@ class MatrixFacts:
     rows: int
     cols: int
     packed: bool
+    head: bool
+
+    @property
+    def weights(self) -> int:
+        """Those that are stored: of a packed one, half."""
+        return self.rows * self.cols // (GROUP // KEPT if self.packed else 1)
 
     def nbytes(self, dtype: torch.dtype) -> int:
         """As the checkpoint stores it: packed, 9/16 of the dense bytes for 16-bit types."""
@@ -108,9 +115,13 @@ def linears(folder: Path) -> list[MatrixFacts]:
     dense = set(declared.get("ignore") or ())
     with init_empty_weights():
         model: Any = AutoModelForCausalLM.from_config(config)
+    head = model.get_output_embeddings()
     return [
         MatrixFacts(
-            module.out_features, module.in_features, declared.get("quant_method") == QUANT_METHOD and name not in dense
+            module.out_features,
+            module.in_features,
+            head=module is head,
+            packed=declared.get("quant_method") == QUANT_METHOD and name not in dense,
         )
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear)
@@ -119,13 +130,18 @@ def linears(folder: Path) -> list[MatrixFacts]:
 
 @dataclass(frozen=True)
 class Matrices:
-    """All of them together. `parameters` counts zeros too."""
+    """All of them together."""
 
     nbytes: int
-    parameters: int
+    block_weights: int
+    head_weights: int
 
     @classmethod
     def of(cls, folder: Path, dtype: torch.dtype) -> Matrices:
         """Of a checkpoint that is run in `dtype`."""
         found = linears(folder)
-        return cls(sum(m.nbytes(dtype) for m in found), sum(m.rows * m.cols for m in found))
+        return cls(
+            nbytes=sum(matrix.nbytes(dtype) for matrix in found),
+            block_weights=sum(matrix.weights for matrix in found if not matrix.head),
+            head_weights=sum(matrix.weights for matrix in found if matrix.head),
+        )

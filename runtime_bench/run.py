@@ -297,8 +297,8 @@ class _Run:
             return {}
         bounds: dict[str, float] = {}
         for side in SIDES:
-            prompt = self.peaks.seconds(self._matrices[side], job.at_once * job.prompt_tokens)
-            step = self.peaks.seconds(self._matrices[side], job.at_once)
+            prompt = self.peaks.seconds(self._matrices[side], job.at_once * job.prompt_tokens, job.at_once)
+            step = self.peaks.seconds(self._matrices[side], job.at_once, job.at_once)
             whole = prompt + step * (job.new_tokens - 1)
             known = {
                 "ttft": 1e3 * prompt, "tpot": 1e3 * step, "latency": whole,
