@@ -228,13 +228,13 @@ def run_command(
                 new_tokens=_numbers(new_tokens, "--new-tokens"), rounds=rounds, starts=min(starts, rounds),
                 threads=threads or torch.get_num_threads(), dtype=dtype, dense_linears=dense_linears,
             )  # fmt: skip
+            # Quality first: a text or task that cannot be used should not cost an hour of timing.
+            rows = [quality.perplexity(sides, text, windows=windows, progress=progress)] if text else []
+            rows += quality.tasks(sides, task, limit=limit, dtype=dtype, progress=progress) if task else []
             found = end_to_end.measure(
                 sides, settings, name=name, work=folder / "logs", reference=reference, progress=progress
             )
-            if text:
-                found.quality.append(quality.perplexity(sides, text, windows=windows, progress=progress))
-            if task:
-                found.quality += quality.tasks(sides, task, limit=limit, dtype=dtype, progress=progress)
+            found.quality = rows
     if out and out.suffix != ".json":
         out = out / f"{'layers' if engine == 'torch' else engine}-{name or Path(model).resolve().name}.json"
     _finish(found, report.markdown([found]), out)
@@ -345,9 +345,9 @@ def _share(text: str, option: str) -> float:
 def _finish(result: BaseModel, table: str, out: Path | None) -> None:
     if isinstance(result, results.Result):
         result.command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    _show(table)  # before anything is written: a full disk then loses nothing
     if out:
         results.save(result, out)
-    _show(table)
 
 
 def _show(table: str) -> None:

@@ -10,6 +10,7 @@ are a pair. `speedup` is always how many times better the sparse side is.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -222,7 +223,8 @@ def write_text(path: Path, text: str) -> None:
         aside.write_text(text, encoding="utf-8")
         aside.replace(path)
     except OSError as error:
-        aside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            aside.unlink(missing_ok=True)
         raise OutputError(f"{path}: cannot be written: {error.strerror}") from None
 
 

@@ -21,7 +21,7 @@ from runtime_bench.engines import Job, Loaded, Options, Round
 from runtime_bench.engines.worker import Worker
 from runtime_bench.results import Check, RunResult
 from runtime_bench.run import RunSettings
-from swiftprune.errors import CheckpointError, SettingsError
+from swiftprune.errors import CheckpointError, OutputError, SettingsError, TextError
 from swiftprune.pruning.pipeline import PruneSettings
 
 
@@ -350,6 +350,25 @@ def test_folders_are_checked(sides: dict[str, Path], tmp_path: Path) -> None:
         outcome = CliRunner().invoke(cli.app, ["run", *arguments])
         assert isinstance(outcome.exception, SettingsError)
         assert re.search(re.escape(message), str(outcome.exception))
+
+
+def test_an_unusable_text_costs_no_timing(sides: dict[str, Path], made_up: Callable[..., list[Any]]) -> None:
+    calls = made_up()
+    command = ["run", str(sides["sparse"]), "--baseline", str(sides["dense"]), "--text", "/nowhere/text.txt"]
+    outcome = CliRunner().invoke(cli.app, command)
+    assert isinstance(outcome.exception, TextError)
+    assert not calls
+
+
+def test_a_result_that_cannot_be_written_is_shown(
+    sides: dict[str, Path], made_up: Callable[..., list[Any]], tmp_path: Path
+) -> None:
+    made_up()
+    (tmp_path / "file").write_text("")
+    command = ["run", str(sides["sparse"]), "--baseline", str(sides["dense"]), "--rounds", "2"]
+    outcome = CliRunner().invoke(cli.app, [*command, "--out", str(tmp_path / "file" / "a.json")])
+    assert isinstance(outcome.exception, OutputError)
+    assert "2.00x" in outcome.stdout
 
 
 def test_engine_torch_sweeps_the_models_own_linears(sides: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
