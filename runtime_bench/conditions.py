@@ -7,7 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import psutil
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from runtime_bench.stored import Stored
 
 STEAL_LIMIT = 0.02
 OTHERS_LIMIT = 0.15
@@ -15,10 +17,8 @@ FREQUENCY_LIMIT = 0.15
 SPREAD_LIMIT = 0.10
 
 
-class Conditions(BaseModel):
+class Conditions(Stored):
     """What else happened on the machine. Shares are of the time of all its cores."""
-
-    model_config = ConfigDict(extra="allow")
 
     load_before: float
     """Runnable processes, averaged over the minute before."""
@@ -34,7 +34,7 @@ class Conditions(BaseModel):
 
 
 class Watch:
-    """Filled when its `watch` ends."""
+    """Filled when its `watch` ends; without warnings, which `judged` adds once the times are known."""
 
     result: Conditions | None = None
 
@@ -56,12 +56,10 @@ def watch() -> Iterator[Watch]:
     busy = sum(cpu_end) - sum(cpu) - idle
     steal = getattr(cpu_end, "steal", None)
     stolen = None if steal is None else (steal - cpu.steal) / whole
-    seen.result = judged(
-        Conditions(
-            load_before=round(load, 2), steal=None if stolen is None else round(max(stolen, 0.0), 4),
-            others=round(max((busy - mine) / whole - (stolen or 0.0), 0.0), 4),
-            frequency_mhz=(min(clocks), max(clocks)) if clocks else None, seconds=round(elapsed, 1),
-        )
+    seen.result = Conditions(
+        load_before=round(load, 2), steal=None if stolen is None else round(max(stolen, 0.0), 4),
+        others=round(max((busy - mine) / whole - (stolen or 0.0), 0.0), 4),
+        frequency_mhz=(min(clocks), max(clocks)) if clocks else None, seconds=round(elapsed, 1),
     )  # fmt: skip
 
 

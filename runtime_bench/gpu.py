@@ -45,8 +45,9 @@ from runtime_bench.gpu_backends import (
 )
 from runtime_bench.layers import SHAPES
 from runtime_bench.machine import Gpu, this_machine
-from runtime_bench.results import Result, Stored
+from runtime_bench.results import Result
 from runtime_bench.statistics import Interval, ratio_interval, ratios, spread
+from runtime_bench.stored import Stored
 from swiftprune.errors import SettingsError
 from swiftprune.pruning.progress import Progress, silent
 

@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from runtime_bench.conditions import judged, watch
 from runtime_bench.machine import this_machine
 from runtime_bench.measure import Timing, interleaved
-from runtime_bench.results import Result, Stored
+from runtime_bench.results import Result
 from runtime_bench.statistics import ratios
+from runtime_bench.stored import Stored
 from swiftprune.errors import SettingsError
 from swiftprune.pruning.progress import Progress, silent
 from swiftprune.sparse24 import dispatch

@@ -13,18 +13,17 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from runtime_bench.stored import Stored
 from swiftprune.sparse24.kernels.native import supported_isas
 
 PACKAGES = ("swiftprune", "torch", "transformers", "safetensors")
 _ISA_FLAGS = re.compile(r"avx\w*|amx\w*|fma|f16c|asimd\w*|sve\w*|bf16|i8mm")
 
 
-class Gpu(BaseModel):
+class Gpu(Stored):
     """A GPU as its driver describes it. Clocks are read, never set."""
-
-    model_config = ConfigDict(extra="allow")
 
     name: str
     compute_capability: str
@@ -36,10 +35,8 @@ class Gpu(BaseModel):
     memory_clock_mhz: float | None = None
 
 
-class Machine(BaseModel):
+class Machine(Stored):
     """Facts that belong to every result."""
-
-    model_config = ConfigDict(extra="allow")
 
     cpu: str
     cores: int

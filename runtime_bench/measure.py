@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping
 
 from pydantic import BaseModel
 
+from runtime_bench.statistics import quantile
+
 
 class Timing(BaseModel):
     """Seconds of every run of one contestant, in order."""
@@ -20,10 +22,7 @@ class Timing(BaseModel):
 
     def quantile(self, share: float) -> float:
         """The seconds that `share` of the runs stayed below, interpolated."""
-        ordered = sorted(self.seconds)
-        at = share * (len(ordered) - 1)
-        low = ordered[int(at)]
-        return low + (ordered[min(int(at) + 1, len(ordered) - 1)] - low) * (at - int(at))
+        return quantile(self.seconds, share)
 
     @property
     def spread(self) -> float:

@@ -17,23 +17,18 @@ import os
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import BaseModel, Field, TypeAdapter, ValidationError, model_validator
 
 from runtime_bench.conditions import Conditions
 from runtime_bench.machine import Machine
 from runtime_bench.roofline import Peaks
 from runtime_bench.statistics import CONFIDENCE, Interval, ratio_interval, ratios
+from runtime_bench.stored import Stored
 from swiftprune.errors import OutputError, ResultError
 
 SCHEMA_VERSION = 1
 SCHEMA_FILE = Path(__file__).parent / "schema" / "result.json"
 SIDES: tuple[Literal["dense"], Literal["sparse"]] = ("dense", "sparse")
-
-
-class Stored(BaseModel):
-    """Keeps the fields it does not know."""
-
-    model_config = ConfigDict(extra="allow")
 
 
 class Metric(Stored):

@@ -7,8 +7,6 @@ weight only kept values are counted. Attention and its cache are left out, which
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +14,11 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from pydantic import BaseModel, ConfigDict
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from runtime_bench.measure import interleaved
+from runtime_bench.stored import Stored
 from swiftprune.sparse24.format import GROUP, KEPT, QUANT_METHOD, metadata_width
 from swiftprune.sparse24.kernels import native
 
@@ -28,10 +27,8 @@ _GEMM = 2048
 _REPEATS = 5
 
 
-class Peaks(BaseModel):
+class Peaks(Stored):
     """Medians of a few passes on so many threads."""
-
-    model_config = ConfigDict(extra="allow")
 
     threads: int
     dtype: str
@@ -78,13 +75,7 @@ def best(a: Peaks, b: Peaks) -> Peaks:
 
 
 def _median_seconds(run: Callable[[], object]) -> float:
-    run()
-    seconds = []
-    for _ in range(_REPEATS):
-        start = time.perf_counter()
-        run()
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds)
+    return interleaved({"run": run}, rounds=_REPEATS)["run"].median
 
 
 @dataclass(frozen=True)

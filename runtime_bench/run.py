@@ -120,10 +120,11 @@ def measure(
         run = _Run(sides, settings, work or Path(temporary), reference or sides["sparse"], progress)
         run.measure()
     assert seen.result
+    cases = run.cases()
     seen.result = conditions.judged(
         seen.result,
         {f"{side} {metric.name} ({case.label})": spread(values)
-         for case in run.cases() if (metric := case.decoding)
+         for case in cases if (metric := case.decoding)
          for side, values in (("dense", metric.dense), ("sparse", metric.sparse))},
     )  # fmt: skip
     seen.result.warnings += run.notes
@@ -137,7 +138,7 @@ def measure(
         rounds=run.rounds, starts=settings.starts,
         dense_linears=settings.dense_linears if settings.engine == "transformers" else "engine",
         dense=run.facts("dense"), sparse=run.facts("sparse"), check=run.check, peaks=run.peaks, load=run.load(),
-        cases=run.cases(),
+        cases=cases,
     )  # fmt: skip
 
 

@@ -11,7 +11,6 @@ from typing import Literal, Protocol
 from runtime_bench.statistics import quantile
 
 Engine = Literal["transformers", "onnxruntime", "vllm"]
-ENGINES: tuple[Engine, ...] = ("transformers", "onnxruntime", "vllm")
 Workload = Literal["batch", "serve", "latency", "throughput"]
 VLLM_WORKLOADS: tuple[Workload, ...] = ("serve", "latency", "throughput")
 
