@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import shutil
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,12 +14,13 @@ from pydantic import BaseModel
 from torch import Tensor
 
 from exporters import torch_sparse
-from exporters.workspace import Workspace
+from exporters.onnx.export import DecoderReport, write_decoder
+from exporters.workspace import Workspace, disk_errors
 from swiftprune.errors import OutputError, SettingsError
 from swiftprune.pruning.calibration_text import load_tokenizer, read_text, token_windows
 from swiftprune.pruning.checkpoint import INDEX_NAME, Checkpoint, TensorEntry, shard_entries
 from swiftprune.pruning.evaluate import perplexity
-from swiftprune.pruning.pipeline import DTYPES, LayerResult, Pipeline, PrunedBlock, PruneSettings
+from swiftprune.pruning.pipeline import DTYPES, DtypeName, LayerResult, Pipeline, PrunedBlock, PruneSettings
 from swiftprune.pruning.progress import Progress, silent
 from swiftprune.pruning.targets import Block, Targets
 from swiftprune.pruning.whole_model import load_whole_model
@@ -26,13 +28,19 @@ from swiftprune.sparse24 import bitmask
 from swiftprune.sparse24 import format as format24
 from swiftprune.sparse24.format import METADATA_SUFFIX, Packed24
 
-Target = Literal["packed", "dense", "torch", "sparse24-bitmask"]
+Target = Literal["packed", "dense", "torch", "sparse24-bitmask", "onnx", "onnx-dense"]
+_ONNX: tuple[Target, ...] = ("onnx", "onnx-dense")
+# What the pruned weights are written as, zeros in place; the ONNX targets are made from such a checkpoint.
+_DENSE: tuple[Target, ...] = ("dense", *_ONNX)
 # vLLM runs these as one layer, so all of a set are packed or none.
 _FUSED = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})
 MANIFEST = "swiftprune.json"
+ONNX_FOLDER = "onnx"  # within the workspace, until it takes the output's place
 EVALUATION_SEQLEN = 2048
 _OUTSIDE_SHARD_BYTES = 512 << 20
 _COPIED_SUFFIXES = {".json", ".jinja", ".model", ".txt", ".tiktoken"}
+_TOKENIZER_NAMES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "chat_template.jinja",
+                    "special_tokens_map.json", "generation_config.json")  # fmt: skip
 _COPIED_NAMES = {"LICENSE", "NOTICE", "LICENSE.md", "USE_POLICY.md"}
 
 
@@ -50,6 +58,8 @@ class ExportReport(BaseModel):
     linear_bytes_before: int
     """Bytes of the pruned linears alone."""
     linear_bytes_after: int
+    onnx: DecoderReport | None = None
+    """Of the ONNX targets."""
     seconds: dict[str, float]
     """By stage. After --resume, of the resumed run only."""
     layer_seconds: dict[str, float]
@@ -65,9 +75,10 @@ def export(
     """Prunes `model` (local folder or hub id) and writes the result to the folder `out`.
 
     Targets: `packed` (the 2:4 format of swiftprune.sparse24.format), `dense` (zeros in place, loads anywhere), `torch`
-    (see exporters.torch_sparse), `sparse24-bitmask` (see swiftprune.sparse24.bitmask). The output is built in
-    `OUT.partial` and renamed at the end; after an interruption `resume=True` continues it and gives the same bytes.
-    `evaluate` names a text on which perplexity is measured before and after. Raises the errors of swiftprune.errors.
+    (see exporters.torch_sparse), `sparse24-bitmask` (see swiftprune.sparse24.bitmask), `onnx` and `onnx-dense` (see
+    exporters.onnx.export). The output is built in `OUT.partial` and renamed at the end; after an interruption
+    `resume=True` continues it and gives the same bytes. `evaluate` names a text on which perplexity is measured before
+    and after, by transformers. Raises the errors of swiftprune.errors.
     """
     settings = (settings or PruneSettings()).resolved()
     _check_target(settings, target)
@@ -76,7 +87,7 @@ def export(
     if Path(out).resolve() == checkpoint.folder.resolve():
         raise OutputError(f"{out}: is the model itself; give another --out")
     pipeline = Pipeline(checkpoint, settings, progress=progress)
-    if target in ("packed", "sparse24-bitmask"):
+    if target in ("packed", "sparse24-bitmask", "onnx"):
         _check_fused(pipeline.targets)
     workspace = Workspace(Path(out), resume=resume, overwrite=overwrite)
     with pipeline.clock("hash source"):
@@ -93,11 +104,15 @@ def export(
             writer.write_block(done)
     with pipeline.clock("write"):
         writer.write_outside()
-        report = writer.finish(state)
+        report = writer.complete(state)
+    if target in _ONNX:
+        with pipeline.clock("onnx"):
+            report = writer.write_onnx(report, progress)
     if windows is not None:
         with pipeline.clock("evaluate"):
-            before, after = _evaluate(checkpoint, Path(out), target, windows, progress)
+            before, after = _evaluate(checkpoint, workspace.folder, target, windows, progress)
         report = report.model_copy(update={"perplexity_before": before, "perplexity_after": after})
+    workspace.finish(ONNX_FOLDER if target in _ONNX else None)
     return report.model_copy(update={"seconds": dict(pipeline.clock.seconds)})
 
 
@@ -136,7 +151,9 @@ def _estimate(pipeline: Pipeline, target: Target) -> int:
     """Bytes of the output, closely enough to refuse a disk that is too small."""
     sizes = pipeline.checkpoint.tensors
     total = pipeline.checkpoint.nbytes
-    if target != "dense":
+    if target in _ONNX:  # the dense ONNX file comes on top, in float32 before it is packed
+        total += pipeline.checkpoint.parameter_count * (4 + 2)
+    elif target != "dense":
         for block in pipeline.targets.blocks:
             total -= sum(int(sizes[linear.tensor].nbytes * 7 / 16) for linear in block.linears)
     return total
@@ -220,7 +237,7 @@ class _ShardWriter:
     def _store(self, name: str, weight: Packed24 | Tensor) -> dict[str, Tensor]:
         if not isinstance(weight, Packed24):
             return {name: weight}
-        if self._target == "dense" or _unsuitable_reason(self._target, weight.shape, weight.values.dtype):
+        if self._target in _DENSE or _unsuitable_reason(self._target, weight.shape, weight.values.dtype):
             return {name: format24.unpack(weight, name)}
         if self._target == "packed":
             return {name: weight.values, name + METADATA_SUFFIX: weight.metadata}
@@ -248,8 +265,8 @@ class _ShardWriter:
             if self._workspace.done(shard) is None:
                 self._workspace.write_shard(shard, self._unpruned(names), [])
 
-    def finish(self, state: dict[str, Any]) -> ExportReport:
-        """Writes index, config and manifest, copies the tokenizer, and puts the output in its place."""
+    def complete(self, state: dict[str, Any]) -> ExportReport:
+        """Makes the workspace a whole checkpoint: writes index, config and manifest, copies the tokenizer."""
         workspace, checkpoint = self._workspace, self._checkpoint
         shards = [self._shard_name(index) for index in range(len(self._blocks) + len(self._outside))]
         layers = [LayerResult(**result) for shard in shards for result in workspace.done(shard) or []]
@@ -282,13 +299,44 @@ class _ShardWriter:
             for name in (linear.tensor, linear.tensor + METADATA_SUFFIX, *bitmask.names(linear.tensor).values())
             if name in stored
         )  # fmt: skip
-        workspace.finish()
         return ExportReport(
             out=str(workspace.out), settings=self._pipeline.settings, target=self._target, layers=layers,
             dense_linears=self._dense, bytes_before=checkpoint.nbytes, bytes_after=total,
             linear_bytes_before=linear_before, linear_bytes_after=linear_after,
             seconds={}, layer_seconds=dict(self._layer_seconds),
         )  # fmt: skip
+
+    def write_onnx(self, report: ExportReport, progress: Progress) -> ExportReport:
+        """Turns the whole checkpoint in the workspace into the folder ONNX_FOLDER within it."""
+        workspace = self._workspace
+        linears = [self._checkpoint.tensors[linear.tensor] for block in self._blocks for linear in block.linears]
+        stored: DtypeName = next(name for name in DTYPES if DTYPES[name] == linears[0].dtype)
+        out = workspace.folder / ONNX_FOLDER
+        made = write_decoder(
+            workspace.folder, out, "onnx" if self._target == "onnx" else "onnx-dense",
+            dtype=self._pipeline.settings.dtype or stored,
+            pruned_weights=sum(torch.Size(linear.shape).numel() for linear in linears), progress=progress,
+        )  # fmt: skip
+        config = self._config()
+        if self._target == "onnx":
+            config["quantization_config"] = self._declaration(format24.FORMAT)
+        workspace.write_json(f"{ONNX_FOLDER}/config.json", config)
+        for name in (MANIFEST, *_TOKENIZER_NAMES):
+            if (source := workspace.folder / name).exists() and not (out / name).exists():
+                with disk_errors(out):
+                    shutil.copyfile(source, out / name)
+        return report.model_copy(
+            update={"onnx": made, "linear_bytes_after": made.weight_bytes, "bytes_after": made.file_bytes}
+        )
+
+    def _declaration(self, stored: str) -> dict[str, Any]:
+        """What config.json says of the packed weights, by which loaders know them."""
+        return {
+            "quant_method": format24.QUANT_METHOD,
+            "format": stored,
+            "version": format24.VERSION,
+            "ignore": list(self._dense),
+        }
 
     def _config(self) -> dict[str, Any]:
         config = dict(self._checkpoint.config)
@@ -297,13 +345,9 @@ class _ShardWriter:
             config["dtype"] = dtype
         if self._target == "sparse24-bitmask":
             config["quantization_config"] = bitmask.quantization_config(list(self._dense))
-        elif self._target != "dense":
-            config["quantization_config"] = {
-                "quant_method": format24.QUANT_METHOD,
-                "format": format24.FORMAT if self._target == "packed" else torch_sparse.FORMAT,
-                "version": format24.VERSION,
-                "ignore": list(self._dense),
-            }
+        elif self._target not in _DENSE:
+            packed = self._target == "packed"
+            config["quantization_config"] = self._declaration(format24.FORMAT if packed else torch_sparse.FORMAT)
         return config
 
 
@@ -320,7 +364,7 @@ def _evaluation_windows(checkpoint: Checkpoint, path: Path) -> Tensor:
 def _evaluate(
     checkpoint: Checkpoint, out: Path, target: Target, windows: Tensor, progress: Progress
 ) -> tuple[float, float | None]:
-    """Perplexity of the source and of the output, each loaded as a user would load it."""
+    """Perplexity of the source and of the checkpoint in the folder `out`, each loaded as a user would load it."""
     import swiftprune.serve.transformers  # noqa: F401 - registers the packed format
 
     def measure(folder: Path, stage: str) -> float:

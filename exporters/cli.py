@@ -27,6 +27,7 @@ from rich.progress import Progress as RichProgress
 from rich.table import Table
 
 from exporters.checkpoint import ExportReport, export
+from exporters.onnx.export import CHECK_TOKENS
 from swiftprune.errors import InterruptedByUserError, SwiftpruneError
 from swiftprune.pruning.pipeline import PruneSettings
 from swiftprune.pruning.score import METHODS
@@ -40,6 +41,8 @@ class TargetChoice(enum.StrEnum):
     DENSE = "dense"
     TORCH = "torch"
     SPARSE24_BITMASK = "sparse24-bitmask"
+    ONNX = "onnx"
+    ONNX_DENSE = "onnx-dense"
 
 
 class DtypeChoice(enum.StrEnum):
@@ -64,6 +67,10 @@ Calibrate on your own text, measure perplexity before and after:
 Best one-shot quality, zeros in place for any engine:
 
   swiftprune-export ./my-model --method sparsegpt --calibration train.txt --target dense
+
+For ONNX Runtime; `swiftprune-onnx generate` runs it:
+
+  swiftprune-export ./my-model --calibration train.txt --target onnx --out ./my-model-onnx
 
 No data, seconds instead of minutes:
 
@@ -108,7 +115,9 @@ def export_command(
         TargetChoice,
         typer.Option(
             help="[b]packed[/]: 9/16 of the bytes, for swiftprune's engines; [b]dense[/]: zeros in place, loads "
-            "anywhere; [b]torch[/]: CUTLASS layout of torch.sparse; [b]sparse24-bitmask[/]: for vLLM up to 0.18."
+            "anywhere; [b]torch[/]: CUTLASS layout of torch.sparse; [b]sparse24-bitmask[/]: for vLLM up to 0.18; "
+            "[b]onnx[/]: one packed ONNX file, for ONNX Runtime or any other; [b]onnx-dense[/]: zeros in place, for "
+            "TensorRT."
         ),
     ] = TargetChoice.PACKED,
     ignore: Annotated[
@@ -208,6 +217,14 @@ def print_report(report: ExportReport, console: Console) -> None:
     whole.add_row("all tensors", f"{_megabytes(report.bytes_before)} -> {_megabytes(report.bytes_after)}")
     seconds = ", ".join(f"{stage} {value:.1f}" for stage, value in report.seconds.items() if value >= 0.05)
     whole.add_row("seconds", f"{seconds}; total {sum(report.seconds.values()):.1f}")
+    if made := report.onnx:
+        whole.add_row("ONNX", f"opset {made.opset}, IR version {made.ir_version}, built by {made.builder}")
+        whole.add_row(
+            "against transformers",
+            f"{made.equal_tokens} of {CHECK_TOKENS} greedy tokens equal, logits within {made.max_logit_difference:.2g}"
+            if made.max_logit_difference is not None
+            else "not compared: ONNX Runtime runs no bfloat16 on CPUs",
+        )
     if report.perplexity_before is not None:
         after = "not measured: needs a GPU" if report.perplexity_after is None else f"{report.perplexity_after:.2f}"
         whole.add_row("perplexity", f"{report.perplexity_before:.2f} -> {after}")

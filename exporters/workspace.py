@@ -110,19 +110,19 @@ class Workspace:
         with disk_errors(self.folder):
             shutil.copyfile(source, self.folder / source.name)
 
-    def finish(self) -> None:
-        """Removes what only an unfinished export needs and puts the folder in its place."""
+    def finish(self, part: str | None = None) -> None:
+        """Puts the folder in its place, without what only an unfinished export needs; or, of it, the folder `part`."""
         with disk_errors(self.folder):
-            for path in self.folder.iterdir():
+            for path in self.folder.iterdir() if part is None else ():
                 if path.name.endswith((_DONE, ".tmp")) or path.name in {_STATE, _TOKENS}:
                     path.unlink()
+            replaced = self.out.with_name(self.out.name + ".replaced")
             if self.out.exists():
-                replaced = self.out.with_name(self.out.name + ".replaced")
                 self.out.rename(replaced)
-                self.folder.rename(self.out)
-                shutil.rmtree(replaced)
-            else:
-                self.folder.rename(self.out)
+            (self.folder / part if part else self.folder).rename(self.out)
+            for left in (self.folder, replaced):
+                if left.exists():
+                    shutil.rmtree(left)
 
     def check_space(self, needed: int) -> None:
         """Raises OutputError before any work when `needed` bytes do not fit beside what is there already."""

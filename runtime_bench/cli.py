@@ -174,7 +174,13 @@ def run_command(
     rounds: Annotated[int, typer.Option(min=1, help="Runs of each case on each side, in turns.")] = 10,
     starts: Annotated[int, typer.Option(min=1, help="Times that both sides are loaded anew for them.")] = 2,
     threads: Annotated[int | None, typer.Option(min=1, show_default="all cores")] = None,
-    dtype: Annotated[str, typer.Option(help=f"Of: {', '.join(end_to_end.DTYPES)}.")] = "bfloat16",
+    dtype: Annotated[
+        str,
+        typer.Option(
+            help=f"Of: {', '.join(end_to_end.DTYPES)}. For ONNX Runtime, which computes in float32, the type "
+            "of the packed values in a model made here."
+        ),
+    ] = "bfloat16",
     dense_linears: Annotated[
         Literal["torch", "onednn"],
         typer.Option(help="What runs dense linears in transformers, on both sides: F.linear or oneDNN's own layout."),
@@ -214,7 +220,8 @@ def run_command(
                 raise SettingsError("--baseline FOLDER is missing: what the sparse model is compared with")
             sides, name = {"dense": baseline, "sparse": Path(model)}, ""
         else:
-            sides, name = end_to_end.find(model, folder, progress), model
+            made = end_to_end.find(model, folder, "transformers" if engine == "torch" else engine, dtype, progress)
+            sides, name, reference = made.sides, made.name, reference or made.reference
         if engine == "torch":
             shapes = [(layer.rows, layer.cols) for layer in roofline.linears(sides["sparse"]) if layer.packed]
             found: results.Result = layers.measure(
@@ -226,7 +233,8 @@ def run_command(
                 engine=engine, workload=workload or (VLLM_WORKLOADS[0] if engine == "vllm" else "batch"),
                 at_once=_numbers(at_once, "--at-once"), prompt_tokens=_numbers(prompt_tokens, "--prompt-tokens"),
                 new_tokens=_numbers(new_tokens, "--new-tokens"), rounds=rounds, starts=min(starts, rounds),
-                threads=threads or torch.get_num_threads(), dtype=dtype, dense_linears=dense_linears,
+                threads=threads or torch.get_num_threads(), dense_linears=dense_linears,
+                dtype="float32" if engine == "onnxruntime" else dtype,
             )  # fmt: skip
             # Quality first: a text or task that cannot be used should not cost an hour of timing.
             rows = [quality.perplexity(sides, text, windows=windows, progress=progress)] if text else []

@@ -128,11 +128,11 @@ class Matrices:
     head_weights: int
 
     @classmethod
-    def of(cls, folder: Path, dtype: torch.dtype) -> Matrices:
-        """Of a checkpoint that is run in `dtype`."""
+    def of(cls, folder: Path, dtype: torch.dtype, packed_dtype: torch.dtype | None = None) -> Matrices:
+        """Of a checkpoint that is run in `dtype`, its packed values stored in `packed_dtype`, by default the same."""
         found = linears(folder)
         return cls(
-            nbytes=sum(matrix.nbytes(dtype) for matrix in found),
+            nbytes=sum(matrix.nbytes(packed_dtype or dtype if matrix.packed else dtype) for matrix in found),
             block_weights=sum(matrix.weights for matrix in found if not matrix.head),
             head_weights=sum(matrix.weights for matrix in found if matrix.head),
         )

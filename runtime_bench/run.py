@@ -23,6 +23,7 @@ import torch
 from transformers import AutoConfig
 
 from exporters import export
+from exporters.onnx.decoder import build_decoder
 from runtime_bench import check, conditions, demo_data, gpu, known_models, roofline
 from runtime_bench.engines import UNITS, VLLM_WORKLOADS, Contender, Engine, Job, Options, Round, Workload, contender
 from runtime_bench.engines.vllm_engine import ENVIRONMENT
@@ -62,6 +63,8 @@ class RunSettings:
             raise SettingsError(f"--engine {self.engine} has no workload {self.workload!r}; it has: {known}")
         if self.dtype not in DTYPES:
             raise SettingsError(f"unknown dtype {self.dtype!r}; known: {', '.join(DTYPES)}")
+        if self.engine == "onnxruntime" and self.dtype != "float32":
+            raise SettingsError("ONNX Runtime computes in float32 on CPUs; the type of packed values is the file's own")
         if self.dense_linears == "onednn" and self.engine != "transformers":
             raise SettingsError("--dense-linears onednn is for --engine transformers; other engines have their own")
         if min(self.new_tokens) < 2:
@@ -82,11 +85,24 @@ class RunSettings:
         return Options(self.dtype, self.threads, self.dense_linears, max(longest, CHECK_TOKENS * 2))
 
 
-def find(model: str, folder: Path, progress: Progress = silent) -> dict[str, Path]:
+@dataclass(frozen=True)
+class Found:
+    """What there is to measure of one model."""
+
+    sides: dict[str, Path]
+    reference: Path
+    """The sparse weights as transformers loads them."""
+    name: str
+
+
+def find(
+    model: str, folder: Path, engine: Engine = "transformers", dtype: str = "bfloat16", progress: Progress = silent
+) -> Found:
     """Both sides of one of `known_models.NAMES`, made under `folder` on first use. Raises SettingsError for others.
 
     The demo model is pruned by SparseGPT on the demo text. The others have random weights, so they are pruned without
-    calibration: speed does not depend on which weights are kept.
+    calibration: speed does not depend on which weights are kept. For ONNX Runtime both are exported, and `dtype` is
+    that of the packed values: it computes in float32.
     """
     source = known_models.fetch(model, folder, progress)
     if not list(source.glob("tokenizer*")):  # vLLM's benchmarks need one; any will do
@@ -95,10 +111,29 @@ def find(model: str, folder: Path, progress: Progress = silent) -> dict[str, Pat
     pruning = PruneSettings(method="swiftprune-data-free", calibration="none")
     if model == known_models.DEMO_MODEL:
         pruning = PruneSettings(method="sparsegpt", calibration=str(demo_data.fetch(folder, progress).calibration))
-    out = folder / f"{source.name}-2of4-{pruning.method}"
-    if not out.exists():
-        export(source, out, pruning, progress=progress)
-    return {"dense": source, "sparse": out}
+    name = f"{source.name}-2of4-{pruning.method}"
+    if engine != "onnxruntime":
+        if not (out := folder / name).exists():
+            export(source, out, pruning, progress=progress)
+        return Found({"dense": source, "sparse": out}, out, model)
+    sides = {"dense": folder / f"{source.name}-onnx", "sparse": folder / f"{name}-onnx-{dtype}"}
+    if not sides["dense"].exists():
+        _export_dense(source, sides["dense"], progress)
+    if not (pruned := folder / f"{name}-dense").exists():
+        export(source, pruned, pruning, target="dense", progress=progress)
+    if not sides["sparse"].exists():
+        # Where two of four are zero already, magnitude keeps the other two: these very weights, in another type.
+        keep = PruneSettings.model_validate({"method": "magnitude", "calibration": "none", "dtype": dtype})
+        export(pruned, sides["sparse"], keep, target="onnx", progress=progress)
+    return Found(sides, pruned, f"{model}-{dtype}-values")
+
+
+def _export_dense(source: Path, out: Path, progress: Progress) -> None:
+    partial = out.with_name(f"{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    build_decoder(source, partial, progress=progress)
+    shutil.copy(source / "config.json", partial)
+    partial.rename(out)
 
 
 def measure(
@@ -157,10 +192,13 @@ class _Run:
         self._progress = progress
         self._random = random.Random(settings.seed)
         dtype: torch.dtype = getattr(torch, settings.dtype)
+        config = AutoConfig.from_pretrained(sides["sparse"]).get_text_config()
+        self._vocabulary = int(config.vocab_size)
+        # Other engines turn the values into the type that they compute in.
+        packed_dtype: torch.dtype = config.dtype if settings.engine == "onnxruntime" else dtype
         self._matrices: dict[str, roofline.Matrices] = {
-            side: roofline.Matrices.of(sides[side], dtype) for side in SIDES
+            side: roofline.Matrices.of(sides[side], dtype, packed_dtype) for side in SIDES
         }
-        self._vocabulary = int(AutoConfig.from_pretrained(sides["sparse"]).get_text_config().vocab_size)
         self._linears: dict[str, dict[str, int]] = {}
         self._loads: dict[str, dict[str, list[float]]] = {name: defaultdict(list) for name in ("load", "peak_memory")}
         self._done: dict[Job, dict[str, list[Round]]] = {job: {side: [] for side in SIDES} for job in settings.jobs}

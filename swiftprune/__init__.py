@@ -4,8 +4,8 @@
     for done in swiftprune.prune("./my-model", swiftprune.PruneSettings(calibration="text.txt")):
         print(done.block.name, [layer.output_error for layer in done.results])
 
-`prune` gives pruned weights block by block; `exporters.export` writes a checkpoint that engines load. Names are
-imported on first use, so that `import swiftprune` stays quick.
+`prune` gives pruned weights block by block; `exporters.export` writes a checkpoint that engines load. `prune_module`
+prunes any other torch module in place. Names are imported on first use, so that `import swiftprune` stays quick.
 """
 
 from __future__ import annotations
@@ -15,17 +15,21 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from swiftprune.errors import SwiftpruneError
+    from swiftprune.pruning.module import ModuleReport, prune_module
     from swiftprune.pruning.pipeline import PrunedBlock, PruneSettings, prune
     from swiftprune.sparse24.format import Packed24, pack, unpack, validate
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "Packed24", "PruneSettings", "PrunedBlock", "SwiftpruneError", "__version__", "pack", "prune", "unpack", "validate",
+    "ModuleReport", "Packed24", "PruneSettings", "PrunedBlock", "SwiftpruneError", "__version__", "pack", "prune",
+    "prune_module", "unpack", "validate",
 ]  # fmt: skip
 
 _HOMES = {
     "SwiftpruneError": "swiftprune.errors",
+    "ModuleReport": "swiftprune.pruning.module",
+    "prune_module": "swiftprune.pruning.module",
     "PruneSettings": "swiftprune.pruning.pipeline",
     "PrunedBlock": "swiftprune.pruning.pipeline",
     "prune": "swiftprune.pruning.pipeline",

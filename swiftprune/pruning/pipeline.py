@@ -26,7 +26,8 @@ from swiftprune.pruning.targets import DEFAULT_IGNORE, Block, Linear, Targets, c
 from swiftprune.sparse24 import format as format24
 from swiftprune.sparse24.format import Packed24
 
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+DtypeName = Literal["bfloat16", "float16", "float32"]
+DTYPES: dict[DtypeName, torch.dtype] = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 PrunedWeight = Packed24 | Tensor
 """A pruned weight: packed when the pattern is 2:4, else dense (N, K) with zeros."""
@@ -46,7 +47,7 @@ class PruneSettings(BaseModel):
     seqlen: int = Field(default=512, ge=1)
     seed: int = 0
     ignore: str = DEFAULT_IGNORE
-    dtype: Literal["bfloat16", "float16", "float32"] | None = None
+    dtype: DtypeName | None = None
     """Type of the written weights; None keeps that of the checkpoint."""
 
     def resolved(self) -> PruneSettings:
@@ -204,7 +205,7 @@ class Pipeline:
         pruned: PrunedWeight
         if self.method.factors is None:
             assert stats.gram is not None
-            _check_finite(weight, linear.tensor)
+            check_finite(weight, linear.tensor)
             pruned = sparsegpt(weight, stats.gram, self.pattern, linear.name).to(weight.dtype)
             if self.pattern.name == format24.FORMAT:
                 pruned = format24.pack(pruned, linear.tensor)
@@ -215,7 +216,7 @@ class Pipeline:
             if self.pattern.name == format24.FORMAT:
                 pruned = format24.prune_and_pack(weight, factors, linear.tensor)
             else:
-                _check_finite(weight, linear.tensor)
+                check_finite(weight, linear.tensor)
                 pruned = torch.where(select(factors.scores(weight), self.pattern), weight, 0)
         return pruned, time.perf_counter() - start
 
@@ -252,7 +253,14 @@ def _dense(weight: PrunedWeight, name: str) -> Tensor:
     return format24.unpack(weight, name) if isinstance(weight, Packed24) else weight
 
 
-def _check_finite(weight: Tensor, name: str) -> None:
+def kept_energy(before: Tensor, after: Tensor) -> float:
+    """Sum of squares of `after` over that of `before`; 1 when both are all zeros."""
+    energy = float(torch.linalg.vector_norm(before, dtype=torch.float32))
+    return (float(torch.linalg.vector_norm(after, dtype=torch.float32)) / energy) ** 2 if energy else 1.0
+
+
+def check_finite(weight: Tensor, name: str) -> None:
+    """Raises FormatError with the index of the first element of `weight` that is NaN or infinite."""
     finite = torch.isfinite(weight)
     if not finite.all():
         index = tuple((~finite).nonzero()[0].tolist())
@@ -266,7 +274,7 @@ def _check_inputs(stats: dict[str, InputStats], block: Block, checkpoint: Checkp
         if seen is None or torch.isfinite(seen).all():
             continue
         for tensor_name, tensor in checkpoint.read(block.tensors).items():
-            _check_finite(tensor, tensor_name)
+            check_finite(tensor, tensor_name)
         channel = int((~torch.isfinite(seen)).nonzero()[0])
         raise CheckpointError(
             f"{checkpoint.folder}: input channel {channel} of {name} is not finite on the calibration text, though the "
@@ -278,8 +286,6 @@ def _result(
     linear: Linear, before: Tensor, after: PrunedWeight, stats: InputStats | None, seconds: float
 ) -> LayerResult:
     kept = after.values if isinstance(after, Packed24) else after
-    energy = float(torch.linalg.vector_norm(before, dtype=torch.float32))
-    kept_energy = float(torch.linalg.vector_norm(kept, dtype=torch.float32))
     error = None
     if stats is not None and stats.sample is not None:
         dense = before.float()
@@ -289,7 +295,7 @@ def _result(
         name=linear.name,
         shape=(before.shape[0], before.shape[1]),
         sparsity=1 - int(torch.count_nonzero(kept)) / before.numel(),
-        kept_energy=(kept_energy / energy) ** 2 if energy else 1.0,
+        kept_energy=kept_energy(before, kept),
         output_error=error,
         mask_seconds=seconds,
     )

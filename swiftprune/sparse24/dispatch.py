@@ -16,6 +16,7 @@ from swiftprune.sparse24.score_factors import EwmaGains, ScoreFactors
 logger = logging.getLogger(__name__)
 
 REFERENCE = "reference"
+DENSE = "dense"  # what a checkpoint holds dense
 BACKENDS = ("avx512_bf16", "avx512", "avx2", "neon", "generic", REFERENCE)
 BACKEND_VARIABLE = "SWIFTPRUNE_BACKEND"
 

@@ -60,9 +60,9 @@ bool check(const char* isa, Dtype dtype, int64_t rows, int64_t cols, int64_t tok
     return false;
   }
 
-  const auto run = linear24_for(isa, dtype);
+  const auto run = linear24_for(isa, dtype, dtype);
   if (!run) return true;
-  swiftprune_linear24_args args{static_cast<int>(dtype), static_cast<int>(Dtype::kFloat32), stream.data.get(),
+  swiftprune_linear24_args args{static_cast<int>(dtype), static_cast<int>(dtype), static_cast<int>(Dtype::kFloat32), stream.data.get(),
                                 with_bias ? bias.data.get() : nullptr, x.data.get(), x_stride, sums.data.get(), rows,
                                 tokens, rows, cols};
   std::fill_n(sums.data.get(), sums.size, std::nanf(""));
@@ -106,7 +106,7 @@ int main() {
             !check<BFloat16>(isa, Dtype::kBFloat16, shape[0], shape[1], tokens, bias, 1e-5))
           return 1;
       }
-    const bool ran = linear24_for(isa, Dtype::kBFloat16) != nullptr;
+    const bool ran = linear24_for(isa, Dtype::kBFloat16, Dtype::kBFloat16) != nullptr;
     std::printf("%s: %s\n", isa, ran ? "right" : "not here");
   }
   return 0;

@@ -18,7 +18,7 @@ VOCABULARY = 50
 OPTIONS = Options("float32", 1)
 
 
-def _decoder(folder: Path, *, packed: int = 0, rename: str = "logits") -> Path:
+def _decoder(folder: Path, *, packed: int = 0, rename: str = "logits", width: int | str = 1) -> Path:
     """The next token is that token plus the sum of all before it and its position, modulo the vocabulary."""
 
     def constant(name: str, value: Any) -> onnx.TensorProto:
@@ -40,8 +40,8 @@ def _decoder(folder: Path, *, packed: int = 0, rename: str = "logits") -> Path:
         helper.make_node("OneHot", ["token", "size", "levels"], [rename]),
         *(helper.make_node("MatMul24", ["floats"], [f"unused{index}"], domain="swiftprune") for index in range(packed)),
     ]
-    cache = ["batch", 1, "past", 1]
-    grown = ["batch", 1, "total", 1]
+    cache = ["batch", 1, "past", width]
+    grown = ["batch", 1, "total", width]
     graph = helper.make_graph(
         nodes, "decoder",
         [
@@ -88,7 +88,8 @@ def test_greedy_decoding_with_the_cache(tmp_path: Path) -> None:
     assert model.linears == {}
 
 
-def test_packed_weights_without_a_library_are_the_reference(tmp_path: Path) -> None:
+def test_packed_weights_without_kernels_are_the_reference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SWIFTPRUNE_BACKEND", "reference")
     assert load(_decoder(tmp_path, packed=3), OPTIONS).linears == {"reference": 3}
 
 
@@ -97,3 +98,5 @@ def test_what_is_no_decoder(tmp_path: Path) -> None:
         load(tmp_path, OPTIONS)
     with pytest.raises(CheckpointError, match="no logits: not an exported decoder"):
         load(_decoder(tmp_path, rename="probabilities"), OPTIONS)
+    with pytest.raises(CheckpointError, match=r"leaves the heads or their width open in past_key_values\.0\.key"):
+        load(_decoder(tmp_path, width="width"), OPTIONS)

@@ -78,6 +78,35 @@ def test_transformers_end_to_end(sides: dict[str, Path], tmp_path: Path, dense_l
     assert "tpot" in outcome.stdout.lower()
 
 
+def test_onnxruntime_end_to_end(
+    tiny_models: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both files are made on the way; the packed one holds bfloat16 values and computes in float32."""
+    monkeypatch.setattr(
+        "runtime_bench.known_models.fetch", lambda name, folder, progress: tiny_models("llama-gqa-tied")
+    )
+    command = ["run", "llama-3.2-1b", "--engine", "onnxruntime", "--folder", str(tmp_path), "--out", str(tmp_path)]
+    options = ["--at-once", "1,2", "--prompt-tokens", "8", "--new-tokens", "4", "--rounds", "2", "--threads", "1"]
+    outcome = CliRunner().invoke(cli.app, [*command, *options])
+    assert outcome.exit_code == 0, outcome.output
+    found = results.load(tmp_path / "onnxruntime-llama-3.2-1b-bfloat16-values.json")
+    assert isinstance(found, RunResult)
+    assert (found.engine, found.dtype) == ("onnxruntime", "float32")
+    assert found.check
+    assert found.check.passed
+    # q, k and v are one matrix there, and the tied head stays dense.
+    (backend,) = set(found.sparse.linears) - {"dense"}
+    assert found.sparse.linears == {backend: 5 * 3, "dense": 1}
+    assert found.dense.linears == {"dense": 5 * 3 + 1}
+    assert [case.void for case in found.cases] == [None, None]
+    assert (
+        found.sparse.matrix_bytes
+        == found.dense.matrix_bytes - (32 - 9) * (found.dense.matrix_bytes // 4 - 300 * 64) // 8
+    )
+    disk = next(metric for metric in found.load if metric.name == "disk")
+    assert disk.sparse[0] < disk.dense[0]
+
+
 def test_quality_is_measured_on_both_sides(sides: dict[str, Path], text_file: Path, tmp_path: Path) -> None:
     from runtime_bench import quality
 

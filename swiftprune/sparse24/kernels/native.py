@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +20,11 @@ except ImportError:  # installed without a compiler: dispatch.py says so
     _native = None
 
 ISAS = ("avx512", "avx2", "generic")
-LINEAR_ISAS = ("avx512_bf16", "avx512", "avx2", "neon", "generic")
+LINEAR_ISAS: tuple[str, ...] = _native.LINEAR_ISAS if _native is not None else ()
+ONNXRUNTIME_LIBRARY: Path | None = (
+    Path(_native.__file__).with_name("libswiftprune_onnxruntime.so") if _native is not None else None
+)
+"""The linear kernels as a custom operator of ONNX Runtime; not built by every compiler."""
 SHARES_TORCH_THREADS: bool = _native is not None and _native.use_openmp_of("libtorch_cpu.so")
 """Whether the kernels run on torch's own OpenMP team. Without it they start threads for each call."""
 _BYTES_PER_THREAD = 32 << 10  # of the stream; below, waking another thread costs more than it saves
@@ -97,13 +102,13 @@ class NativeKernels:
 
 def linear_isas(dtype: torch.dtype) -> list[str]:
     """Instruction sets whose linear kernel was built, can run on this CPU and takes `dtype`, fastest first."""
-    return [isa for isa in LINEAR_ISAS if _native is not None and linear_kernel(isa, dtype)]
+    return [isa for isa in LINEAR_ISAS if linear_kernel(isa, dtype, dtype)]
 
 
 @functools.cache
-def linear_kernel(isa: str, dtype: torch.dtype) -> int:
-    """The address of a linear kernel, or 0 when it cannot run here."""
-    return int(_native.linear24_for(isa, _DTYPES[dtype]))
+def linear_kernel(isa: str, dtype: torch.dtype, x_dtype: torch.dtype) -> int:
+    """The address of a linear kernel for a stream of `dtype` and inputs of `x_dtype`, or 0 when none can run here."""
+    return int(_native.linear24_for(isa, _DTYPES[dtype], _DTYPES[x_dtype]))
 
 
 def to_stream(values: Tensor, metadata: Tensor) -> Tensor:
@@ -133,17 +138,20 @@ def stream_bytes(dtype: torch.dtype, rows: int, cols: int) -> int:
 
 
 def linear24(
-    isa: str, x: Tensor, stream: Tensor, bias: Tensor | None, rows: int, out_dtype: torch.dtype | None = None
-) -> Tensor:
+    isa: str, x: Tensor, stream: Tensor, bias: Tensor | None, rows: int, out_dtype: torch.dtype | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:  # fmt: skip
     """y (..., N) = x (..., K) W^T + bias (N), W the weight in `stream`, sums in fp32, rounded once to `out_dtype`.
 
-    x, the stream's values and bias are of one dtype; `out_dtype` is that or float32. Costs no dispatch: 210 of these
-    make a token of a 30-layer model.
+    The stream's values and bias are of `dtype`; x and `out_dtype` are that, as they are by default, or float32. Costs
+    no dispatch: 210 of these make a token of a 30-layer model.
     """
-    dtype = x.dtype
+    x_dtype = x.dtype
+    if dtype is None:
+        dtype = x_dtype
     shape = x.shape
     cols = shape[-1]
-    kernel = linear_kernel(isa, dtype)
+    kernel = linear_kernel(isa, dtype, x_dtype)
     if not kernel:
         raise ValueError(f"the {isa!r} linear kernel cannot run on {dtype} here; those that can: {linear_isas(dtype)}")
     if stream.numel() != stream_bytes(dtype, rows, cols):
@@ -156,7 +164,7 @@ def linear24(
         if x.stride(1) != 1:
             x, stride = x.contiguous(), cols
     if out_dtype is None:  # spelled so that torch takes half the time
-        out_dtype, y = dtype, x.new_empty(*shape[:-1], rows)
+        out_dtype, y = x_dtype, x.new_empty(*shape[:-1], rows)
     else:
         y = x.new_empty(*shape[:-1], rows, dtype=out_dtype)
     tokens = x.numel() // cols
@@ -165,7 +173,7 @@ def linear24(
         threads = min(threads, 1 + tokens * stream.numel() // _BYTES_PER_THREAD)
     if tokens:
         _native.linear24(
-            kernel, _DTYPES[dtype], _DTYPES[out_dtype], stream.data_ptr(),
+            kernel, _DTYPES[dtype], _DTYPES[x_dtype], _DTYPES[out_dtype], stream.data_ptr(),
             0 if bias is None else bias.data_ptr(), x.data_ptr(), stride, y.data_ptr(), tokens, rows, cols, threads,
         )  # fmt: skip
     return y

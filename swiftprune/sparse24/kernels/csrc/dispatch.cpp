@@ -35,12 +35,13 @@ const Kernels* kernels_for(const char* isa) {
   return std::strcmp(isa, "generic") == 0 ? &kGenericKernels : nullptr;
 }
 
-swiftprune_linear24_fn linear24_for(const char* isa, [[maybe_unused]] Dtype dtype) {
-  if (!cpu_runs(isa)) return nullptr;
+swiftprune_linear24_fn linear24_for(const char* isa, Dtype dtype, Dtype x_dtype) {
+  if (!cpu_runs(isa) || (x_dtype != dtype && x_dtype != Dtype::kFloat32)) return nullptr;
 #ifdef SWIFTPRUNE_X86
   if (std::strcmp(isa, "avx2") == 0) return swiftprune_linear24_avx2;
   if (std::strcmp(isa, "avx512") == 0) return swiftprune_linear24_avx512;
-  if (std::strcmp(isa, "avx512_bf16") == 0) return dtype == Dtype::kBFloat16 ? swiftprune_linear24_avx512_bf16 : nullptr;
+  if (std::strcmp(isa, "avx512_bf16") == 0)
+    return dtype == Dtype::kBFloat16 && x_dtype == dtype ? swiftprune_linear24_avx512_bf16 : nullptr;
 #endif
 #ifdef SWIFTPRUNE_NEON
   if (std::strcmp(isa, "neon") == 0) return swiftprune_linear24_neon;

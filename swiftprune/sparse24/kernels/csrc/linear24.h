@@ -7,7 +7,8 @@
 extern "C" {
 
 struct swiftprune_linear24_args {
-  int dtype;    // swiftprune::Dtype of x, of the stream's values and of bias
+  int dtype;    // swiftprune::Dtype of the stream's values and of bias
+  int x_dtype;  // the same, or kFloat32 for inputs that are not rounded to it
   int y_dtype;  // the same, or kFloat32 for the unrounded sums
   const void* stream;
   const void* bias;  // (rows) or null
@@ -28,7 +29,7 @@ void swiftprune_linear24_generic(const swiftprune_linear24_args*, int64_t first,
 #ifdef SWIFTPRUNE_X86
 void swiftprune_linear24_avx2(const swiftprune_linear24_args*, int64_t first, int64_t last);
 void swiftprune_linear24_avx512(const swiftprune_linear24_args*, int64_t first, int64_t last);
-void swiftprune_linear24_avx512_bf16(const swiftprune_linear24_args*, int64_t first, int64_t last);  // bf16 only
+void swiftprune_linear24_avx512_bf16(const swiftprune_linear24_args*, int64_t first, int64_t last);  // all bf16
 #endif
 #ifdef SWIFTPRUNE_NEON
 void swiftprune_linear24_neon(const swiftprune_linear24_args*, int64_t first, int64_t last);
@@ -37,7 +38,11 @@ void swiftprune_linear24_neon(const swiftprune_linear24_args*, int64_t first, in
 
 namespace swiftprune {
 
-// Null when the name is unknown, or this CPU (or its operating system) cannot run it, or it has no kernel for dtype.
-swiftprune_linear24_fn linear24_for(const char* isa, Dtype dtype);
+// Instruction sets that may have a linear kernel, fastest first.
+constexpr const char* kLinearIsas[] = {"avx512_bf16", "avx512", "avx2", "neon", "generic"};
+
+// Null when the name is unknown, or this CPU (or its operating system) cannot run it, or it has no kernel for values of
+// `dtype` and inputs of `x_dtype`.
+swiftprune_linear24_fn linear24_for(const char* isa, Dtype dtype, Dtype x_dtype);
 
 }  // namespace swiftprune

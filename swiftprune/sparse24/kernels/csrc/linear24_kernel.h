@@ -1,8 +1,8 @@
 // The matrix product over a stream, written once; each per-ISA file supplies the vector operations as a class V:
 //
-//   Storage          Float32 | Float16 | BFloat16 of the stream, of x and of bias
+//   Storage          Float32 | Float16 | BFloat16 of the stream and of bias; x is of it too, or of Float32
 //   Input            what x is turned into before the product: uint16_t (bf16 bits) or float
-//   kInPlace         Input is Storage, so that values, and one token's x, can be used where they lie
+//   kInPlace         Input is Storage, so that values can be used where they lie
 //   kInputs          inputs that one step covers, for two rows at once: kInputs values of the stream
 //   kTokens          most tokens that go through in one pass; 4 pairs of rows x kTokens sums in registers
 //   kTileTokens      most tokens of a tile of the many-token path, which keeps x in registers as well
@@ -97,23 +97,38 @@ struct Linear24 {
     int64_t chunks = chunks_of(a.cols);
     Prefetch prefetch = prefetch_for(a.tokens);
     const Stream* block(int64_t b) const { return static_cast<const Stream*>(a.stream) + b * chunks; }
-    const Bits* x(int64_t token) const { return static_cast<const Bits*>(a.x) + token * a.x_stride; }
+    template <class T>
+    const T* x(int64_t token) const { return static_cast<const T*>(a.x) + token * a.x_stride; }
+    // Whether x is Input already.
+    bool x_in_place() const {
+      if constexpr (std::is_same_v<Input, float>) return a.x_dtype == static_cast<int>(Dtype::kFloat32);
+      return true;
+    }
   };
 
   // x of `tokens` tokens from `token` on, inputs [begin, begin + width) with zeros beyond the last column, step by step:
   // out[step][token][kInputs], so that a tile reads one line after the other.
   static void pack_x(const Job& job, int64_t token, int64_t tokens, int64_t begin, int64_t width, Input* out) {
+    if (job.x_in_place())
+      pack_x_as<Input>(job, token, tokens, begin, width, out, [](const Input* x, Input* to) { std::copy_n(x, V::kInputs, to); });
+    else
+      pack_x_as<Bits>(job, token, tokens, begin, width, out, V::widen);
+  }
+
+  template <class T, class F>
+  [[gnu::always_inline]] static void pack_x_as(const Job& job, int64_t token, int64_t tokens, int64_t begin, int64_t width,
+                                               Input* out, F convert) {
     for (int64_t t = 0; t < tokens; ++t) {
-      const Bits* x = job.x(token + t);
+      const T* x = job.template x<T>(token + t);
       for (int64_t k = begin; k < begin + width; k += V::kInputs) {
         Input* to = out + (k - begin) * tokens + t * V::kInputs;
         if (job.a.cols - k >= V::kInputs) {
-          V::widen(x + k, to);
+          convert(x + k, to);
           continue;
         }
-        Bits last[V::kInputs] = {};
+        T last[V::kInputs] = {};
         std::copy_n(x + k, std::max<int64_t>(job.a.cols - k, 0), last);
-        V::widen(last, to);
+        convert(last, to);
       }
     }
   }
@@ -249,7 +264,7 @@ struct Linear24 {
   static void few_tokens(const Job& job, int64_t first, int64_t last) {
     const int64_t width = job.chunks * kChunkInputs, tokens = job.a.tokens;
     const Input* x = reinterpret_cast<const Input*>(job.a.x);
-    if (!V::kInPlace || tokens > 1 || width != job.a.cols) {
+    if (!job.x_in_place() || tokens > 1 || width != job.a.cols) {
       static thread_local Scratch scratch;
       Input* packed = scratch.template get<Input>(tokens * width);
       pack_x(job, 0, tokens, 0, width, packed);

@@ -1,0 +1,70 @@
+"""Which weights of an ONNX model are 2:4 along the axis that is summed over: what TensorRT looks for.
+
+TensorRT takes its structured-sparsity kernels for a MatMul, Gemm or Conv whose constant weight has, among each four
+consecutive input channels at a fixed output channel (and, of a convolution, a fixed place in the kernel), at least two
+zeros. In a MatMul's (K, N) weight the channels run along the first axis, in a Gemm's transB weight along the second.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from exporters.onnx.weights import find_weights, load_graph
+from swiftprune.pruning.progress import Progress, silent
+from swiftprune.sparse24.format import GROUP, KEPT
+
+
+@dataclass(frozen=True)
+class WeightCheck:
+    """One weight's answer."""
+
+    name: str
+    op: str
+    shape: tuple[int, ...]
+    axis: int
+    """The axis of `shape` that is summed over."""
+    sparsity: float
+    """Share of zeros."""
+    problem: str | None
+    """Why it is not 2:4, or None when it is."""
+
+
+def check_weights(path: Path, *, progress: Progress = silent) -> list[WeightCheck]:
+    """Every float initializer of the main graph that a MatMul, Gemm or Conv multiplies by, read one at a time.
+
+    Quantized weights are listed too, as not checked. Raises CheckpointError for a damaged file.
+    """
+    weights = find_weights(load_graph(path))
+    checks = []
+    for index, weight in enumerate(weights.found):
+        progress("check", index, len(weights.found))
+        rows = weight.read()
+        zeros = 1 - int(torch.count_nonzero(rows)) / rows.numel()
+        checks.append(WeightCheck(weight.name, weight.op, weight.shape, weight.axis, zeros, _problem(rows)))
+    progress("check", len(weights.found), len(weights.found))
+    for name, kind in weights.quantized.items():
+        checks.append(WeightCheck(name, kind, (), 0, 0.0, "quantized: not checked"))
+    return checks
+
+
+def first_violation(rows: Tensor) -> tuple[int, int, int] | None:
+    """(row, group, non-zeros) of the first group of four in `rows` (N, K), K a multiple of 4, with more than two."""
+    count = (rows != 0).view(rows.shape[0], -1, GROUP).sum(dim=-1, dtype=torch.uint8)
+    over = count > KEPT
+    if not over.any():
+        return None
+    row, group = over.nonzero()[0].tolist()
+    return row, group, int(count[row, group])
+
+
+def _problem(rows: Tensor) -> str | None:
+    if rows.shape[1] % GROUP:
+        return f"{rows.shape[1]} input channels are not a multiple of {GROUP}"
+    if (violation := first_violation(rows)) is not None:
+        row, group, count = violation
+        return f"{count} non-zeros in group {group} of output {row}"
+    return None

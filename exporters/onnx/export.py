@@ -1,0 +1,139 @@
+"""The ONNX targets of `swiftprune-export`: from a pruned dense checkpoint to a decoder that ONNX engines run."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from pydantic import BaseModel
+from transformers import AutoModelForCausalLM
+
+from exporters.onnx.check import check_weights
+from exporters.onnx.decoder import Dtype, build_decoder
+from exporters.onnx.pack import pack_model
+from exporters.workspace import disk_errors
+from swiftprune.errors import FormatError
+from swiftprune.pruning.pipeline import DTYPES
+from swiftprune.pruning.progress import Progress, silent
+
+OnnxTarget = Literal["onnx", "onnx-dense"]
+TARGETS: tuple[OnnxTarget, ...] = ("onnx", "onnx-dense")
+CHECK_TOKENS = 16
+_PROMPT_TOKENS = 24
+# Of the largest logit, by the type that the graph computes in; no CPU kernels of ONNX Runtime take bfloat16.
+_TOLERANCE = {"float32": 1e-3, "float16": 2e-2}
+
+
+class DecoderReport(BaseModel):
+    """What `write_decoder` wrote."""
+
+    builder: str
+    opset: int
+    ir_version: int
+    weight_bytes: int
+    """Of the pruned linears."""
+    file_bytes: int
+    max_logit_difference: float | None
+    """Against transformers in fp32, on random tokens and their answer; None where ONNX Runtime's CPU cannot run it."""
+    equal_tokens: int | None
+    """Greedy tokens equal to those of transformers, of CHECK_TOKENS; None like the difference."""
+
+
+def write_decoder(
+    checkpoint: Path, out: Path, target: OnnxTarget, *, dtype: Dtype, pruned_weights: int, progress: Progress = silent
+) -> DecoderReport:
+    """Writes the pruned dense `checkpoint` to the new folder `out` as model.onnx and what its engines want beside it.
+
+    `onnx`: packed, the values in `dtype`, computing in float32. `onnx-dense`: standard operators only, all in `dtype`,
+    zeros in place. `pruned_weights` is the number of weights, zeros counted, that must be 2:4 in the file.
+
+    Raises FormatError when fewer are, or when the answers are not those of the checkpoint; CheckpointError when the
+    architecture cannot be exported; SettingsError when a package is missing.
+    """
+    packed = target == "onnx"
+    dense = out.with_name("dense-onnx") if packed else out
+    for folder in (dense, out):
+        shutil.rmtree(folder, ignore_errors=True)
+    progress("build ONNX", 0, 1)
+    builder = build_decoder(
+        checkpoint, dense, dtype="float32" if packed else dtype, standard_ops=not packed, progress=progress
+    )
+    progress("build ONNX", 1, 1)
+    if packed:
+        report = pack_model(dense / "model.onnx", out / "model.onnx", dtype=DTYPES[dtype], progress=progress)
+        found, weight_bytes, left = (
+            sum(n * k for n, k in report.packed.values()),
+            report.weight_bytes_after,
+            report.dense,
+        )
+        with disk_errors(out):
+            for path in dense.iterdir():
+                if not path.name.startswith("model.onnx"):
+                    shutil.copyfile(path, out / path.name)
+            shutil.rmtree(dense)
+    else:
+        checks = check_weights(out / "model.onnx", progress=progress)
+        found = sum(torch.Size(weight.shape).numel() for weight in checks if weight.problem is None)
+        weight_bytes = found * DTYPES[dtype].itemsize
+        left = {weight.name: weight.problem for weight in checks if weight.problem}
+    if found < pruned_weights:
+        listed = "; ".join(f"{name}: {reason}" for name, reason in list(left.items())[:5])
+        raise FormatError(
+            f"{out}: {found:,} weights are 2:4 in the ONNX file, but {pruned_weights:,} were pruned; not 2:4: {listed}"
+        )
+    opset, ir_version = _versions(out / "model.onnx")
+    tolerance = _TOLERANCE.get("float32" if packed else dtype)
+    difference, equal = (None, None) if tolerance is None else _check(checkpoint, out, tolerance, progress)
+    file_bytes = sum(path.stat().st_size for path in out.glob("model.onnx*"))
+    return DecoderReport(
+        builder=builder, opset=opset, ir_version=ir_version, weight_bytes=weight_bytes, file_bytes=file_bytes,
+        max_logit_difference=difference, equal_tokens=equal,
+    )  # fmt: skip
+
+
+def _versions(path: Path) -> tuple[int, int]:
+    import onnx
+
+    model = onnx.load(path, load_external_data=False)
+    return next(opset.version for opset in model.opset_import if opset.domain == ""), int(model.ir_version)
+
+
+def _check(checkpoint: Path, out: Path, tolerance: float, progress: Progress) -> tuple[float, int]:
+    """Raises FormatError when the file's logits are not the checkpoint's."""
+    progress("check the answers", 0, 1)
+    expected, tokens = _expected(checkpoint)
+    found = _logits(out / "model.onnx", tokens)
+    progress("check the answers", 1, 1)
+    difference, largest = float((found - expected).abs().max()), float(expected.abs().max())
+    equal = int((found.argmax(-1) == expected.argmax(-1)).sum())
+    if not difference <= tolerance * largest:
+        raise FormatError(
+            f"{out}: the ONNX file's logits differ from the checkpoint's by {difference:.3g} (the largest is "
+            f"{largest:.3g}): it is not the same model; please report the architecture"
+        )
+    return difference, equal
+
+
+@torch.inference_mode()
+def _expected(checkpoint: Path) -> tuple[torch.Tensor, list[int]]:
+    """Logits (CHECK_TOKENS, V) of greedy steps in fp32, and the tokens: a random prompt and the answers."""
+    model: Any = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    torch.manual_seed(0)
+    tokens = torch.randint(0, model.config.get_text_config().vocab_size, (1, _PROMPT_TOKENS))
+    for _ in range(CHECK_TOKENS - 1):
+        tokens = torch.cat((tokens, model(tokens).logits[:, -1:].argmax(-1)), dim=1)
+    return model(tokens).logits[0, -CHECK_TOKENS:].float(), tokens[0].tolist()
+
+
+def _logits(path: Path, tokens: list[int]) -> torch.Tensor:
+    """The same of the ONNX file: the prompt at once, then the given tokens one by one through the cache."""
+    import swiftprune.onnx
+
+    decoder = swiftprune.onnx.Decoder(swiftprune.onnx.session(path))
+    row = np.asarray([tokens])
+    steps = [decoder.step(row[:, :_PROMPT_TOKENS])]
+    steps += [decoder.step(row[:, at : at + 1]) for at in range(_PROMPT_TOKENS, len(tokens))]
+    return torch.stack([torch.from_numpy(logits[0, -1]).float() for logits in steps])

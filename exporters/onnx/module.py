@@ -1,0 +1,116 @@
+"""A pruned torch module in memory, an encoder or a vision model say, as an ONNX file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from exporters.onnx.check import check_weights
+from exporters.onnx.pack import pack_model, written_aside
+from exporters.onnx.trace import STANDARD_OPSET, trace
+from swiftprune.errors import FormatError
+from swiftprune.pruning.progress import Progress, silent
+
+_TOLERANCE = 1e-3  # of the largest output, in float32
+
+
+class ModuleExport(BaseModel):
+    """What `export_module` wrote."""
+
+    model_config = ConfigDict(frozen=True)
+
+    packed: dict[str, tuple[int, int]]
+    """Weights stored packed -> (N, K)."""
+    zeros_in_place: list[str]
+    """Weights that are 2:4 and stored dense: convolutions, and all of them with `packed=False`."""
+    dense: dict[str, str]
+    """Weights that are not 2:4 along the summed axis -> why."""
+    opset: int
+    file_bytes: int
+    max_difference: float
+    """Between the outputs of the module and of the file in ONNX Runtime, on the example."""
+
+
+def export_module(
+    module: nn.Module, example: Any, out: Path, *, packed: bool = True, dynamic_shapes: Any = None,
+    input_names: Sequence[str] | None = None, output_names: Sequence[str] | None = None, progress: Progress = silent,
+) -> ModuleExport:  # fmt: skip
+    """Writes `module` to the ONNX file `out`, its linears packed when they are 2:4, big tensors beside it.
+
+    Prune it first with `swiftprune.prune_module`. `example` are inputs: a tensor, a tuple of positional arguments or a
+    mapping of keyword arguments. The batch axis, the first of each tensor, stays open unless `dynamic_shapes`, as
+    torch.export takes them, say otherwise. `packed=False` keeps all weights dense with their zeros in place, for
+    TensorRT. Weights are float32.
+
+    The file's answers on the example are compared with the module's. Raises CheckpointError when torch.onnx cannot
+    export the module, FormatError when the answers differ, OutputError when `out` cannot be written.
+    """
+    arguments, keywords = _arguments(example)
+    if dynamic_shapes is None:
+        dynamic_shapes = _open_batch(arguments, keywords)
+    training = module.training
+    module.eval()
+    try:
+        program = trace(
+            module, arguments, keywords, opset=STANDARD_OPSET, dynamic_shapes=dynamic_shapes,
+            input_names=input_names, output_names=output_names,
+        )  # fmt: skip
+        with torch.no_grad():
+            expected = _tensors(module(*arguments, **keywords))
+    finally:
+        module.train(training)
+    with written_aside(out) as folder:
+        program.save(folder / out.name, external_data=True)
+        checks = check_weights(folder / out.name, progress=progress)
+        weights: dict[str, tuple[int, int]] = {}
+        if packed and any(check.op != "Conv" and check.problem is None for check in checks):
+            # Over itself: the dense file is read until the packed one takes its place.
+            weights = pack_model(folder / out.name, folder / out.name, progress=progress).packed
+    difference = _compare(out, _tensors((arguments, keywords)), expected)
+    return ModuleExport(
+        packed=weights,
+        zeros_in_place=[check.name for check in checks if check.problem is None and check.name not in weights],
+        dense={check.name: check.problem for check in checks if check.problem is not None},
+        opset=STANDARD_OPSET,
+        file_bytes=sum(path.stat().st_size for path in out.parent.glob(f"{out.name}*")),
+        max_difference=difference,
+    )
+
+
+def _arguments(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(example, Mapping):
+        return (), dict(example)
+    return (tuple(example) if isinstance(example, (tuple, list)) else (example,)), {}
+
+
+def _open_batch(arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+    """Only the first axis of each tensor is open, one size for all, in torch.export's form."""
+    batch = torch.export.Dim("batch")
+    opened: Any = tree_map(lambda leaf: {0: batch} if isinstance(leaf, Tensor) else None, (arguments, keywords))
+    return opened[1] if keywords else opened[0]
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def _compare(path: Path, inputs: list[Tensor], expected: list[Tensor]) -> float:
+    """The largest difference of the file's outputs from `expected`. Raises FormatError when it is no rounding."""
+    import swiftprune.onnx
+
+    session = swiftprune.onnx.session(path)
+    feeds = {value.name: leaf.numpy() for value, leaf in zip(session.get_inputs(), inputs, strict=True)}
+    found = [torch.from_numpy(array) for array in session.run(None, feeds)]
+    difference = max(float((a - b).abs().max()) for a, b in zip(found, expected, strict=True))
+    largest = max(float(leaf.abs().max()) for leaf in expected)
+    if not difference <= _TOLERANCE * largest:
+        raise FormatError(
+            f"{path}: its outputs differ from the module's by {difference:.3g} (the largest is {largest:.3g})"
+        )
+    return difference

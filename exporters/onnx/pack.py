@@ -1,0 +1,181 @@
+"""Packs the 2:4 weights of a dense ONNX model: each MatMul by one becomes `swiftprune::MatMul24`."""
+
+from __future__ import annotations
+
+import functools
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from exporters.onnx import matmul24
+from exporters.onnx.weights import Weight, find_weights, load_graph
+from exporters.workspace import disk_errors
+from swiftprune.errors import FormatError
+from swiftprune.pruning.progress import Progress, silent
+from swiftprune.sparse24 import format as format24
+from swiftprune.sparse24.format import GROUP, KEPT, Packed24, metadata_width
+
+_OLDEST_IR = 8  # the first with functions in models
+# Each tensor on a page of its own, so that runtimes map it and the packed values are aligned.
+_ALIGNMENT = 4096
+
+
+@dataclass(frozen=True)
+class PackReport:
+    """What `pack` did."""
+
+    packed: dict[str, tuple[int, int]]
+    """Initializer -> (N, K)."""
+    dense: dict[str, str]
+    """Initializers that a MatMul, Gemm or Conv multiplies by and that stay dense, with the reason."""
+    opset: int
+    ir_version: int
+    weight_bytes_before: int
+    """Of the packed weights alone, as they were."""
+    weight_bytes_after: int
+
+
+def pack_model(
+    source: Path, out: Path, *, dtype: torch.dtype | None = None, ignore: str | None = None, progress: Progress = silent
+) -> PackReport:
+    """Writes the ONNX model `source` to `out` with its 2:4 weights packed, big tensors beside it in `out`.data.
+
+    `dtype` is the type of the packed values, by default that of each weight; it must hold every weight exactly.
+    Weights that match the regular expression `ignore`, that are not 2:4, or that other nodes read too stay dense and
+    are listed. Reads one weight at a time. Raises CheckpointError for a damaged source, FormatError when nothing can be
+    packed or a weight does not fit `dtype`, and OutputError when `out` cannot be written, which then is as it was.
+    """
+    import onnx_ir
+
+    model = load_graph(source)
+    found = find_weights(model)
+    dense = {name: f"quantized ({kind})" for name, kind in found.quantized.items()}
+    packed: dict[str, tuple[int, int]] = {}
+    before = after = 0
+
+    @functools.lru_cache(maxsize=1)  # values and metadata are written one after the other
+    def pair(weight: Weight, stored: torch.dtype) -> Packed24:
+        return format24.pack(weight.read().to(stored), weight.name)
+
+    for index, weight in enumerate(found.found):
+        progress("pack", index, len(found.found))
+        rows = weight.read()
+        if reason := _dense_reason(weight, rows, ignore):
+            dense[weight.name] = reason
+            continue
+        stored = dtype or rows.dtype
+        _check_fits(weight.name, rows, stored)
+        before += rows.nbytes
+        packed[weight.name] = (rows.shape[0], rows.shape[1])
+        after += sum(
+            tensor.nbytes for tensor in _replace(model, weight, stored, functools.partial(pair, weight, stored))
+        )
+    progress("pack", len(found.found), len(found.found))
+    if not packed:
+        listed = "; ".join(f"{name}: {reason}" for name, reason in list(dense.items())[:5]) or "it multiplies by none"
+        raise FormatError(f"{source}: no weight can be packed: {listed}")
+    opset = model.opset_imports[""]
+    function = matmul24.matmul24(opset)
+    model.functions[function.identifier()] = function
+    model.opset_imports[matmul24.DOMAIN] = matmul24.DOMAIN_VERSION
+    model.ir_version = max(model.ir_version, _OLDEST_IR)
+    with written_aside(out) as folder:
+        onnx_ir.save(
+            model, folder / out.name, external_data=f"{out.name}.data", alignment=_ALIGNMENT, align_threshold=0,
+            callback=lambda _, info: progress("write", info.index + 1, info.total),
+        )  # fmt: skip
+    return PackReport(packed, dense, opset, model.ir_version, before, after)
+
+
+def _dense_reason(weight: Weight, rows: Tensor, ignore: str | None) -> str | None:
+    if ignore is not None and re.search(ignore, weight.name):
+        return f"matches --ignore {ignore}"
+    if weight.op == "Conv":
+        return "a convolution, for which there is no packed operator"
+    if weight.unpackable:
+        return weight.unpackable
+    if reason := format24.unpackable_reason(tuple(rows.shape), rows.dtype):
+        return reason
+    try:
+        format24.pack(rows, "not 2:4")
+    except FormatError as error:
+        return str(error)
+    return None
+
+
+def _check_fits(name: str, rows: Tensor, dtype: torch.dtype) -> None:
+    if dtype == rows.dtype:
+        return
+    changed = rows.to(dtype).to(rows.dtype) != rows
+    if changed.any():
+        row, column = changed.nonzero()[0].tolist()
+        raise FormatError(
+            f"{name}: weight ({row}, {column}) is {float(rows[row, column])!r}, which {dtype} does not hold exactly; "
+            "choose a wider type with --dtype"
+        )
+
+
+def _replace(model: Any, weight: Weight, dtype: torch.dtype, pair: Callable[[], Packed24]) -> list[Any]:
+    """Puts MatMul24 in the place of the nodes of `weight`; the pair is made when it is written."""
+    import onnx_ir
+
+    graph = model.graph
+    outputs, inputs = (weight.shape[1 - weight.axis], weight.shape[weight.axis])
+    stored = [
+        _lazy(f"{weight.name}.values", dtype, (outputs, inputs // GROUP * KEPT), lambda: pair().values),
+        _lazy(f"{weight.name}.metadata", torch.uint8, (outputs, metadata_width(inputs)), lambda: pair().metadata),
+    ]
+    values = [onnx_ir.Value(name=tensor.name, type=onnx_ir.TensorType(tensor.dtype), shape=tensor.shape,
+                            const_value=tensor) for tensor in stored]  # fmt: skip
+    for value in values:
+        graph.register_initializer(value)
+    for node in weight.nodes:
+        product, tail = node.outputs[0], []
+        bias = node.inputs[2] if node.op_type == "Gemm" and len(node.inputs) > 2 else None
+        packed = onnx_ir.node("MatMul24", [node.inputs[0], *values], domain=matmul24.DOMAIN, name=node.name)
+        if bias is not None:
+            tail = [onnx_ir.node("Add", [packed.outputs[0], bias], name=f"{node.name}/bias")]
+        new = [packed, *tail]
+        result = new[-1].outputs[0]
+        result.shape, result.type = product.shape, product.type
+        name = product.name
+        product.name = None
+        result.name = name
+        graph.insert_before(node, new)
+        onnx_ir.convenience.replace_all_uses_with(product, result, replace_graph_outputs=True)
+        graph.remove(node, safe=True)
+    for node, _ in list(weight.value.uses()):  # a Transpose that nothing reads any more
+        graph.remove(node, safe=True)
+    del graph.initializers[weight.name]
+    return stored
+
+
+def _lazy(name: str, dtype: torch.dtype, shape: tuple[int, int], make: Any) -> Any:
+    import onnx_ir
+    from onnx_ir.tensor_adapters import TorchTensor, from_torch_dtype
+
+    return onnx_ir.LazyTensor(
+        lambda: TorchTensor(make(), name=name), dtype=from_torch_dtype(dtype), shape=onnx_ir.Shape(shape), name=name
+    )
+
+
+@contextmanager
+def written_aside(out: Path) -> Iterator[Path]:
+    """A folder beside `out` in which to write it and its data; both are put in place when all went well."""
+    with disk_errors(out.parent):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+        try:
+            yield folder
+            for path in sorted(folder.iterdir(), reverse=True):  # the data first: a model never names missing data
+                path.replace(out.with_name(path.name))
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
