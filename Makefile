@@ -21,7 +21,7 @@ endif
 NATIVE := $(wildcard swiftprune/sparse24/kernels/csrc/*)
 SOURCES := $(shell find swiftprune exporters runtime_bench -name '*.py')
 
-.PHONY: setup demo browser test test-neon vllm-env test-vllm bench bench-vllm bench-prune bench-methods bench-kernels clean
+.PHONY: setup demo browser test test-neon vllm-env test-vllm bench bench-onnx bench-vllm bench-prune bench-methods bench-kernels clean
 
 setup: $(VENV)/installed
 
@@ -98,6 +98,11 @@ bench: setup
 	$(BIN)/swiftprune-bench layers llama-3.2-1b --m 1,8,64,512 --threads 2 --seconds 1.5 --out $(RESULTS)/layers.json
 	$(BIN)/swiftprune-bench report $(RESULTS)/*.json --html $(RESULTS)/report.html \
 	  --markdown $(RESULTS)/summary.md --picture $(RESULTS)/speedup.png
+
+# Both models in ONNX Runtime, the packed values in either type; it computes in float32.
+bench-onnx: setup
+	for model in smollm2-135m llama-3.2-1b; do for dtype in float32 bfloat16; do \
+	  $(BENCH) $$model --engine onnxruntime --dtype $$dtype --prompt-tokens 64,512 --rounds 8 || exit 1; done; done
 
 # Hours in all: vLLM's latency and throughput load the model for every run.
 bench-vllm: vllm-env

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from exporters import torch_sparse
 from exporters.onnx.export import DecoderReport, write_decoder
+from exporters.onnx.trace import require_packages
 from exporters.workspace import Workspace, disk_errors
 from swiftprune.errors import OutputError, SettingsError
 from swiftprune.pruning.calibration_text import load_tokenizer, read_text, token_windows
@@ -121,6 +122,8 @@ def _check_target(settings: PruneSettings, target: Target) -> None:
         raise SettingsError(
             f"--target {target} stores {format24.FORMAT} only; for --format {settings.pattern} use --target dense"
         )
+    if target in _ONNX:
+        require_packages()
     if target == "torch" and settings.dtype == "float32":
         raise SettingsError("--target torch stores float16 or bfloat16 weights; leave out --dtype float32")
 

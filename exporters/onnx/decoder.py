@@ -13,7 +13,7 @@ import sys
 import tempfile
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,10 +22,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, Pretrai
 from exporters.onnx.trace import STANDARD_OPSET, first_line, trace
 from exporters.workspace import disk_errors
 from swiftprune.errors import CheckpointError, OutputError
-from swiftprune.pruning.pipeline import DTYPES
+from swiftprune.pruning.pipeline import DTYPES, DtypeName
 from swiftprune.pruning.progress import Progress, silent
-
-Dtype = Literal["float32", "float16", "bfloat16"]
 
 FUSED_OPSET = 23
 """The first with Attention, RMSNormalization and RotaryEmbedding, which ONNX Runtime runs faster than their parts."""
@@ -42,8 +40,9 @@ _TOTAL = "total_sequence_length"  # of past and step together
 
 
 def build_decoder(
-    checkpoint: Path, out: Path, *, dtype: Dtype = "float32", standard_ops: bool = False, progress: Progress = silent
-) -> str:
+    checkpoint: Path, out: Path, *, dtype: DtypeName = "float32", standard_ops: bool = False,
+    progress: Progress = silent,
+) -> str:  # fmt: skip
     """Writes the causal LM in the folder `checkpoint` (dense) as `out/model.onnx` and `out/model.onnx.data`.
 
     Inputs: `input_ids` (B, T), `attention_mask` (B, past + T), `position_ids` (B, T), all int64, and

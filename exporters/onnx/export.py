@@ -12,11 +12,11 @@ from pydantic import BaseModel
 from transformers import AutoModelForCausalLM
 
 from exporters.onnx.check import check_weights
-from exporters.onnx.decoder import Dtype, build_decoder
+from exporters.onnx.decoder import build_decoder
 from exporters.onnx.pack import pack_model
 from exporters.workspace import disk_errors
 from swiftprune.errors import FormatError
-from swiftprune.pruning.pipeline import DTYPES
+from swiftprune.pruning.pipeline import DTYPES, DtypeName
 from swiftprune.pruning.progress import Progress, silent
 
 OnnxTarget = Literal["onnx", "onnx-dense"]
@@ -43,8 +43,9 @@ class DecoderReport(BaseModel):
 
 
 def write_decoder(
-    checkpoint: Path, out: Path, target: OnnxTarget, *, dtype: Dtype, pruned_weights: int, progress: Progress = silent
-) -> DecoderReport:
+    checkpoint: Path, out: Path, target: OnnxTarget, *, dtype: DtypeName, pruned_weights: int,
+    progress: Progress = silent,
+) -> DecoderReport:  # fmt: skip
     """Writes the pruned dense `checkpoint` to the new folder `out` as model.onnx and what its engines want beside it.
 
     `onnx`: packed, the values in `dtype`, computing in float32. `onnx-dense`: standard operators only, all in `dtype`,
@@ -57,11 +58,9 @@ def write_decoder(
     dense = out.with_name("dense-onnx") if packed else out
     for folder in (dense, out):
         shutil.rmtree(folder, ignore_errors=True)
-    progress("build ONNX", 0, 1)
     builder = build_decoder(
         checkpoint, dense, dtype="float32" if packed else dtype, standard_ops=not packed, progress=progress
     )
-    progress("build ONNX", 1, 1)
     if packed:
         report = pack_model(dense / "model.onnx", out / "model.onnx", dtype=DTYPES[dtype], progress=progress)
         found, weight_bytes, left = (

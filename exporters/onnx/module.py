@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,7 @@ def export_module(
     """
     arguments, keywords = _arguments(example)
     if dynamic_shapes is None:
-        dynamic_shapes = _open_batch(arguments, keywords)
+        dynamic_shapes = _open_batch(module, arguments, keywords)
     training = module.training
     module.eval()
     try:
@@ -89,11 +90,11 @@ def _arguments(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (tuple(example) if isinstance(example, (tuple, list)) else (example,)), {}
 
 
-def _open_batch(arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
-    """Only the first axis of each tensor is open, one size for all, in torch.export's form."""
+def _open_batch(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+    """Only the first axis of each tensor is open, one size for all, by parameter of forward for torch.export."""
     batch = torch.export.Dim("batch")
-    opened: Any = tree_map(lambda leaf: {0: batch} if isinstance(leaf, Tensor) else None, (arguments, keywords))
-    return opened[1] if keywords else opened[0]
+    bound = inspect.signature(module.forward).bind(*arguments, **keywords).arguments
+    return tree_map(lambda leaf: {0: batch} if isinstance(leaf, Tensor) and leaf.ndim else None, dict(bound))
 
 
 def _tensors(tree: Any) -> list[Tensor]:

@@ -19,6 +19,13 @@ STANDARD_OPSET = 18
 """What torch.onnx writes without converting; TensorRT 10 reads opsets 9 to 20."""
 
 
+def require_packages() -> None:
+    """Raises SettingsError when a package that every export to ONNX needs is missing."""
+    needed = ("onnx", "onnx_ir", "onnxscript", "onnxruntime")
+    if missing := [package for package in needed if find_spec(package) is None]:
+        raise SettingsError(f"exporting to ONNX needs {' and '.join(missing)}: pip install 'swiftprune[onnx]'")
+
+
 @torch.no_grad()
 def trace(
     module: nn.Module, arguments: tuple[Any, ...], keywords: Mapping[str, Any], *, opset: int, dynamic_shapes: Any,
@@ -26,10 +33,9 @@ def trace(
 ) -> Any:  # fmt: skip
     """The torch.onnx.ONNXProgram of `module`; `prefix` is dropped from the names of its weights.
 
-    Raises SettingsError when a package is missing, and CheckpointError when torch.onnx cannot export the module.
+    Raises SettingsError as `require_packages`, and CheckpointError when torch.onnx cannot export the module.
     """
-    if missing := [package for package in ("onnx", "onnxscript") if find_spec(package) is None]:
-        raise SettingsError(f"exporting to ONNX needs {' and '.join(missing)}: pip install 'swiftprune[onnx]'")
+    require_packages()
     try:
         with _quiet():
             program = torch.onnx.export(
