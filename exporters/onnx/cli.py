@@ -14,6 +14,7 @@ from rich.table import Table
 from exporters.cli import DtypeChoice, ProgressBars, run
 from exporters.onnx.check import check_weights
 from exporters.onnx.pack import pack_model
+from exporters.onnx.tensorrt import trtexec_command
 from swiftprune.errors import FormatError
 from swiftprune.pruning.pipeline import DTYPES
 from swiftprune.pruning.targets import DEFAULT_IGNORE, compile_ignore
@@ -36,8 +37,7 @@ def check_command(
 ) -> None:
     """List which MatMul, Gemm and Conv weights are 2:4 along the axis that is summed over.
 
-    That is what TensorRT's structured-sparsity kernels ask for; `trtexec --onnx=MODEL.onnx --sparsity=enable --fp16`
-    then tries them.
+    That is what TensorRT's structured-sparsity kernels ask for. Ends with the `trtexec` command that lets it try them.
     """
     ignored = compile_ignore(ignore)
     with ProgressBars(Console(stderr=True)) as progress:
@@ -55,6 +55,8 @@ def check_command(
     console.print(table)
     good = sum(weight.problem is None for weight in checks)
     console.print(f"{good} of {len(checks)} weights are 2:4", highlight=False)
+    if good:
+        console.print(escape(trtexec_command(model)), highlight=False, soft_wrap=True)
     if require and (bad := [weight for weight in checks if weight.problem and not ignored.search(weight.name)]):
         raise FormatError(f"{model}: {len(bad)} weights are not 2:4, first {bad[0].name}: {bad[0].problem}")
 

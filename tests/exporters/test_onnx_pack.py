@@ -306,6 +306,8 @@ def test_the_command_line(tmp_path: Path) -> None:
     run = CliRunner().invoke(app, ["check", str(dense), "--require"])
     assert run.exit_code == 0
     assert "1 of 1 weights are 2:4" in run.output
+    shapes = "--minShapes=x:1x1x32 --optShapes=x:1x64x32 --maxShapes=x:8x512x32"
+    assert f"trtexec --onnx={dense} --fp16 --sparsity=enable --verbose {shapes}" in run.output
     run = CliRunner().invoke(app, ["pack", str(dense), "--out", str(tmp_path / "p.onnx"), "--dtype", "bfloat16"])
     assert run.exit_code == 0
     assert "3.56x smaller" in run.output
@@ -313,6 +315,7 @@ def test_the_command_line(tmp_path: Path) -> None:
     run = CliRunner().invoke(app, ["check", str(bad)])
     assert run.exit_code == 0
     assert "0 of 1 weights" in run.output
+    assert "trtexec" not in run.output
     run = CliRunner().invoke(app, ["check", str(bad), "--require"])
     assert isinstance(run.exception, SwiftpruneError)
     assert "1 weights are not 2:4, first w" in str(run.exception)
