@@ -20,6 +20,7 @@ from exporters.workspace import Workspace, disk_errors
 from swiftprune.errors import OutputError, SettingsError
 from swiftprune.pruning.calibration_text import load_tokenizer, read_text, token_windows
 from swiftprune.pruning.checkpoint import INDEX_NAME, Checkpoint, TensorEntry, shard_entries
+from swiftprune.pruning.distill import Validation
 from swiftprune.pruning.evaluate import perplexity
 from swiftprune.pruning.pipeline import DTYPES, DtypeName, LayerResult, Pipeline, PrunedBlock, PruneSettings
 from swiftprune.pruning.progress import Progress, silent
@@ -40,8 +41,6 @@ ONNX_FOLDER = "onnx"  # within the workspace, until it takes the output's place
 EVALUATION_SEQLEN = 2048
 _OUTSIDE_SHARD_BYTES = 512 << 20
 _COPIED_SUFFIXES = {".json", ".jinja", ".model", ".txt", ".tiktoken"}
-_TOKENIZER_NAMES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "chat_template.jinja",
-                    "special_tokens_map.json", "generation_config.json")  # fmt: skip
 _COPIED_NAMES = {"LICENSE", "NOTICE", "LICENSE.md", "USE_POLICY.md"}
 
 
@@ -65,6 +64,8 @@ class ExportReport(BaseModel):
     """By stage. After --resume, of the resumed run only."""
     layer_seconds: dict[str, float]
     """By layer kind: score, select and pack."""
+    distillation: list[Validation] = []
+    """Perplexity over minutes, on windows of the calibration text that were held back."""
     perplexity_before: float | None = None
     perplexity_after: float | None = None
 
@@ -103,6 +104,10 @@ def export(
     for done in pipeline.blocks(writer.finished):
         with pipeline.clock("write"):
             writer.write_block(done)
+    if "distill" in settings.refine:
+        for done in pipeline.distill(writer.stored, workspace.training):
+            with pipeline.clock("write"):
+                writer.write_block(done)
     with pipeline.clock("write"):
         writer.write_outside()
         report = writer.complete(state)
@@ -114,7 +119,7 @@ def export(
             before, after = _evaluate(checkpoint, workspace.folder, target, windows, progress)
         report = report.model_copy(update={"perplexity_before": before, "perplexity_after": after})
     workspace.finish(ONNX_FOLDER if target in _ONNX else None)
-    return report.model_copy(update={"seconds": dict(pipeline.clock.seconds)})
+    return report.model_copy(update={"seconds": dict(pipeline.clock.seconds), "distillation": pipeline.validations})
 
 
 def _check_target(settings: PruneSettings, target: Target) -> None:
@@ -206,14 +211,15 @@ class _ShardWriter:
         return self._shard_name(self._blocks.index(block))
 
     def finished(self, block: Block) -> Mapping[str, Tensor] | None:
-        """Dense pruned weights of a block that an interrupted run has written, or None."""
-        shard = self._block_shard(block)
-        if self._workspace.done(shard) is None:
+        """The tensors of a block that an interrupted run has written, if they are needed, or None."""
+        if self._workspace.done(self._block_shard(block)) is None:
             return None
-        if self._pipeline.tokens is None:
-            return {}
-        tensors = self._workspace.read_shard(shard)
-        return {linear.tensor: self._restore(tensors, linear.tensor) for linear in block.linears}
+        return self.stored(block) if self._pipeline.tokens is not None else {}
+
+    def stored(self, block: Block) -> dict[str, Tensor]:
+        """All tensors of a block that is written, dense with zeros."""
+        tensors = self._workspace.read_shard(self._block_shard(block))
+        return {name: self._restore(tensors, name) for name in block.tensors}
 
     def _restore(self, tensors: dict[str, Tensor], name: str) -> Tensor:
         if (stored := bitmask.names(name))[bitmask.MASK] in tensors:
@@ -280,10 +286,8 @@ class _ShardWriter:
         weight_map = {name: entry.shard for name, entry in stored.items()}
         workspace.write_json(INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map})
         workspace.write_json("config.json", self._config())
-        for path in sorted(checkpoint.folder.iterdir()):
-            copied = path.suffix in _COPIED_SUFFIXES or path.name in _COPIED_NAMES
-            if path.is_file() and copied and path.name not in {INDEX_NAME, "config.json", MANIFEST}:
-                workspace.copy(path)
+        for path in self._copied():
+            workspace.copy(path)
         workspace.write_json(
             MANIFEST,
             state
@@ -309,6 +313,16 @@ class _ShardWriter:
             seconds={}, layer_seconds=dict(self._layer_seconds),
         )  # fmt: skip
 
+    def _copied(self) -> list[Path]:
+        """Files of the source that come along as they are: tokenizer, generation settings, license."""
+        return [
+            path
+            for path in sorted(self._checkpoint.folder.iterdir())
+            if (path.suffix in _COPIED_SUFFIXES or path.name in _COPIED_NAMES)
+            and path.is_file()
+            and path.name not in {INDEX_NAME, "config.json", MANIFEST}
+        ]
+
     def write_onnx(self, report: ExportReport, progress: Progress) -> ExportReport:
         """Turns the whole checkpoint in the workspace into the folder ONNX_FOLDER within it."""
         workspace = self._workspace
@@ -316,7 +330,7 @@ class _ShardWriter:
         stored: DtypeName = next(name for name in DTYPES if DTYPES[name] == linears[0].dtype)
         out = workspace.folder / ONNX_FOLDER
         made = write_decoder(
-            workspace.folder, out, "onnx" if self._target == "onnx" else "onnx-dense",
+            workspace.folder, out, packed=self._target == "onnx",
             dtype=self._pipeline.settings.dtype or stored,
             pruned_weights=sum(torch.Size(linear.shape).numel() for linear in linears), progress=progress,
         )  # fmt: skip
@@ -324,10 +338,10 @@ class _ShardWriter:
         if self._target == "onnx":
             config["quantization_config"] = self._declaration(format24.FORMAT)
         workspace.write_json(f"{ONNX_FOLDER}/config.json", config)
-        for name in (MANIFEST, *_TOKENIZER_NAMES):
-            if (source := workspace.folder / name).exists() and not (out / name).exists():
+        for name in (MANIFEST, *(path.name for path in self._copied())):
+            if not (out / name).exists():  # the builder copies some
                 with disk_errors(out):
-                    shutil.copyfile(source, out / name)
+                    shutil.copyfile(workspace.folder / name, out / name)
         return report.model_copy(
             update={"onnx": made, "linear_bytes_after": made.weight_bytes, "bytes_after": made.file_bytes}
         )

@@ -29,7 +29,8 @@ from rich.table import Table
 from exporters.checkpoint import ExportReport, export
 from exporters.onnx.export import CHECK_TOKENS
 from swiftprune.errors import InterruptedByUserError, SwiftpruneError
-from swiftprune.pruning.pipeline import PruneSettings
+from swiftprune.pruning.compute import faster_type
+from swiftprune.pruning.quality import QUALITIES, make_settings
 from swiftprune.pruning.score import METHODS
 from swiftprune.pruning.targets import DEFAULT_IGNORE
 
@@ -51,6 +52,21 @@ class DtypeChoice(enum.StrEnum):
     FLOAT32 = "float32"
 
 
+class QualityChoice(enum.StrEnum):
+    FAST = "fast"
+    BALANCED = "balanced"
+    BEST = "best"
+
+
+class ComputeChoice(enum.StrEnum):
+    AUTO = "auto"
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+
+
+_QUALITY_HELP = "Sets the options below for the wait you can afford; each may still be given.\n\n" + "\n\n".join(
+    f"[b]{name}[/]: {quality.summary}" for name, quality in QUALITIES.items()
+)
 _METHOD_HELP = "How weights are scored.\n\n" + "\n\n".join(f"[b]{name}[/]: {m.summary}" for name, m in METHODS.items())
 
 _EPILOG = """
@@ -64,9 +80,14 @@ Calibrate on your own text, measure perplexity before and after:
 
   swiftprune-export ./my-model --calibration train.txt --evaluate test.txt --out ./out
 
+A model good enough to ship, in ten minutes or an hour:
+
+  swiftprune-export ./my-model --quality balanced --calibration train.txt
+  swiftprune-export ./my-model --quality best --calibration train.txt
+
 Best one-shot quality, zeros in place for any engine:
 
-  swiftprune-export ./my-model --method sparsegpt --calibration train.txt --target dense
+  swiftprune-export ./my-model --method admm --calibration train.txt --target dense
 
 For ONNX Runtime; `swiftprune-onnx generate` runs it:
 
@@ -108,8 +129,41 @@ def export_command(
             "or a data set id, id:config:split, read from its column `text`."
         ),
     ] = "self",
-    samples: Annotated[int, typer.Option(min=1, help="Calibration sequences.")] = 32,
-    seqlen: Annotated[int, typer.Option(min=1, help="Tokens in each of them.")] = 512,
+    quality: Annotated[
+        QualityChoice | None,
+        typer.Option(help=_QUALITY_HELP, show_default="none: what the options below say"),
+    ] = None,
+    refine: Annotated[
+        str | None,
+        typer.Option(
+            metavar="STAGES",
+            help="After the mask, any of, with commas: [b]weights[/]: least squares for the kept weights; "
+            "[b]distill[/]: train them to predict what the dense model does, on the calibration text.",
+        ),
+    ] = None,
+    minutes: Annotated[
+        float | None, typer.Option(help="With distill: how long the whole run may take, evaluation aside.")
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="With distill: steps instead of minutes, which is reproducible.")
+    ] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="Calibration sequences.", show_default="32")] = None,
+    seqlen: Annotated[int | None, typer.Option(min=1, help="Tokens in each of them.", show_default="512")] = None,
+    one_pass: Annotated[
+        bool | None,
+        typer.Option(
+            "--one-pass/--in-turn",
+            help="Calibrate on the dense model, in half the time, or on the blocks pruned so far.",
+            show_default="--in-turn",
+        ),
+    ] = None,
+    compute: Annotated[
+        ComputeChoice | None,
+        typer.Option(
+            help="Type in which calibration and training multiply. [b]auto[/]: the faster one here.",
+            show_default="float32; auto with --quality",
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Picks (or samples) the calibration sequences.")] = 0,
     target: Annotated[
         TargetChoice,
@@ -141,10 +195,17 @@ def export_command(
 
     Every decoder block is pruned on the outputs of the pruned blocks before it, one block in memory at a time.
     """
-    settings = PruneSettings(
-        pattern=format, method=method or "", calibration=calibration, samples=samples, seqlen=seqlen, seed=seed,
-        ignore=ignore, dtype=dtype.value if dtype else None,
-    )  # fmt: skip
+    given = {
+        "method": method, "samples": samples, "seqlen": seqlen, "one_pass": one_pass, "minutes": minutes,
+        "steps": steps, "dtype": dtype.value if dtype else None,
+        "refine": tuple(filter(None, refine.split(","))) if refine is not None else None,
+        "compute": faster_type() if compute is ComputeChoice.AUTO else compute.value if compute else None,
+    }  # fmt: skip
+    settings = make_settings(
+        quality.value if quality else None,
+        {"pattern": format, "calibration": calibration, "seed": seed, "ignore": ignore}
+        | {name: value for name, value in given.items() if value is not None},
+    )
     destination = out or Path(f"{Path(model).resolve().name}-{_path_word(format)}")
     console = Console(stderr=json)
     try:
@@ -224,6 +285,13 @@ def print_report(report: ExportReport, console: Console) -> None:
             f"{made.equal_tokens} of {CHECK_TOKENS} greedy tokens equal, logits within {made.max_logit_difference:.2g}"
             if made.max_logit_difference is not None
             else "not compared: ONNX Runtime runs no bfloat16 on CPUs",
+        )
+    if report.distillation:
+        first, last = report.distillation[0], min(report.distillation, key=lambda point: point.divergence)
+        whole.add_row(
+            "distilled",
+            f"perplexity on held-back calibration text {first.perplexity:.2f} -> {last.perplexity:.2f} in "
+            f"{report.distillation[-1].minutes:.1f} minutes, {report.distillation[-1].step} steps",
         )
     if report.perplexity_before is not None:
         after = "not measured: needs a GPU" if report.perplexity_after is None else f"{report.perplexity_after:.2f}"

@@ -23,6 +23,7 @@ from swiftprune.errors import OutputError
 
 _STATE = "export-state.json"
 _TOKENS = "calibration-tokens.safetensors"
+_TRAINING = "training.safetensors"
 _DONE = ".done.json"
 
 
@@ -32,6 +33,8 @@ class Workspace:
     def __init__(self, out: Path, *, resume: bool, overwrite: bool) -> None:
         self.out = out
         self.folder = out.with_name(out.name + ".partial")
+        self.training = self.folder / _TRAINING
+        """Where distillation keeps what it continues from."""
         self._resume = resume and self.folder.exists()
         if out.exists() and not overwrite and not (out.is_dir() and not any(out.iterdir())):
             raise OutputError(f"{out}: exists; give another --out, or --overwrite to replace it")
@@ -114,7 +117,7 @@ class Workspace:
         """Puts the folder in its place, without what only an unfinished export needs; or, of it, the folder `part`."""
         with disk_errors(self.folder):
             for path in self.folder.iterdir() if part is None else ():
-                if path.name.endswith((_DONE, ".tmp")) or path.name in {_STATE, _TOKENS}:
+                if path.name.endswith((_DONE, ".tmp")) or path.name in {_STATE, _TOKENS, _TRAINING}:
                     path.unlink()
             replaced = self.out.with_name(self.out.name + ".replaced")
             if self.out.exists():

@@ -286,7 +286,7 @@ class _Run:
 
     def _void(self) -> str | None:
         """Why no time of this run may be used."""
-        backends = {name for name in self._linears["sparse"] if name != "dense"}
+        backends = {name for name in self._linears["sparse"] if name != dispatch.DENSE}
         if not backends:
             return "no packed linear ran in the sparse side"
         if dispatch.REFERENCE in backends:

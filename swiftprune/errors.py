@@ -54,3 +54,8 @@ class InterruptedByUserError(SwiftpruneError):
     """The user stopped the run (Ctrl-C)."""
 
     exit_code = 130
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of another library says, in one line."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

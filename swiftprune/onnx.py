@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import importlib
 import json
 import logging
 import os
@@ -43,7 +44,7 @@ def library() -> Path:
 
     Raises SettingsError when swiftprune was installed without its native kernels.
     """
-    if native.ONNXRUNTIME_LIBRARY is None or not native.ONNXRUNTIME_LIBRARY.exists():
+    if native.ONNXRUNTIME_LIBRARY is None:
         raise SettingsError(
             "swiftprune was installed without its native kernels (no C++ compiler at install time?); "
             "install a compiler and swiftprune again"
@@ -194,7 +195,7 @@ def count_linears(path: Path) -> Iterator[dict[str, int]]:
 
 def _kernels_made() -> Counter[str]:
     """Kernels that the library has made in this process, by instruction set."""
-    if native.ONNXRUNTIME_LIBRARY is None or not native.ONNXRUNTIME_LIBRARY.exists():
+    if native.ONNXRUNTIME_LIBRARY is None:
         return Counter()
     loaded = _load_library()
     return Counter({isa: loaded.swiftprune_kernels_created(index) for index, isa in enumerate(native.LINEAR_ISAS)})
@@ -219,8 +220,6 @@ def _graph(path: Path) -> Any:
 
 
 def _import(name: str) -> Any:
-    import importlib
-
     try:
         return importlib.import_module(name)
     except ImportError:

@@ -17,13 +17,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PretrainedConfig
+from transformers import AutoModelForCausalLM, DynamicCache, PretrainedConfig
 
-from exporters.onnx.trace import STANDARD_OPSET, first_line, trace
+from exporters.onnx.trace import STANDARD_OPSET, trace
 from exporters.workspace import disk_errors
-from swiftprune.errors import CheckpointError, OutputError
+from swiftprune.errors import CheckpointError, OutputError, first_line
 from swiftprune.pruning.pipeline import DTYPES, DtypeName
 from swiftprune.pruning.progress import Progress, silent
+from swiftprune.pruning.targets import read_config
 
 FUSED_OPSET = 23
 """The first with Attention, RMSNormalization and RotaryEmbedding, which ONNX Runtime runs faster than their parts."""
@@ -56,22 +57,12 @@ def build_decoder(
     Returns what built it: "onnxruntime-genai 0.18.0" or "torch.onnx 2.13.0". Raises CheckpointError when the model
     cannot be exported, OutputError when the disk is full, and SettingsError when a package is missing.
     """
-    config = _read_config(checkpoint)
+    config = read_config(checkpoint)
     with disk_errors(out):
         out.mkdir(parents=True, exist_ok=True)
     if dtype == "float32" and not standard_ops and _builder_covers(checkpoint, config):
         return _run_builder(checkpoint, out, _head_width(config), progress)
     return _trace_model(checkpoint, out, DTYPES[dtype], STANDARD_OPSET if standard_ops else FUSED_OPSET, progress)
-
-
-def _read_config(checkpoint: Path) -> PretrainedConfig:
-    try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(checkpoint)
-        return config
-    except Exception as error:  # of many types
-        raise CheckpointError(
-            f"{checkpoint / 'config.json'}: transformers cannot read it: {first_line(error)}"
-        ) from error
 
 
 def _builder_covers(checkpoint: Path, config: PretrainedConfig) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,8 +19,6 @@ from swiftprune.errors import FormatError
 from swiftprune.pruning.pipeline import DTYPES, DtypeName
 from swiftprune.pruning.progress import Progress, silent
 
-OnnxTarget = Literal["onnx", "onnx-dense"]
-TARGETS: tuple[OnnxTarget, ...] = ("onnx", "onnx-dense")
 CHECK_TOKENS = 16
 _PROMPT_TOKENS = 24
 # Of the largest logit, by the type that the graph computes in; no CPU kernels of ONNX Runtime take bfloat16.
@@ -43,18 +41,16 @@ class DecoderReport(BaseModel):
 
 
 def write_decoder(
-    checkpoint: Path, out: Path, target: OnnxTarget, *, dtype: DtypeName, pruned_weights: int,
-    progress: Progress = silent,
+    checkpoint: Path, out: Path, *, packed: bool, dtype: DtypeName, pruned_weights: int, progress: Progress = silent
 ) -> DecoderReport:  # fmt: skip
     """Writes the pruned dense `checkpoint` to the new folder `out` as model.onnx and what its engines want beside it.
 
-    `onnx`: packed, the values in `dtype`, computing in float32. `onnx-dense`: standard operators only, all in `dtype`,
-    zeros in place. `pruned_weights` is the number of weights, zeros counted, that must be 2:4 in the file.
+    `packed`: the values in `dtype`, computing in float32. Else standard operators only, all in `dtype`, zeros in place.
+    `pruned_weights` is the number of weights, zeros counted, that must be 2:4 in the file.
 
     Raises FormatError when fewer are, or when the answers are not those of the checkpoint; CheckpointError when the
     architecture cannot be exported; SettingsError when a package is missing.
     """
-    packed = target == "onnx"
     dense = out.with_name("dense-onnx") if packed else out
     for folder in (dense, out):
         shutil.rmtree(folder, ignore_errors=True)

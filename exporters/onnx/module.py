@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from exporters.onnx.check import check_weights
 from exporters.onnx.pack import pack_model, written_aside
 from exporters.onnx.trace import STANDARD_OPSET, trace
 from swiftprune.errors import FormatError
+from swiftprune.pruning.module import call_arguments, eval_mode
 from swiftprune.pruning.progress import Progress, silent
 
 _TOLERANCE = 1e-3  # of the largest output, in float32
@@ -52,20 +53,16 @@ def export_module(
     The file's answers on the example are compared with the module's. Raises CheckpointError when torch.onnx cannot
     export the module, FormatError when the answers differ, OutputError when `out` cannot be written.
     """
-    arguments, keywords = _arguments(example)
+    arguments, keywords = call_arguments(example)
     if dynamic_shapes is None:
         dynamic_shapes = _open_batch(module, arguments, keywords)
-    training = module.training
-    module.eval()
-    try:
+    with eval_mode(module):
         program = trace(
             module, arguments, keywords, opset=STANDARD_OPSET, dynamic_shapes=dynamic_shapes,
             input_names=input_names, output_names=output_names,
         )  # fmt: skip
         with torch.no_grad():
             expected = _tensors(module(*arguments, **keywords))
-    finally:
-        module.train(training)
     with written_aside(out) as folder:
         program.save(folder / out.name, external_data=True)
         checks = check_weights(folder / out.name, progress=progress)
@@ -82,12 +79,6 @@ def export_module(
         file_bytes=sum(path.stat().st_size for path in out.parent.glob(f"{out.name}*")),
         max_difference=difference,
     )
-
-
-def _arguments(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if isinstance(example, Mapping):
-        return (), dict(example)
-    return (tuple(example) if isinstance(example, (tuple, list)) else (example,)), {}
 
 
 def _open_batch(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:

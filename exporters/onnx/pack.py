@@ -67,8 +67,11 @@ def pack_model(
 
     for index, weight in enumerate(found.found):
         progress("pack", index, len(found.found))
+        if reason := _exempt(weight, ignore):
+            dense[weight.name] = reason
+            continue
         rows = weight.read()
-        if reason := _dense_reason(weight, rows, ignore):
+        if reason := _not_2of4(rows):
             dense[weight.name] = reason
             continue
         stored = dtype or rows.dtype
@@ -95,13 +98,16 @@ def pack_model(
     return PackReport(packed, dense, opset, model.ir_version, before, after)
 
 
-def _dense_reason(weight: Weight, rows: Tensor, ignore: str | None) -> str | None:
+def _exempt(weight: Weight, ignore: str | None) -> str | None:
+    """Why the weight stays dense whatever its numbers are, or None."""
     if ignore is not None and re.search(ignore, weight.name):
         return f"matches --ignore {ignore}"
     if weight.op == "Conv":
         return "a convolution, for which there is no packed operator"
-    if weight.unpackable:
-        return weight.unpackable
+    return weight.unpackable
+
+
+def _not_2of4(rows: Tensor) -> str | None:
     if reason := format24.unpackable_reason(tuple(rows.shape), rows.dtype):
         return reason
     try:
@@ -140,7 +146,7 @@ def _replace(model: Any, weight: Weight, dtype: torch.dtype, pair: Callable[[], 
     for node in weight.nodes:
         product, tail = node.outputs[0], []
         bias = node.inputs[2] if node.op_type == "Gemm" and len(node.inputs) > 2 else None
-        packed = onnx_ir.node("MatMul24", [node.inputs[0], *values], domain=matmul24.DOMAIN, name=node.name)
+        packed = onnx_ir.node(matmul24.NAME, [node.inputs[0], *values], domain=matmul24.DOMAIN, name=node.name)
         if bias is not None:
             tail = [onnx_ir.node("Add", [packed.outputs[0], bias], name=f"{node.name}/bias")]
         new = [packed, *tail]

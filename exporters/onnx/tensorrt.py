@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
-from swiftprune.errors import CheckpointError
+from exporters.onnx.weights import load_graph
 
 # Least, typical and largest size of an open axis, by its name in the file.
 _SIZES = {
@@ -22,28 +22,18 @@ def trtexec_command(path: Path) -> str:
     """`trtexec` with sparsity enabled and the shapes of every input of the ONNX file `path` that has open axes.
 
     Change the sizes to what will be served; total_sequence_length is the sum of past and sequence.
-    Raises CheckpointError when the file is not readable.
+    Raises CheckpointError as `load_graph`.
     """
-    import onnx
-
-    try:
-        model = onnx.load(path, load_external_data=False)
-    except Exception as error:  # protobuf's own
-        raise CheckpointError(f"{path}: is not a readable ONNX model ({error})") from error
-    elements = {value.type.tensor_type.elem_type for value in (*model.graph.input, *model.graph.output)}
-    elements |= {tensor.data_type for tensor in model.graph.initializer}
-    narrow = "bf16" if onnx.TensorProto.BFLOAT16 in elements else "fp16"
+    graph = load_graph(path).graph
+    elements = {value.dtype.name for value in (*graph.inputs, *graph.outputs, *graph.initializers.values())}
+    narrow = "bf16" if "BFLOAT16" in elements else "fp16"
     profiles: list[list[str]] = [[], [], []]
-    for value in model.graph.input:
-        dimensions = value.type.tensor_type.shape.dim
-        if all(dimension.HasField("dim_value") for dimension in dimensions):
+    for value in graph.inputs:
+        if value.shape is None or value.shape.is_static():
             continue
         for place, profile in enumerate(profiles):
             sizes = (
-                dimension.dim_value
-                if dimension.HasField("dim_value")
-                else _SIZES.get(dimension.dim_param, _OTHER_SIZES)[place]
-                for dimension in dimensions
+                size if isinstance(size, int) else _SIZES.get(size.value, _OTHER_SIZES)[place] for size in value.shape
             )
             profile.append(f"{value.name}:{'x'.join(map(str, sizes))}")
     options = [f"--onnx={path}", f"--{narrow}", "--sparsity=enable", "--verbose"]

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from swiftprune.errors import CheckpointError, SettingsError
+from swiftprune.errors import CheckpointError, SettingsError, first_line
 
 STANDARD_OPSET = 18
 """What torch.onnx writes without converting; TensorRT 10 reads opsets 9 to 20."""
@@ -79,7 +79,3 @@ def _quiet() -> Iterator[None]:
 def _root(error: BaseException) -> BaseException:
     """The error that started it: torch.onnx wraps it in advice."""
     return error if error.__cause__ is None else _root(error.__cause__)
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from exporters.onnx.trace import first_line
-from swiftprune.errors import CheckpointError, SettingsError
+from swiftprune.errors import CheckpointError, SettingsError, first_line
 from swiftprune.sparse24.format import QUANT_METHOD
 
 OLDEST_OPSET = 18  # the first with BitwiseAnd, which the body of MatMul24 needs

@@ -15,6 +15,7 @@ from transformers.generation.streamers import BaseStreamer
 
 import swiftprune.serve.transformers  # noqa: F401 - registers the packed format
 from runtime_bench.engines import Options
+from swiftprune.sparse24.dispatch import DENSE
 from swiftprune.sparse24.linear import Linear24
 
 
@@ -31,7 +32,7 @@ class TransformersModel:
         self._model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
         self._model.generation_config.eos_token_id = None  # every answer is as long as asked for
         linears = [module for module in self._model.modules() if isinstance(module, (Linear24, nn.Linear))]
-        self.linears = dict(Counter(module.backend if isinstance(module, Linear24) else "dense" for module in linears))
+        self.linears = dict(Counter(module.backend if isinstance(module, Linear24) else DENSE for module in linears))
         if options.dense_linears == "onednn":
             for name, module in list(self._model.named_modules()):
                 if isinstance(module, nn.Linear):

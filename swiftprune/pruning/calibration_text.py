@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, StoppingCriteria, StoppingCriteriaList
 
-from swiftprune.errors import CheckpointError, SettingsError, TextError
+from swiftprune.errors import CheckpointError, SettingsError, TextError, first_line
 from swiftprune.pruning.checkpoint import Checkpoint
 from swiftprune.pruning.progress import Progress
 from swiftprune.pruning.whole_model import load_whole_model
@@ -30,13 +30,18 @@ def calibration_tokens(
     """
     if source == "self":
         return self_sampled(checkpoint, samples=samples, seqlen=seqlen, seed=seed, progress=progress)
-    path = Path(source)
-    text = read_text(path) if path.is_file() else _dataset_text(source, needed=samples * seqlen * 8)
-    windows = token_windows(text, load_tokenizer(checkpoint.folder), seqlen, source)
+    windows = shuffled_windows(source, checkpoint, seqlen=seqlen, seed=seed, needed=samples)
     if len(windows) < samples:
         logger.warning("%s gives %d windows of %d tokens, not the %d asked for", source, len(windows), seqlen, samples)
-    generator = torch.Generator().manual_seed(seed)
-    return windows[torch.randperm(len(windows), generator=generator)[:samples]]
+    return windows[:samples]
+
+
+def shuffled_windows(source: str, checkpoint: Checkpoint, *, seqlen: int, seed: int, needed: int) -> Tensor:
+    """(windows, seqlen) int64 token ids: all of a text file in random order, or `needed` and some of a data set."""
+    path = Path(source)
+    text = read_text(path) if path.is_file() else _dataset_text(source, needed=needed * seqlen * 8)
+    windows = token_windows(text, load_tokenizer(checkpoint.folder), seqlen, source)
+    return windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))]
 
 
 def read_text(path: Path) -> str:
@@ -56,9 +61,7 @@ def load_tokenizer(model_folder: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(model_folder)
     except Exception as error:  # many types, one meaning
-        raise CheckpointError(
-            f"{model_folder}: its tokenizer cannot be loaded: {str(error).splitlines()[0]}"
-        ) from error
+        raise CheckpointError(f"{model_folder}: its tokenizer cannot be loaded: {first_line(error)}") from error
 
 
 def token_windows(text: str, tokenizer: Any, seqlen: int, source: str) -> Tensor:
@@ -90,8 +93,9 @@ def _dataset_text(source: str, needed: int) -> str:
     except KeyError:
         raise TextError(f"--calibration {source}: the data set has no column `text`") from None
     except Exception as error:  # datasets raises many types, offline and on
-        first_line = (str(error).splitlines() or [type(error).__name__])[0]
-        raise TextError(f"--calibration {source}: no such file, nor a readable data set: {first_line}") from error
+        raise TextError(
+            f"--calibration {source}: no such file, nor a readable data set: {first_line(error)}"
+        ) from error
     text = "\n\n".join(part for part in parts if part.strip())
     if not text:
         raise TextError(f"--calibration {source}: the data set's `text` column is empty")

@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from swiftprune.errors import CheckpointError
+from swiftprune.errors import CheckpointError, first_line
 from swiftprune.pruning.progress import Progress, silent
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -116,8 +116,9 @@ def _download(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=patterns))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        first_line = str(error).strip().splitlines()[0]
-        raise CheckpointError(f"{name}: no such folder here, and the hub could not be read: {first_line}") from error
+        raise CheckpointError(
+            f"{name}: no such folder here, and the hub could not be read: {first_line(error)}"
+        ) from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -199,7 +199,7 @@ def _collect(
     hooks = [layer.register_forward_hook(recorder(stats[name]), with_kwargs=True) for name, layer in layers.items()]
     total = length_hint(batches)  # 0 where it cannot be known
     try:
-        with _eval_mode(module):
+        with eval_mode(module):
             for done, batch in enumerate(batches, start=1):
                 forward(module, batch)
                 progress("calibrate", done, max(done, total))
@@ -212,7 +212,7 @@ def _collect(
 
 
 @contextmanager
-def _eval_mode(module: nn.Module) -> Iterator[None]:
+def eval_mode(module: nn.Module) -> Iterator[None]:
     """Eval mode, and back at the end to what each submodule was in."""
     training = {child: child.training for child in module.modules()}
     fastpath = torch.backends.mha.get_fastpath_enabled()
@@ -227,12 +227,16 @@ def _eval_mode(module: nn.Module) -> Iterator[None]:
             child.training = flag
 
 
-def _call(module: nn.Module, batch: Any) -> object:
+def call_arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The positional and keyword arguments that a batch stands for."""
     if isinstance(batch, Mapping):
-        return module(**batch)
-    if isinstance(batch, tuple | list):
-        return module(*batch)
-    return module(batch)
+        return (), dict(batch)
+    return (tuple(batch) if isinstance(batch, tuple | list) else (batch,)), {}
+
+
+def _call(module: nn.Module, batch: Any) -> object:
+    arguments, keywords = call_arguments(batch)
+    return module(*arguments, **keywords)
 
 
 def input_sq_sum(layer: Layer, inputs: Tensor) -> Tensor:

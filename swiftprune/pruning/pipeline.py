@@ -8,26 +8,34 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from swiftprune.errors import CheckpointError, FormatError, SettingsError
+from swiftprune.pruning import refine_blocks
 from swiftprune.pruning.calibrate import BlockRunner
-from swiftprune.pruning.calibration_text import calibration_tokens
+from swiftprune.pruning.calibration_text import calibration_tokens, shuffled_windows
 from swiftprune.pruning.checkpoint import Checkpoint
+from swiftprune.pruning.compute import ComputeName
+from swiftprune.pruning.distill import SEQLEN, Budget, Distillation, Validation
+from swiftprune.pruning.least_squares import refine_weights
 from swiftprune.pruning.mask import Pattern, select
 from swiftprune.pruning.progress import Progress, silent
-from swiftprune.pruning.score import InputStats, find_method
-from swiftprune.pruning.sparsegpt import sparsegpt
+from swiftprune.pruning.score import InputStats, Needs, find_method
 from swiftprune.pruning.targets import DEFAULT_IGNORE, Block, Linear, Targets, compile_ignore, empty_model, find_targets
+from swiftprune.pruning.whole_model import load_whole_model
 from swiftprune.sparse24 import format as format24
 from swiftprune.sparse24.format import Packed24
 
 DtypeName = Literal["bfloat16", "float16", "float32"]
 DTYPES: dict[DtypeName, torch.dtype] = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+Refinement = Literal["weights", "blocks", "distill"]
+# Windows that are read of a data set to distill on: a million tokens.
+_TRAINING_WINDOWS = 4096
 
 PrunedWeight = Packed24 | Tensor
 """A pruned weight: packed when the pattern is 2:4, else dense (N, K) with zeros."""
@@ -49,6 +57,16 @@ class PruneSettings(BaseModel):
     ignore: str = DEFAULT_IGNORE
     dtype: DtypeName | None = None
     """Type of the written weights; None keeps that of the checkpoint."""
+    one_pass: bool = False
+    """Calibrate on the dense model's hidden states, in one pass, and not on those of the blocks pruned so far."""
+    compute: ComputeName = "float32"
+    """Type in which calibration and training multiply; weights and statistics are float32 either way."""
+    refine: tuple[Refinement, ...] = ()
+    """Stages after the mask: see `least_squares`, `refine_blocks` and `distill`."""
+    minutes: float | None = Field(default=None, gt=0)
+    """For distillation: how long the whole run may take, what comes before it included."""
+    steps: int | None = Field(default=None, ge=1)
+    """For distillation, instead of minutes: so many, which is reproducible."""
 
     def resolved(self) -> PruneSettings:
         """The same with defaults that depend on each other filled in. Raises SettingsError where they clash."""
@@ -56,12 +74,22 @@ class PruneSettings(BaseModel):
         compile_ignore(self.ignore)
         name = self.method or ("swiftprune-data-free" if self.calibration == "none" else "swiftprune")
         method = find_method(name)
-        if method.needs == "nothing":
+        if self.calibration == "none" and self.refine:
+            raise SettingsError(f"--refine {self.refine[0]} needs calibration data; give --calibration self or a file")
+        if method.needs == "nothing" and not self.refine:
             return self.model_copy(update={"method": name, "calibration": "none"})
         if self.calibration == "none":
             raise SettingsError(f"--method {name} needs calibration data; give --calibration self or a text file, "
                                 "or use a data-free method (swiftprune-data-free, magnitude)")  # fmt: skip
-        return self.model_copy(update={"method": name})
+        if self.one_pass and "blocks" in self.refine:
+            raise SettingsError("--refine blocks works on the blocks pruned so far: leave out --one-pass")
+        limited = (self.minutes is not None) + (self.steps is not None)
+        if "distill" in self.refine and limited != 1:
+            raise SettingsError("--refine distill needs a budget: give either --minutes or --steps")
+        if "distill" not in self.refine and limited:
+            raise SettingsError("--minutes and --steps limit distillation: add --refine distill")
+        ordered = tuple(stage for stage in get_args(Refinement) if stage in self.refine)
+        return self.model_copy(update={"method": name, "refine": ordered})
 
 
 class LayerResult(BaseModel):
@@ -124,10 +152,19 @@ class Pipeline:
         self.method = find_method(self.settings.method)
         self.clock = StageClock()
         self.tokens = tokens
+        self.validations: list[Validation] = []
+        self._started = time.monotonic()
+        self.needs = self._needs()
         self._progress = progress
         self._model = empty_model(checkpoint)
         group = self.pattern.group if self.pattern.structured else 1
         self.targets: Targets = find_targets(self._model, checkpoint, ignore=self.settings.ignore, group=group)
+
+    def _needs(self) -> Needs:
+        """What calibration must collect, for the method and for refining."""
+        needs: Needs = "drift" if "weights" in self.settings.refine else self.method.needs
+        # In one pass inputs are those of the dense model, so there is no drift.
+        return "gram" if needs == "drift" and self.settings.one_pass else needs
 
     def load_tokens(self) -> Tensor | None:
         """The (samples, seqlen) calibration tokens, made on the first call; None when the method needs none."""
@@ -152,8 +189,16 @@ class Pipeline:
         runner = None
         if tokens is not None:
             with self.clock("calibrate"):
-                runner = BlockRunner(self._model, self.checkpoint, self.targets, tokens)
-        steps = 2 * len(tokens) if tokens is not None else 1
+                runner = BlockRunner(
+                    self._model, self.checkpoint, self.targets, tokens,
+                    compute=DTYPES[self.settings.compute],
+                    with_dense=self.needs == "drift" or "blocks" in self.settings.refine,
+                )  # fmt: skip
+        steps = 1
+        if tokens is not None:
+            steps = len(tokens) if self.settings.one_pass else 2 * len(tokens)
+        if "blocks" in self.settings.refine:
+            steps += refine_blocks.STEPS
         for index, block in enumerate(self.targets.blocks):
             tick = _Tick(self._progress, index * steps, len(self.targets.blocks) * steps)
             if (weights := finished(block)) is not None:
@@ -162,63 +207,199 @@ class Pipeline:
                 continue
             with runner.block(block) if runner else nullcontext():
                 pruned = self._prune_block(block, runner, tick)
-                if runner:
-                    dense = {
-                        linear.name: _dense(pruned.weights[linear.tensor], linear.name) for linear in block.linears
-                    }
+                if runner and not self.settings.one_pass:
                     with self.clock("calibrate"):
-                        runner.advance(block, dense, tick)
+                        runner.advance(block, self._by_parameter(block, pruned.weights), tick)
             tick.to_end(index + 1, steps)
             yield pruned
+
+    def distill(
+        self, finished: Callable[[Block], Mapping[str, Tensor]], state: Path | None = None
+    ) -> Iterator[PrunedBlock]:
+        """Trains the whole pruned model towards the dense one and yields every block again.
+
+        `finished` gives all tensors of a pruned block, dense with zeros; `state` is a file from which a run that was
+        stopped continues. `validations` then tells how it went. Needs memory for the dense model and five times the
+        pruned one in float32.
+        """
+        with self.clock("distill"):
+            tokens = self._training_windows()
+            count = self.checkpoint.parameter_count
+            teacher = load_whole_model(self.checkpoint.folder, count, DTYPES[self.settings.compute])
+            student = load_whole_model(self.checkpoint.folder, count, torch.float32)
+            keep_masks = self._put_pruned(student, finished)
+            first = self.targets.blocks[0].name
+            distillation = Distillation(
+                student, teacher, keep_masks, first.rpartition(".")[0] + ".", tokens,
+                compute=DTYPES[self.settings.compute], seed=self.settings.seed, state=state, progress=self._progress,
+            )  # fmt: skip
+            self.validations = distillation.run(self._budget())
+            if state:
+                distillation.save(state)
+        for block in self.targets.blocks:
+            yield self._distilled(student, block)
+
+    def _budget(self) -> Budget:
+        """What is left of the minutes; of an earlier run that was stopped, only what it distilled counts."""
+        minutes = self.settings.minutes
+        if minutes is not None:
+            minutes = max(0.0, minutes - (time.monotonic() - self._started) / 60)
+        return Budget(minutes, self.settings.steps)
+
+    def _training_windows(self) -> Tensor:
+        if self.settings.calibration == "self":
+            tokens = self.load_tokens()
+            assert tokens is not None
+            width = min(SEQLEN, tokens.shape[1])
+            return tokens[:, : tokens.shape[1] // width * width].reshape(-1, width)
+        return shuffled_windows(
+            self.settings.calibration, self.checkpoint,
+            seqlen=SEQLEN, seed=self.settings.seed, needed=_TRAINING_WINDOWS,
+        )  # fmt: skip
+
+    def _put_pruned(self, student: nn.Module, finished: Callable[[Block], Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """Puts the tensors of all blocks into `student`; returns the keep_masks by parameter."""
+        masks = {}
+        for block in self.targets.blocks:
+            stored = finished(block)
+            pruned = {linear.tensor for linear in block.linears}
+            for name, tensor in self._parameters(block).items():
+                student.get_parameter(name).data.copy_(stored[tensor])
+                if tensor in pruned:
+                    masks[name] = stored[tensor] != 0
+        return masks
+
+    def _by_parameter(self, block: Block, weights: Mapping[str, PrunedWeight]) -> dict[str, Tensor]:
+        """Those of `weights`, by tensor name, that the block's parameters are made of: dense, by parameter name."""
+        return {
+            name: _dense(weights[tensor], name) for name, tensor in self._parameters(block).items() if tensor in weights
+        }
+
+    def _parameters(self, block: Block) -> dict[str, str]:
+        """Parameter of the model -> tensor of the checkpoint, of one block."""
+        return {
+            parameter: tensor for parameter, tensor in self.targets.tensor_of.items() if tensor in set(block.tensors)
+        }
+
+    def _distilled(self, student: nn.Module, block: Block) -> PrunedBlock:
+        linears = {linear.tensor: linear for linear in block.linears}
+        weights: dict[str, PrunedWeight] = {}
+        results = []
+        before = self.checkpoint.read(block.tensors)
+        for name, tensor in self._parameters(block).items():
+            parameter = student.get_parameter(name)
+            if not parameter.requires_grad:
+                continue
+            linear = linears.get(tensor)
+            weights[tensor] = self._to_store(tensor, parameter.detach().cpu(), linear is not None)
+            if linear:
+                results.append(_result(linear, before[tensor], weights[tensor], None, 0.0))
+        return PrunedBlock(block, weights, results)
+
+    def _stored(self, dtype: torch.dtype) -> torch.dtype:
+        return DTYPES[self.settings.dtype] if self.settings.dtype else dtype
 
     def _forward_finished(
         self, runner: BlockRunner, block: Block, weights: Mapping[str, Tensor], tick: Callable[[], None]
     ) -> None:
         with self.clock("calibrate"), runner.block(block):
-            runner.advance(block, {linear.name: weights[linear.tensor] for linear in block.linears}, tick)
+            runner.advance_dense(block)
+            runner.advance(block, {} if self.settings.one_pass else self._by_parameter(block, weights), tick)
 
     def _prune_block(self, block: Block, runner: BlockRunner | None, tick: Callable[[], None]) -> PrunedBlock:
         stats: dict[str, InputStats] = {}
         if runner:
             with self.clock("calibrate"):
-                stats = runner.collect(block, self.method.needs, tick)
+                stats = runner.collect(block, self.needs, tick, advance=self.settings.one_pass)
                 _check_inputs(stats, block, self.checkpoint)
         with self.clock("read"):
             dense = self.checkpoint.read(linear.tensor for linear in block.linears)
         weights: dict[str, PrunedWeight] = {}
-        results = []
-        for linear in block.linears:
-            before = dense.pop(linear.tensor)
-            layer_stats = stats.get(linear.name)
-            weight, seconds = self._prune_linear(linear, before, layer_stats)
+        results = {}
+        for linears in self._together(block, stats):
+            layer_stats = stats.get(linears[0].name)
+            before = [dense[linear.tensor] for linear in linears]
+            start = time.perf_counter()
+            after = self._prune_linears(linears, before, layer_stats or InputStats(token_count=0))
+            seconds = time.perf_counter() - start
             self.clock.seconds["mask"] += seconds
+            size = sum(weight.numel() for weight in before)
             with self.clock("output error"):
-                results.append(_result(linear, before, weight, layer_stats, seconds))
-            weights[linear.tensor] = weight
-        return PrunedBlock(block, weights, results)
+                for linear, old, new in zip(linears, before, after, strict=True):
+                    results[linear.name] = _result(linear, old, new, layer_stats, seconds * old.numel() / size)
+                    weights[linear.tensor] = new
+        if runner and "blocks" in self.settings.refine:
+            with self.clock("refine blocks"):
+                weights = self._refine_block(block, weights, runner, tick)
+            for linear in block.linears:
+                results[linear.name] = _result(
+                    linear,
+                    dense[linear.tensor],
+                    weights[linear.tensor],
+                    stats[linear.name],
+                    results[linear.name].mask_seconds,
+                )
+        return PrunedBlock(block, weights, [results[linear.name] for linear in block.linears])
 
-    def _prune_linear(self, linear: Linear, weight: Tensor, stats: InputStats | None) -> tuple[PrunedWeight, float]:
-        stats = stats or InputStats(token_count=0)
-        if self.settings.dtype:
-            weight = weight.to(DTYPES[self.settings.dtype])  # one that does not fit becomes infinite and is refused
-        start = time.perf_counter()
-        pruned: PrunedWeight
-        if self.method.factors is None:
-            assert stats.gram is not None
+    def _refine_block(
+        self, block: Block, weights: dict[str, PrunedWeight], runner: BlockRunner, tick: Callable[[], None]
+    ) -> dict[str, PrunedWeight]:
+        pruned = self._by_parameter(block, weights)
+        refined = runner.refine(block, pruned, {name: weight != 0 for name, weight in pruned.items()}, tick)
+        parameters = self._parameters(block)
+        return {
+            parameters[name]: self._to_store(parameters[name], weight, name in pruned)
+            for name, weight in refined.items()
+        }
+
+    def _to_store(self, tensor: str, weight: Tensor, sparse: bool) -> PrunedWeight:
+        """A trained fp32 weight as it is written. Raises FormatError where its type cannot hold it."""
+        dtype = self.checkpoint.tensors[tensor].dtype
+        assert dtype is not None
+        weight = weight.to(self._stored(dtype))
+        if sparse and self.pattern.name == format24.FORMAT:
+            return format24.pack(weight, tensor)
+        check_finite(weight, tensor)
+        return weight
+
+    def _together(self, block: Block, stats: Mapping[str, InputStats]) -> list[list[Linear]]:
+        """The linears of a block in order; those on the same inputs together, where methods share what inputs cost."""
+        if self.method.prune is None or not self.pattern.structured:
+            return [[linear] for linear in block.linears]
+        sharing: dict[int, list[Linear]] = defaultdict(list)
+        for linear in block.linears:
+            sharing[id(stats[linear.name])].append(linear)
+        return list(sharing.values())
+
+    def _prune_linears(self, linears: list[Linear], weights: list[Tensor], stats: InputStats) -> list[PrunedWeight]:
+        # One that does not fit its new type becomes infinite and is refused.
+        weights = [weight.to(self._stored(weight.dtype)) for weight in weights]
+        if self.method.factors and "weights" not in self.settings.refine and self.pattern.name == format24.FORMAT:
+            factors = self.method.factors(weights[0], stats, self.pattern.group)
+            return [format24.prune_and_pack(weights[0], factors, linears[0].tensor)]
+        for linear, weight in zip(linears, weights, strict=True):
             check_finite(weight, linear.tensor)
-            pruned = sparsegpt(weight, stats.gram, self.pattern, linear.name).to(weight.dtype)
-            if self.pattern.name == format24.FORMAT:
-                pruned = format24.pack(pruned, linear.tensor)
+        whole = torch.cat(weights) if len(weights) > 1 else weights[0]
+        pruned = self._prune_dense(whole, stats, linears[0].name).to(whole.dtype)
+        parts = torch.split(pruned, [len(weight) for weight in weights])
+        if self.pattern.name != format24.FORMAT:
+            return list(parts)
+        return [format24.pack(part, linear.tensor) for part, linear in zip(parts, linears, strict=True)]
+
+    def _prune_dense(self, weight: Tensor, stats: InputStats, name: str) -> Tensor:
+        """`weight` (N, K) with zeros in place, its kept weights refined where that is asked for."""
+        if self.method.prune is not None:
+            pruned = self.method.prune(weight, stats, self.pattern, name)
+            keep_mask = pruned != 0
         else:
-            factors = self.method.factors(
-                weight, stats, self.pattern.group if self.pattern.structured else weight.shape[1]
-            )
-            if self.pattern.name == format24.FORMAT:
-                pruned = format24.prune_and_pack(weight, factors, linear.tensor)
-            else:
-                check_finite(weight, linear.tensor)
-                pruned = torch.where(select(factors.scores(weight), self.pattern), weight, 0)
-        return pruned, time.perf_counter() - start
+            assert self.method.factors is not None
+            group = self.pattern.group if self.pattern.structured else weight.shape[1]
+            keep_mask = select(self.method.factors(weight, stats, group).scores(weight), self.pattern)
+            pruned = torch.where(keep_mask, weight, 0)
+        if "weights" not in self.settings.refine:
+            return pruned
+        assert stats.gram is not None
+        return refine_weights(weight, keep_mask, stats.gram, stats.drift(weight))
 
 
 class _Tick:
@@ -270,8 +451,8 @@ def check_finite(weight: Tensor, name: str) -> None:
 def _check_inputs(stats: dict[str, InputStats], block: Block, checkpoint: Checkpoint) -> None:
     """Scores of NaN would order nothing: better to stop, and to name the weight behind it."""
     for name, layer in stats.items():
-        seen = layer.gram.diagonal() if layer.gram is not None else layer.input_sq_sum
-        if seen is None or torch.isfinite(seen).all():
+        seen = layer.channel_energy
+        if torch.isfinite(seen).all():
             continue
         for tensor_name, tensor in checkpoint.read(block.tensors).items():
             check_finite(tensor, tensor_name)

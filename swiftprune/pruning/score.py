@@ -1,4 +1,4 @@
-"""How much each weight matters: every one-shot method, in the separable form the kernels take.
+"""How much each weight matters: every one-shot method, most in the separable form the kernels take.
 
 A score only has to order the weights that compete, so each function returns factors of an equivalent order
 (square roots, dropped constants); its docstring gives the published formula. Notation: W (N, K); x_k the input of
@@ -15,9 +15,15 @@ import torch
 from torch import Tensor
 
 from swiftprune.errors import SettingsError
+from swiftprune.pruning.admm import admm
+from swiftprune.pruning.mask import Pattern
+from swiftprune.pruning.pairs import keep_pairs
+from swiftprune.pruning.sparsegpt import sparsegpt
+from swiftprune.sparse24.format import FORMAT
 from swiftprune.sparse24.score_factors import ScoreFactors
 
-Needs = Literal["nothing", "input_sq_sum", "gram"]
+Needs = Literal["nothing", "input_sq_sum", "group_gram", "gram", "drift"]
+"""What calibration must collect, each more than the one before: `drift` is the Gram matrix and the drift."""
 
 # Keeps the denominator form finite where one channel carries all the energy of its group; relative to S.
 DAMPING = 1e-2
@@ -30,10 +36,36 @@ class InputStats:
     token_count: int
     input_sq_sum: Tensor | None = None
     """(K,) fp32: sum of squares of every input channel."""
+    group_gram: Tensor | None = None
+    """(K/4, 4, 4) fp32: the blocks of X^T X on its diagonal, one a group of four."""
     gram: Tensor | None = None
     """(K, K) fp32: X^T X."""
+    input_drift: Tensor | None = None
+    """(K, K) fp32: (X_dense - X)^T X, with the inputs of the dense model on the same tokens."""
+    residual_drift: Tensor | None = None
+    """(H, K) fp32: (R_dense - R)^T X, R the residual stream that the block starts from. Of linears that write to it."""
     sample: Tensor | None = None
     """(S, K) fp32: some of the inputs themselves, for the output error of the report."""
+
+    @property
+    def channel_energy(self) -> Tensor:
+        """(K,) fp32: `input_sq_sum`, from whatever was collected."""
+        if self.gram is not None:
+            return self.gram.diagonal()
+        if self.group_gram is not None:
+            return self.group_gram.diagonal(dim1=1, dim2=2).flatten()
+        assert self.input_sq_sum is not None, "the pipeline collects what METHODS says a method needs"
+        return self.input_sq_sum
+
+    def drift(self, weight: Tensor) -> Tensor | None:
+        """(N, K) fp32: (Y_dense - X W^T)^T X, where Y_dense is what the linear should add to the residual stream.
+
+        That is its own output in the dense model and, where it writes to the residual stream, what that lacks.
+        """
+        if self.input_drift is None:
+            return None
+        drift = weight.float() @ self.input_drift
+        return drift if self.residual_drift is None else drift + self.residual_drift
 
 
 def magnitude(weight: Tensor, stats: InputStats, group: int) -> ScoreFactors:
@@ -43,13 +75,13 @@ def magnitude(weight: Tensor, stats: InputStats, group: int) -> ScoreFactors:
 
 def wanda(weight: Tensor, stats: InputStats, group: int) -> ScoreFactors:
     """|w| * ||x_k||_2 (Sun et al., arXiv 2306.11695, eq. 1)."""
-    return ScoreFactors(_sq_sum(stats).sqrt())
+    return ScoreFactors(stats.channel_energy.sqrt())
 
 
 def ria(weight: Tensor, stats: InputStats, group: int) -> ScoreFactors:
     """(|w| / sum of its row + |w| / sum of its column) * ||x_k||^0.5 (Zhang et al., ICLR 2024, eq. 3, a = 0.5)."""
     absolute = weight.float().abs()
-    activation = _sq_sum(stats).sqrt().sqrt()
+    activation = stats.channel_energy.sqrt().sqrt()
     tiny = torch.finfo(torch.float32).tiny
     row = 1 / absolute.sum(1).clamp_min(tiny)
     column = 1 / absolute.sum(0).clamp_min(tiny)
@@ -58,7 +90,7 @@ def ria(weight: Tensor, stats: InputStats, group: int) -> ScoreFactors:
 
 def contribution(weight: Tensor, stats: InputStats, group: int) -> ScoreFactors:
     """L = 1/2 w^2 (1 - x_k^2 / S), S over all inputs: SwiftPrune (arXiv 2501.16376) as its reviews state it."""
-    energy = _sq_sum(stats)
+    energy = stats.channel_energy
     share = energy / energy.sum().clamp_min(torch.finfo(torch.float32).tiny)
     return ScoreFactors((1 - share).clamp_min(0).sqrt())
 
@@ -69,7 +101,7 @@ def contribution_obs(weight: Tensor, stats: InputStats, group: int) -> ScoreFact
     Our derivation: the OBS saliency is 1/2 w^2 / [H^-1]_kk, and for H = x x^T + lambda I Sherman-Morrison gives
     [H^-1]_kk = (1 - x_k^2 / (lambda + S)) / lambda. lambda = DAMPING * S.
     """
-    energy = _sq_sum(stats)
+    energy = stats.channel_energy
     return ScoreFactors(_obs_factor(energy, energy.sum()).sqrt())
 
 
@@ -79,7 +111,7 @@ def contribution_group(weight: Tensor, stats: InputStats, group: int) -> ScoreFa
     Only the weights of one group are compared, so what counts is how the channel stands among those: over all K
     inputs x_k^2 / S is about 1/K and the factor is nearly constant, which leaves little but magnitude.
     """
-    energy = _sq_sum(stats)
+    energy = stats.channel_energy
     competing = energy.view(-1, group).sum(1, keepdim=True).expand(-1, group).flatten()
     return ScoreFactors(_obs_factor(energy, competing).sqrt())
 
@@ -91,7 +123,7 @@ def contribution_share(weight: Tensor, stats: InputStats, group: int) -> ScoreFa
     with 0 magnitude. S is the same for all that compete, so the order is that of |w| ||x_k||^0.5. It is the default
     because none of the forms here that change no weights measured better; Wanda comes close (docs/lab-notes.md).
     """
-    return ScoreFactors(_sq_sum(stats).sqrt().sqrt())
+    return ScoreFactors(stats.channel_energy.sqrt().sqrt())
 
 
 def contribution_data_free(weight: Tensor, stats: InputStats, group: int) -> ScoreFactors:
@@ -104,11 +136,6 @@ def contribution_data_free(weight: Tensor, stats: InputStats, group: int) -> Sco
     return ScoreFactors(
         torch.ones(weight.shape[1]), curvature=1 / row_energy.clamp_min(torch.finfo(torch.float32).tiny)
     )
-
-
-def _sq_sum(stats: InputStats) -> Tensor:
-    assert stats.input_sq_sum is not None, "the pipeline collects what METHODS says a method needs"
-    return stats.input_sq_sum
 
 
 def _obs_factor(energy: Tensor, total: Tensor) -> Tensor:
@@ -125,6 +152,25 @@ class Method:
     summary: str
     needs: Needs
     factors: Callable[[Tensor, InputStats, int], ScoreFactors] | None
+    prune: Callable[[Tensor, InputStats, Pattern, str], Tensor] | None = None
+    """Of what has no separable score: (weight (N, K), statistics, pattern, name) -> pruned fp32 weight (N, K)."""
+
+
+def _by_pairs(weight: Tensor, stats: InputStats, pattern: Pattern, name: str) -> Tensor:
+    assert stats.group_gram is not None
+    if pattern.name != FORMAT:
+        raise SettingsError(f"method swiftprune-pairs judges pairs of a group of four: --format {FORMAT} only")
+    return torch.where(keep_pairs(weight, stats.group_gram), weight, 0)
+
+
+def _by_sparsegpt(weight: Tensor, stats: InputStats, pattern: Pattern, name: str) -> Tensor:
+    assert stats.gram is not None
+    return sparsegpt(weight, stats.gram, pattern, name)
+
+
+def _by_admm(weight: Tensor, stats: InputStats, pattern: Pattern, name: str) -> Tensor:
+    assert stats.gram is not None
+    return admm(weight, stats.gram, stats.drift(weight), pattern, name)
 
 
 METHODS: dict[str, Method] = {
@@ -136,7 +182,9 @@ METHODS: dict[str, Method] = {
     "magnitude": Method("absolute value", "nothing", magnitude),
     "wanda": Method("weight times input norm", "input_sq_sum", wanda),
     "ria": Method("relative importance times input norm", "input_sq_sum", ria),
-    "sparsegpt": Method("second-order mask with an update of the kept weights", "gram", None),
+    "swiftprune-pairs": Method("both weights of a group that go, judged together", "group_gram", None, _by_pairs),
+    "sparsegpt": Method("second-order mask with an update of the kept weights", "gram", None, _by_sparsegpt),
+    "admm": Method("mask and kept weights in turn, against the dense model's outputs", "drift", None, _by_admm),
 }
 
 

@@ -14,11 +14,13 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.pytorch_utils import Conv1D
 
-from swiftprune.errors import CheckpointError, SettingsError
+from swiftprune.errors import CheckpointError, SettingsError, first_line
 from swiftprune.pruning.checkpoint import Checkpoint
 from swiftprune.sparse24.format import unpackable_reason
 
 DEFAULT_IGNORE = r"lm_head|embed"
+# Linears whose output is added to the residual stream, by their names in the architectures that are supported.
+RESIDUAL_WRITERS = {"o_proj", "down_proj", "dense", "dense_4h_to_h"}
 
 
 @dataclass(frozen=True)
@@ -59,26 +61,25 @@ def empty_model(checkpoint: Checkpoint) -> nn.Module:
 
     Raises CheckpointError when transformers does not know the architecture.
     """
-    config = _read_config(checkpoint.folder)
+    config = read_config(checkpoint.folder)
     try:
         with init_empty_weights(include_buffers=False):
             model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     except (ValueError, KeyError, ImportError) as error:
-        first_line = str(error).splitlines()[0]
         raise CheckpointError(
             f"{checkpoint.folder}: transformers has no causal language model for model_type "
-            f"{checkpoint.config.get('model_type')!r}: {first_line}"
+            f"{checkpoint.config.get('model_type')!r}: {first_line(error)}"
         ) from error
     return model.eval()
 
 
-def _read_config(folder: Path) -> PretrainedConfig:
+def read_config(folder: Path) -> PretrainedConfig:
+    """transformers' reading of config.json. Raises CheckpointError when it cannot read it."""
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(folder)
         return config
     except Exception as error:  # transformers raises many types here, all meaning the same to the user
-        first_line = (str(error).splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"{folder / 'config.json'}: transformers cannot read it: {first_line}") from error
+        raise CheckpointError(f"{folder / 'config.json'}: transformers cannot read it: {first_line(error)}") from error
 
 
 def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:

@@ -12,7 +12,10 @@ from transformers import AutoModelForCausalLM
 FP32_PARAMETERS = 1_000_000_000
 
 
-def load_whole_model(folder: Path, parameter_count: int) -> Any:
-    """The causal LM in `folder`, in fp32 when it has at most FP32_PARAMETERS, else in its own dtype."""
-    dtype: Any = torch.float32 if parameter_count <= FP32_PARAMETERS else "auto"
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+def load_whole_model(folder: Path, parameter_count: int, dtype: torch.dtype | None = None) -> Any:
+    """The causal LM in `folder`, in eval mode.
+
+    In `dtype`, or without one in fp32 when it has at most FP32_PARAMETERS, else in its own type.
+    """
+    chosen: Any = dtype or (torch.float32 if parameter_count <= FP32_PARAMETERS else "auto")
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=chosen).eval()

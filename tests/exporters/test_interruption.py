@@ -19,7 +19,9 @@ import pytest
 from exporters import export
 from exporters.workspace import Workspace
 from swiftprune.errors import OutputError
+from swiftprune.pruning import distill, refine_blocks
 from swiftprune.pruning.pipeline import PruneSettings
+from swiftprune.pruning.progress import Progress
 from tests import models
 
 EXPORT = str(Path(sys.executable).parent / "swiftprune-export")
@@ -43,7 +45,7 @@ def digest(folder: Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("target", ["packed", "dense", "torch"])
-@pytest.mark.parametrize("method", ["swiftprune", "sparsegpt", "swiftprune-data-free"])
+@pytest.mark.parametrize("method", ["swiftprune", "admm", "swiftprune-data-free"])
 def test_killed_twice_and_resumed_gives_the_same_bytes(
     method: str, target: Any, tiny_models: Callable[[str], Path], text_file: Path, tmp_path: Path
 ) -> None:
@@ -69,16 +71,52 @@ def test_killed_twice_and_resumed_gives_the_same_bytes(
     assert not (tmp_path / "out.partial").exists()
 
 
+def stop_at(what: str, share: float) -> Progress:
+    def progress(stage: str, done: float, total: float) -> None:
+        if stage == what and done / total > share:
+            raise KeyboardInterrupt
+
+    return progress
+
+
+def test_refined_stopped_everywhere_and_resumed_gives_the_same_bytes(
+    tiny_models: Callable[[str], Path], text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped while pruning, while training, and while the trained blocks are written over the pruned ones."""
+    monkeypatch.setattr(refine_blocks, "STEPS", 6)
+    monkeypatch.setattr(distill, "_SAVE_SECONDS", 0.0)
+    model, out = tiny_models("qwen2"), tmp_path / "out"
+    settings = PruneSettings(
+        method="wanda", refine=("weights", "blocks", "distill"), steps=12, calibration=str(text_file),
+        samples=4, seqlen=32,
+    )  # fmt: skip
+    whole = export(model, tmp_path / "whole", settings)
+    assert whole.distillation[-1].step == 12
+    for stage, share in (("prune", 0.5), ("distill", 0.6)):
+        with pytest.raises(KeyboardInterrupt):
+            export(model, out, settings, resume=True, progress=stop_at(stage, share))
+    write = Workspace.write_shard
+
+    def stop_at_second(self: Workspace, shard: str, *arguments: Any) -> None:
+        if shard.startswith("model-00002"):
+            raise KeyboardInterrupt
+        write(self, shard, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Workspace, "write_shard", stop_at_second)
+        with pytest.raises(KeyboardInterrupt):
+            export(model, out, settings, resume=True)
+    assert not out.exists()
+    export(model, out, settings, resume=True)
+    assert digest(out) == digest(tmp_path / "whole")
+
+
 def test_self_sampled_text_is_kept_over_a_resume(tiny_models: Callable[[str], Path], tmp_path: Path) -> None:
     model, settings = tiny_models("llama-gqa-tied"), PruneSettings(samples=4, seqlen=16)
     export(model, tmp_path / "whole", settings)
 
-    def stop(stage: str, done: float, total: float) -> None:
-        if stage == "prune" and done / total > 0.5:
-            raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
-        export(model, tmp_path / "out", settings, progress=stop)
+        export(model, tmp_path / "out", settings, progress=stop_at("prune", 0.5))
     stages: set[str] = set()
     export(model, tmp_path / "out", settings, resume=True, progress=lambda stage, *_: stages.add(stage))
     assert "sample calibration text" not in stages
@@ -90,12 +128,8 @@ def test_a_partial_export_is_only_resumed_under_the_same_settings(
 ) -> None:
     model, settings = tiny_models("llama-gqa-tied"), PruneSettings(calibration=str(text_file), samples=4, seqlen=16)
 
-    def stop(stage: str, done: float, total: float) -> None:
-        if stage == "prune" and done / total > 0.5:
-            raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
-        export(model, tmp_path / "out", settings, progress=stop)
+        export(model, tmp_path / "out", settings, progress=stop_at("prune", 0.5))
     with pytest.raises(OutputError, match="interrupted here; continue it with --resume"):
         export(model, tmp_path / "out", settings)
     with pytest.raises(OutputError, match=r'was started with settings = .*"seed": 0.*now it is .*"seed": 1'):

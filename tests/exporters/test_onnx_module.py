@@ -100,11 +100,13 @@ def test_models_answer_as_in_torch(name: str, packed: bool, tmp_path: Path) -> N
 
 def test_the_training_flag_stays(tmp_path: Path) -> None:
     module = nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5)).train()
+    module[1].eval()
     swiftprune.prune_module(module)
     made = export_module(
         module, torch.randn(2, 8), tmp_path / "m.onnx", input_names=["pixels"], output_names=["scores"]
     )
     assert module.training
+    assert [child.training for child in module] == [True, False]
     assert made.packed == {"0.weight": (8, 8)}
     session = onnxruntime.InferenceSession(tmp_path / "m.onnx")
     assert [session.get_inputs()[0].name, session.get_outputs()[0].name] == ["pixels", "scores"]

@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from swiftprune.errors import CheckpointError, FormatError, SettingsError
+from swiftprune.pruning import least_squares, refine_blocks
 from swiftprune.pruning.calibration_text import calibration_tokens
 from swiftprune.pruning.checkpoint import Checkpoint
 from swiftprune.pruning.mask import Pattern
+from swiftprune.pruning.pairs import keep_pairs
 from swiftprune.pruning.pipeline import Pipeline, PruneSettings, prune
 from swiftprune.pruning.progress import silent
 from swiftprune.pruning.sparsegpt import sparsegpt
@@ -103,6 +105,145 @@ def test_pipeline_equals_a_naive_run_of_the_whole_model(
     assert compared == linears > 0
 
 
+def record_inputs(model: Any, block: Any, tokens: Tensor) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """By name in the block, what enters its linears on `tokens`; then what enters the block and what leaves it."""
+    inputs: dict[str, Tensor] = {}
+    ends: dict[str, Tensor] = {}
+
+    def save(key: str, tensor: Tensor, to: dict[str, Tensor]) -> None:
+        to[key] = tensor.flatten(0, -2)
+
+    hooks = [
+        module.register_forward_pre_hook(lambda module, args, key=key: save(key, args[0], inputs))
+        for key, module in block.named_modules()
+        if isinstance(module, nn.Linear)
+    ]
+    hooks.append(block.register_forward_pre_hook(lambda module, args: save("in", args[0], ends)))
+    hooks.append(
+        block.register_forward_hook(
+            lambda module, args, out: save("out", out[0] if isinstance(out, tuple) else out, ends)
+        )
+    )
+    with torch.no_grad():
+        model(input_ids=tokens)
+    for hook in hooks:
+        hook.remove()
+    return inputs, ends["in"], ends["out"]
+
+
+def drifted_target(key: str, weight: Tensor, x: Tensor, dense_x: Tensor, lack: Tensor) -> Tensor:
+    """What a linear should give: the docstrings of `least_squares` and `InputStats.drift` in words of samples."""
+    wanted = dense_x.double() @ weight.double().T
+    if key.rpartition(".")[2] in {"o_proj", "down_proj", "dense", "dense_4h_to_h"}:
+        wanted = wanted + lack.double()
+    own = x.double() @ weight.double().T
+    return own + least_squares.DRIFT_SHARE * (wanted - own)
+
+
+@pytest.mark.parametrize("name", ["llama-gqa-tied", "gpt-neox"])
+@pytest.mark.parametrize("settings", [{"method": "admm"}, {"method": "wanda", "refine": ("weights",)}])
+def test_weights_are_solved_for_against_the_dense_model(
+    name: str, settings: dict[str, Any], text_file: Path, tmp_path: Path
+) -> None:
+    """Whole models side by side; given the mask, the kept weights must be near the least-squares optimum."""
+    folder = models.write_model(tmp_path / "model", models.SUPPORTED[name], torch.float32)
+    common: dict[str, Any] = {"calibration": str(text_file), "samples": 6, "seqlen": 48}
+    tokens = calibration_tokens(str(text_file), Checkpoint(folder), samples=6, seqlen=48, seed=0, progress=silent)
+    dense = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    sparse = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    blocks = BLOCK_LISTS.get(name, "model.layers")
+    pipeline = Pipeline(Checkpoint(folder), PruneSettings(**common, **settings))
+    gained = []
+    for index, done in enumerate(pipeline.blocks()):
+        inputs, start, _ = record_inputs(sparse, sparse.get_submodule(f"{blocks}.{index}"), tokens)
+        dense_inputs, dense_start, _ = record_inputs(dense, dense.get_submodule(f"{blocks}.{index}"), tokens)
+        for tensor, packed in done.weights.items():
+            assert isinstance(packed, Packed24)
+            key = tensor.removeprefix(f"{blocks}.{index}.").removesuffix(".weight")
+            weight, got = sparse.get_parameter(tensor).data.clone(), unpack(packed)
+            target = drifted_target(key, weight, inputs[key], dense_inputs[key], dense_start - start)
+            x = inputs[key].double()
+            ridge = (least_squares.DAMPING * x.square().sum(0)).sqrt()
+
+            def cost(v: Tensor, w: Tensor = weight, x: Tensor = x, y: Tensor = target, r: Tensor = ridge) -> float:
+                error = (x @ v.double().T - y).square().sum() + ((v - w).double() * r).square().sum()
+                return float(error)
+
+            lowest = torch.zeros_like(weight, dtype=torch.float64)
+            for row in range(len(weight)):
+                kept = (got[row] != 0).nonzero().flatten()
+                left = torch.cat((x[:, kept], torch.diag(ridge)[:, kept]))
+                right = torch.cat((target[:, row], torch.where(got[row] != 0, ridge * weight[row], 0)))
+                lowest[row, kept] = torch.linalg.lstsq(left, right[:, None]).solution.flatten()
+            plain = cost(torch.where(got != 0, weight, 0))
+            assert cost(got) - cost(lowest) < 0.1 * (plain - cost(lowest)), tensor
+            gained.append(1 - cost(got) / plain)
+            sparse.get_parameter(tensor).data = got
+    assert len(gained) > 10
+    assert sum(gained) / len(gained) > 0.2
+
+
+def test_one_pass_calibrates_on_the_dense_model(text_file: Path, tmp_path: Path) -> None:
+    folder = models.write_model(tmp_path / "model", models.SUPPORTED["llama-gqa-tied"], torch.float32)
+    settings = PruneSettings(method="wanda", calibration=str(text_file), samples=6, seqlen=48, one_pass=True)
+    tokens = calibration_tokens(str(text_file), Checkpoint(folder), samples=6, seqlen=48, seed=0, progress=silent)
+    dense = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    for index, done in enumerate(Pipeline(Checkpoint(folder), settings).blocks()):
+        inputs, _, _ = record_inputs(dense, dense.get_submodule(f"model.layers.{index}"), tokens)
+        for tensor, packed in done.weights.items():
+            assert isinstance(packed, Packed24)
+            key = tensor.removeprefix(f"model.layers.{index}.").removesuffix(".weight")
+            want = naive_wanda(dense.get_parameter(tensor).data, inputs[key])
+            assert ((unpack(packed) == want).all(dim=1)).float().mean() >= 0.95, tensor
+
+
+def test_pairs_see_how_inputs_go_together(text_file: Path, tmp_path: Path) -> None:
+    folder = models.write_model(tmp_path / "model", models.SUPPORTED["llama-gqa-tied"], torch.float32)
+    settings = PruneSettings(method="swiftprune-pairs", calibration=str(text_file), samples=6, seqlen=48, one_pass=True)
+    tokens = calibration_tokens(str(text_file), Checkpoint(folder), samples=6, seqlen=48, seed=0, progress=silent)
+    dense = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    done = next(Pipeline(Checkpoint(folder), settings).blocks())
+    inputs, _, _ = record_inputs(dense, dense.get_submodule("model.layers.0"), tokens)
+    for key, x in inputs.items():
+        packed = done.weights[f"model.layers.0.{key}.weight"]
+        assert isinstance(packed, Packed24)
+        grouped = x.view(len(x), -1, 4)
+        mask = keep_pairs(
+            dense.get_parameter(f"model.layers.0.{key}.weight"), torch.einsum("tgi,tgj->gij", grouped, grouped)
+        )
+        assert ((unpack(packed) != 0) == mask).float().mean() > 0.99, key
+
+
+@pytest.mark.parametrize("name", ["llama-gqa-tied", "gpt-neox"])
+def test_refined_blocks_come_closer_to_the_dense_ones(
+    name: str, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(refine_blocks, "STEPS", 60)
+    folder = models.write_model(tmp_path / "model", models.SUPPORTED[name], torch.float32)
+    tokens = calibration_tokens(str(text_file), Checkpoint(folder), samples=6, seqlen=48, seed=0, progress=silent)
+    errors = {}
+    for refine in ((), ("blocks",)):
+        settings = PruneSettings(
+            method="wanda", refine=refine, calibration=str(text_file), samples=6, seqlen=48
+        )  # fmt: skip
+        dense = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        sparse = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        trained = set()
+        for done in Pipeline(Checkpoint(folder), settings).blocks():
+            for tensor, weight in done.weights.items():
+                parameter = sparse.get_parameter(tensor)
+                after = unpack(weight) if isinstance(weight, Packed24) else weight
+                if parameter.ndim == 1 and not torch.equal(parameter, after):
+                    trained.add(tensor.rpartition(".")[0].rpartition(".")[2])
+                parameter.data = after
+        assert bool(trained) == bool(refine)
+        blocks = BLOCK_LISTS.get(name, "model.layers")
+        _, _, want = record_inputs(dense, dense.get_submodule(f"{blocks}.2"), tokens)
+        _, _, got = record_inputs(sparse, sparse.get_submodule(f"{blocks}.2"), tokens)
+        errors[refine] = float(((got - want).norm(dim=1) / want.norm(dim=1)).mean())
+    assert errors["blocks",] < 0.9 * errors[()]
+
+
 def test_sparsegpt_beats_its_own_mask_without_update() -> None:
     """The update is what SparseGPT is for: same mask, lower output error on correlated inputs."""
     generator = torch.Generator().manual_seed(5)
@@ -169,6 +310,18 @@ def test_settings_that_clash_are_refused() -> None:
         PruneSettings(method="wanda", calibration="none").resolved()
     assert PruneSettings(calibration="none").resolved().method == "swiftprune-data-free"
     assert PruneSettings(method="magnitude", calibration="text.txt").resolved().calibration == "none"
+    assert PruneSettings(method="magnitude", calibration="text.txt", refine=("weights",)).resolved().calibration
+    clashes: list[tuple[dict[str, Any], str]] = [
+        ({"refine": ("weights",), "calibration": "none"}, "--refine weights needs calibration data"),
+        ({"refine": ("distill",)}, "needs a budget: give either --minutes or --steps"),
+        ({"refine": ("distill",), "minutes": 1, "steps": 1}, "needs a budget: give either --minutes or --steps"),
+        ({"minutes": 1}, "add --refine distill"),
+        ({"refine": ("blocks",), "one_pass": True}, "leave out --one-pass"),
+    ]
+    for refused, message in clashes:
+        with pytest.raises(SettingsError, match=message):
+            PruneSettings(**refused).resolved()
+    assert PruneSettings(refine=("distill", "weights"), steps=1).resolved().refine == ("weights", "distill")
     with pytest.raises(SettingsError, match="not a regular expression"):
         PruneSettings(ignore="(").resolved()
 

@@ -22,12 +22,14 @@ except ImportError:  # installed without a compiler: dispatch.py says so
 ISAS = ("avx512", "avx2", "generic")
 LINEAR_ISAS: tuple[str, ...] = _native.LINEAR_ISAS if _native is not None else ()
 ONNXRUNTIME_LIBRARY: Path | None = (
-    Path(_native.__file__).with_name("libswiftprune_onnxruntime.so") if _native is not None else None
+    library
+    if _native is not None and (library := Path(_native.__file__).with_name("libswiftprune_onnxruntime.so")).exists()
+    else None
 )
-"""The linear kernels as a custom operator of ONNX Runtime; not built by every compiler."""
+"""The linear kernels as a custom operator of ONNX Runtime, where they were built."""
 SHARES_TORCH_THREADS: bool = _native is not None and _native.use_openmp_of("libtorch_cpu.so")
 """Whether the kernels run on torch's own OpenMP team. Without it they start threads for each call."""
-_BYTES_PER_THREAD = 32 << 10  # of the stream; below, waking another thread costs more than it saves
+_BYTES_PER_THREAD: int = _native.BYTES_PER_THREAD if _native is not None else 0
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
@@ -102,13 +104,13 @@ class NativeKernels:
 
 def linear_isas(dtype: torch.dtype) -> list[str]:
     """Instruction sets whose linear kernel was built, can run on this CPU and takes `dtype`, fastest first."""
-    return [isa for isa in LINEAR_ISAS if linear_kernel(isa, dtype, dtype)]
+    return [isa for isa in LINEAR_ISAS if linear_kernel(isa, dtype)]
 
 
 @functools.cache
-def linear_kernel(isa: str, dtype: torch.dtype, x_dtype: torch.dtype) -> int:
-    """The address of a linear kernel for a stream of `dtype` and inputs of `x_dtype`, or 0 when none can run here."""
-    return int(_native.linear24_for(isa, _DTYPES[dtype], _DTYPES[x_dtype]))
+def linear_kernel(isa: str, dtype: torch.dtype) -> int:
+    """The address of a linear kernel, or 0 when it cannot run here."""
+    return int(_native.linear24_for(isa, _DTYPES[dtype]))
 
 
 def to_stream(values: Tensor, metadata: Tensor) -> Tensor:
@@ -138,20 +140,17 @@ def stream_bytes(dtype: torch.dtype, rows: int, cols: int) -> int:
 
 
 def linear24(
-    isa: str, x: Tensor, stream: Tensor, bias: Tensor | None, rows: int, out_dtype: torch.dtype | None = None,
-    dtype: torch.dtype | None = None,
-) -> Tensor:  # fmt: skip
+    isa: str, x: Tensor, stream: Tensor, bias: Tensor | None, rows: int, out_dtype: torch.dtype | None = None
+) -> Tensor:
     """y (..., N) = x (..., K) W^T + bias (N), W the weight in `stream`, sums in fp32, rounded once to `out_dtype`.
 
-    The stream's values and bias are of `dtype`; x and `out_dtype` are that, as they are by default, or float32. Costs
-    no dispatch: 210 of these make a token of a 30-layer model.
+    x, the stream's values and bias are of one dtype; `out_dtype` is that or float32. Costs no dispatch: 210 of these
+    make a token of a 30-layer model.
     """
-    x_dtype = x.dtype
-    if dtype is None:
-        dtype = x_dtype
+    dtype = x.dtype
     shape = x.shape
     cols = shape[-1]
-    kernel = linear_kernel(isa, dtype, x_dtype)
+    kernel = linear_kernel(isa, dtype)
     if not kernel:
         raise ValueError(f"the {isa!r} linear kernel cannot run on {dtype} here; those that can: {linear_isas(dtype)}")
     if stream.numel() != stream_bytes(dtype, rows, cols):
@@ -164,7 +163,7 @@ def linear24(
         if x.stride(1) != 1:
             x, stride = x.contiguous(), cols
     if out_dtype is None:  # spelled so that torch takes half the time
-        out_dtype, y = x_dtype, x.new_empty(*shape[:-1], rows)
+        out_dtype, y = dtype, x.new_empty(*shape[:-1], rows)
     else:
         y = x.new_empty(*shape[:-1], rows, dtype=out_dtype)
     tokens = x.numel() // cols
@@ -173,7 +172,7 @@ def linear24(
         threads = min(threads, 1 + tokens * stream.numel() // _BYTES_PER_THREAD)
     if tokens:
         _native.linear24(
-            kernel, _DTYPES[dtype], _DTYPES[x_dtype], _DTYPES[out_dtype], stream.data_ptr(),
+            kernel, _DTYPES[dtype], _DTYPES[out_dtype], stream.data_ptr(),
             0 if bias is None else bias.data_ptr(), x.data_ptr(), stride, y.data_ptr(), tokens, rows, cols, threads,
         )  # fmt: skip
     return y

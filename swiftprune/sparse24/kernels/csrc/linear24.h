@@ -38,6 +38,9 @@ void swiftprune_linear24_neon(const swiftprune_linear24_args*, int64_t first, in
 
 namespace swiftprune {
 
+// Of the stream; below, waking another thread costs more than it saves.
+constexpr int64_t kBytesPerThread = 32 << 10;
+
 // Instruction sets that may have a linear kernel, fastest first.
 constexpr const char* kLinearIsas[] = {"avx512_bf16", "avx512", "avx2", "neon", "generic"};
 

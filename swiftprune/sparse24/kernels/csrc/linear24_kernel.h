@@ -32,7 +32,6 @@
 namespace swiftprune {
 namespace {
 
-constexpr int64_t kCacheLine = 64;
 // Bytes of one token's x in an inner part: its unpacked weights (8 rows) and a tile's x share the first-level cache.
 constexpr int64_t kInnerBytes = 2048;
 // What an outer part takes of the second-level cache: x of so many tokens and bytes, sums of so many row blocks.
@@ -110,7 +109,8 @@ struct Linear24 {
   // out[step][token][kInputs], so that a tile reads one line after the other.
   static void pack_x(const Job& job, int64_t token, int64_t tokens, int64_t begin, int64_t width, Input* out) {
     if (job.x_in_place())
-      pack_x_as<Input>(job, token, tokens, begin, width, out, [](const Input* x, Input* to) { std::copy_n(x, V::kInputs, to); });
+      pack_x_as<Input>(job, token, tokens, begin, width, out,
+                       [](const Input* x, Input* to) { std::copy_n(x, V::kInputs, to); });
     else
       pack_x_as<Bits>(job, token, tokens, begin, width, out, V::widen);
   }

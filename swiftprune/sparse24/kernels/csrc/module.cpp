@@ -143,13 +143,16 @@ NB_MODULE(_native, m) {
 
   m.def("use_openmp_of", [](const std::string& library) { return use_openmp_of(library.c_str()); });
 
-  // The address of a linear kernel, or 0 when this CPU cannot run it or it has none for the types.
-  m.def("linear24_for", [](const std::string& isa, int dtype, int x_dtype) {
-    return reinterpret_cast<uintptr_t>(linear24_for(isa.c_str(), static_cast<Dtype>(dtype), static_cast<Dtype>(x_dtype)));
-  });
+  nb::list linear_isas;
+  for (const char* isa : kLinearIsas) linear_isas.append(isa);
+  m.attr("LINEAR_ISAS") = nb::tuple(linear_isas);
+  m.attr("BYTES_PER_THREAD") = kBytesPerThread;
 
-  m.attr("LINEAR_ISAS") = nb::make_tuple(kLinearIsas[0], kLinearIsas[1], kLinearIsas[2], kLinearIsas[3], kLinearIsas[4]);
-  static_assert(std::size(kLinearIsas) == 5);
+  // The address of a linear kernel, or 0 when this CPU cannot run it or it has none for the dtype.
+  m.def("linear24_for", [](const std::string& isa, int dtype) {
+    const auto of = static_cast<Dtype>(dtype);
+    return reinterpret_cast<uintptr_t>(linear24_for(isa.c_str(), of, of));
+  });
 
   m.def("stream_bytes", [](int dtype, int64_t rows, int64_t cols) {
     return stream_bytes(static_cast<Dtype>(dtype), rows, cols);
@@ -174,9 +177,9 @@ NB_MODULE(_native, m) {
     });
   });
 
-  m.def("linear24", [](uintptr_t kernel, int dtype, int x_dtype, int y_dtype, uintptr_t stream, uintptr_t bias, uintptr_t x,
+  m.def("linear24", [](uintptr_t kernel, int dtype, int y_dtype, uintptr_t stream, uintptr_t bias, uintptr_t x,
                        int64_t x_stride, uintptr_t y, int64_t tokens, int64_t rows, int64_t cols, int threads) {
-    const swiftprune_linear24_args args{dtype, x_dtype, y_dtype, at<const void*>(stream), at<const void*>(bias),
+    const swiftprune_linear24_args args{dtype, dtype, y_dtype, at<const void*>(stream), at<const void*>(bias),
                                         at<const void*>(x), x_stride, at<void*>(y), rows, tokens, rows, cols};
     const auto run = at<swiftprune_linear24_fn>(kernel);
     const int64_t blocks = blocks_of(rows);

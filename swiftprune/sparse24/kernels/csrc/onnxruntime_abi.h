@@ -46,7 +46,6 @@ constexpr Function<26, Status*(const char* name, CustomOpDomain**)> CreateCustom
 constexpr Function<27, Status*(CustomOpDomain*, const struct CustomOp*)> CustomOpDomainAdd;
 constexpr Function<28, Status*(SessionOptions*, CustomOpDomain*)> AddCustomOpDomain;
 constexpr Function<51, Status*(Value*, void** data)> GetTensorMutableData;
-constexpr Function<60, Status*(const TensorInfo*, ElementType*)> GetTensorElementType;
 constexpr Function<61, Status*(const TensorInfo*, size_t*)> GetDimensionsCount;
 constexpr Function<62, Status*(const TensorInfo*, int64_t* dimensions, size_t count)> GetDimensions;
 constexpr Function<65, Status*(const Value*, TensorInfo**)> GetTensorTypeAndShape;

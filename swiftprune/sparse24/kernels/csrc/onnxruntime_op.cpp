@@ -20,6 +20,7 @@
 #include <thread>
 #include <vector>
 
+#include "group.h"
 #include "linear24.h"
 #include "onnxruntime_abi.h"
 #include "sparse24.h"
@@ -29,8 +30,6 @@
 namespace swiftprune {
 namespace {
 
-constexpr int64_t kBytesPerThread = 32 << 10;  // of the stream; below, waking another thread costs more than it saves
-constexpr int64_t kCacheLine = 64;
 constexpr size_t kInputCount = 3;
 
 std::atomic<int64_t> created[std::size(kLinearIsas)];
@@ -65,7 +64,6 @@ ort::ElementType element_type(Dtype dtype) {
 }
 
 struct Tensor {
-  ort::ElementType type{};
   std::vector<int64_t> shape;
   void* data = nullptr;
 
@@ -75,7 +73,6 @@ struct Tensor {
     const auto release = [&api](ort::TensorInfo* i) { api(ort::ReleaseTensorTypeAndShapeInfo, i); };
     const std::unique_ptr<ort::TensorInfo, decltype(release)> owner(info, release);
     size_t count = 0;
-    check(api, api(ort::GetTensorElementType, info, &type));
     check(api, api(ort::GetDimensionsCount, info, &count));
     shape.resize(count);
     check(api, api(ort::GetDimensions, info, shape.data(), count));
@@ -101,11 +98,11 @@ void page_out([[maybe_unused]] const Tensor& tensor, [[maybe_unused]] int64_t by
 }
 
 void check_metadata(const uint8_t* metadata, int64_t rows, int64_t cols) {
-  const int64_t groups = cols / kGroup, stride = (groups + 1) / 2;
+  const int64_t groups = cols / kGroup, stride = metadata_stride(cols);
   for (int64_t row = 0; row < rows; ++row)
     for (int64_t g = 0; g < 2 * stride; ++g) {
-      const unsigned nibble = metadata[row * stride + g / 2] >> (g % 2 * 4) & 15u;
-      if (g < groups ? (nibble & 3u) < nibble >> 2 : nibble == 0) continue;
+      const auto nibble = static_cast<uint8_t>(metadata[row * stride + g / 2] >> (g % 2 * 4) & 15u);
+      if (g < groups ? valid_nibble(nibble) : nibble == 0) continue;
       char text[160];
       std::snprintf(text, sizeof text,
                     "metadata of row %lld, group %lld is %#x, not a pair of ascending positions; the file is damaged",
@@ -141,7 +138,7 @@ class Kernel {
       throw std::runtime_error("values must be (N, K/2) with K a multiple of 4, not " + values.shape_text());
     rows_ = values.shape[0];
     cols_ = values.shape[1] / kKept * kGroup;
-    const int64_t stride = (cols_ / kGroup + 1) / 2;
+    const int64_t stride = metadata_stride(cols_);
     if (metadata.shape != std::vector<int64_t>{rows_, stride})
       throw std::runtime_error("metadata must be (" + std::to_string(rows_) + ", " + std::to_string(stride) +
                                ") beside values " + values.shape_text() + ", not " + metadata.shape_text());
@@ -268,7 +265,7 @@ struct Op : ort::CustomOp {
 };
 
 const Op kOps[] = {
-    {Dtype::kFloat32, Dtype::kFloat32},  {Dtype::kFloat32, Dtype::kFloat16},   {Dtype::kFloat32, Dtype::kBFloat16},
+    {Dtype::kFloat32, Dtype::kFloat32}, {Dtype::kFloat32, Dtype::kFloat16},   {Dtype::kFloat32, Dtype::kBFloat16},
     {Dtype::kFloat16, Dtype::kFloat16}, {Dtype::kBFloat16, Dtype::kBFloat16},
 };
 
@@ -298,8 +295,4 @@ SWIFTPRUNE_EXPORT swiftprune::ort::Status* RegisterCustomOps(swiftprune::ort::Se
 // Kernels made so far in this process that run on an instruction set of `kLinearIsas`; -1 past the last.
 SWIFTPRUNE_EXPORT int64_t swiftprune_kernels_created(size_t isa) {
   return isa < std::size(swiftprune::kLinearIsas) ? swiftprune::created[isa].load() : -1;
-}
-
-SWIFTPRUNE_EXPORT const char* swiftprune_isa(size_t isa) {
-  return isa < std::size(swiftprune::kLinearIsas) ? swiftprune::kLinearIsas[isa] : nullptr;
 }

@@ -6,12 +6,12 @@
 
 #include <algorithm>
 
+#include "group.h"
+
 namespace swiftprune {
 namespace {
 
 constexpr int64_t kHalfGroups = kHalfInputs / kGroup;
-
-int64_t metadata_stride(int64_t cols) { return (cols / kGroup + 1) / 2; }
 
 // Calls visit(chunk, half, pair, lane0, row, group) for every group of `rows` x `cols` in the blocks: lane0 is 0 for
 // the first row of a pair and 2 for the second.

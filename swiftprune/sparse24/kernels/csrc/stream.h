@@ -25,6 +25,8 @@ constexpr int64_t kBlockRows = 2 * kRowPairs;
 constexpr int64_t kHalfInputs = 32;
 constexpr int64_t kChunkInputs = 2 * kHalfInputs;
 
+constexpr int64_t kCacheLine = 64;
+
 template <class Bits>
 struct Chunk {
   uint64_t metadata[2][kRowPairs];

@@ -1,0 +1,268 @@
+"""Distillation: the whole sparse model learns to predict what its dense original does, by its kept weights alone.
+
+Hinton et al., "Distilling the Knowledge in a Neural Network" (arXiv 1503.02531), with the Kullback-Leibler divergence
+of the next token's distribution as the only loss. Text needs no labels, so any will do that is like what the model is
+for. Masters and Adam's moments are float32; products are computed in the type asked for. Logits of a vocabulary of
+128,000 are large, so the divergence and its gradient are made for a few tokens at a time.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+import math
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from swiftprune.errors import CheckpointError, SettingsError
+from swiftprune.pruning.progress import Progress, silent
+
+STAGE = "distill"
+LEARNING_RATE = 3e-4
+WARMUP = 0.05
+LAST_RATE = 0.01  # of the learning rate, at the end
+BETAS = (0.9, 0.95)
+LARGEST_GRADIENT = 1.0
+BATCH_TOKENS = 1024
+SEQLEN = 256
+# Of the windows, the last ones, held back; at most so many.
+VALIDATION_SHARE = 0.03
+VALIDATION_WINDOWS = 32
+VALIDATIONS = 10
+# Validations in a row without a new lowest divergence, after which it stops.
+PATIENCE = 3
+# Logits in memory at a time: 128 MiB in fp32, and the same again for the teacher's and for each gradient.
+_CHUNK_LOGITS = 1 << 25
+_SAVE_SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How long to train: so many minutes, or so many steps, which gives the same bytes on the same machine."""
+
+    minutes: float | None = None
+    steps: int | None = None
+
+    def share(self, minutes: float, steps: int) -> float:
+        """How much of it is used up, from 0 to 1."""
+        if self.steps is not None:
+            return min(1.0, steps / self.steps)
+        assert self.minutes is not None
+        return min(1.0, minutes / self.minutes) if self.minutes else 1.0
+
+
+@dataclass
+class Validation:
+    """How far the sparse model is from the dense one on text it does not learn from."""
+
+    step: int
+    minutes: float
+    """Of training, until then."""
+    divergence: float
+    """Kullback-Leibler, in nats a token."""
+    perplexity: float
+
+
+class Distillation:
+    """Trains `student`, a causal LM of transformers, towards `teacher`, in place.
+
+    `keep_masks` (bool, True = kept) names the sparse parameters; of these the kept weights move, and with them every
+    one-dimensional parameter whose name starts with `within` (norms, biases). All else is frozen. `tokens` are (W, T)
+    int64 windows, of which the last are held back for validation. With `state`, a file, training is saved there once a
+    minute, and a new Distillation with the same arguments continues from there.
+
+    Raises SettingsError when there are too few windows, CheckpointError when the loss is not finite or when the
+    architecture makes its logits from its hidden states by more than a linear head.
+    """
+
+    def __init__(
+        self, student: Any, teacher: Any, keep_masks: Mapping[str, Tensor], within: str, tokens: Tensor, *,
+        compute: torch.dtype = torch.float32, seed: int = 0, state: Path | None = None, progress: Progress = silent,
+    ) -> None:  # fmt: skip
+        if len(tokens) < 2:
+            raise SettingsError(f"distillation needs at least two windows of {tokens.shape[1]} tokens; give more text")
+        held_back = min(VALIDATION_WINDOWS, max(1, int(len(tokens) * VALIDATION_SHARE)))
+        self._train, self._held_back = tokens[:-held_back], tokens[-held_back:]
+        self._student, self._teacher = student, teacher.requires_grad_(False)
+        self._compute = compute
+        self._seed = seed
+        self._file = state
+        self._progress = progress
+        self._trained = self._trainable(keep_masks, within)
+        self._adam = torch.optim.Adam(self._trained.values(), lr=LEARNING_RATE, betas=BETAS, fused=True)
+        self._steps = 0
+        self._minutes = 0.0
+        self._best: dict[str, Tensor] = {}
+        self.validations: list[Validation] = []
+        self._load()
+
+    def _trainable(self, keep_masks: Mapping[str, Tensor], within: str) -> dict[str, nn.Parameter]:
+        self._student.requires_grad_(False)
+        trained = {}
+        for name, parameter in self._student.named_parameters():
+            if name in keep_masks or (parameter.ndim == 1 and name.startswith(within)):
+                trained[name] = parameter.requires_grad_(True)
+            if name in keep_masks:
+                parameter.register_hook(functools.partial(torch.mul, keep_masks[name].to(parameter.device)))
+        return trained
+
+    def run(self, budget: Budget) -> list[Validation]:
+        """Trains until `budget` is used up or validation stops falling, and leaves the best weights in the student."""
+        if not self.validations:
+            self._check_head()
+            self._validate()
+        start = saved = time.monotonic()
+        before = self._minutes
+        batches = self._batches()
+        while (used := budget.share(self._minutes, self._steps)) < 1 and not self._stagnates():
+            self._progress(STAGE, round(used * 1000), 1000)
+            self._step(next(batches), _learning_rate(used))
+            self._steps += 1
+            self._minutes = before + (time.monotonic() - start) / 60
+            if budget.share(self._minutes, self._steps) * VALIDATIONS >= len(self.validations):
+                self._validate()
+            if self._file and time.monotonic() - saved > _SAVE_SECONDS:
+                self.save(self._file)
+                saved = time.monotonic()
+        self._progress(STAGE, 1000, 1000)
+        with torch.no_grad():
+            for name, best in self._best.items():
+                self._trained[name].copy_(best)
+        return self.validations
+
+    def _stagnates(self) -> bool:
+        lowest = min(range(len(self.validations)), key=lambda index: self.validations[index].divergence)
+        return len(self.validations) - 1 - lowest >= PATIENCE
+
+    def _batches(self) -> Iterator[Tensor]:
+        """Windows in a new random order each time around, from where the steps taken so far have left off."""
+        size = max(1, BATCH_TOKENS // self._train.shape[1])
+        for count in itertools.count(self._steps):
+            around, index = divmod(count * size, len(self._train) // size * size or 1)
+            generator = torch.Generator().manual_seed(self._seed + around)
+            yield self._train[torch.randperm(len(self._train), generator=generator)[index : index + size]]
+
+    def _step(self, batch: Tensor, learning_rate: float) -> None:
+        target = self._hidden(self._teacher, batch)
+        hidden = self._hidden(self._student, batch)
+        loss, gradient = self._divergence(hidden.detach(), target)
+        if not math.isfinite(loss):
+            raise CheckpointError(f"distillation: the loss is {loss} at step {self._steps}; prune without it, or look "
+                                  "for very large weights in the checkpoint")  # fmt: skip
+        hidden.backward(gradient)  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(self._trained.values(), LARGEST_GRADIENT)
+        for group in self._adam.param_groups:
+            group["lr"] = learning_rate
+        self._adam.step()
+        self._adam.zero_grad(set_to_none=True)
+
+    def _hidden(self, model: Any, batch: Tensor) -> Tensor:
+        """(tokens, H) fp32: what enters the head."""
+        training = model is self._student and torch.is_grad_enabled()
+        with torch.set_grad_enabled(training), self._autocast():
+            base = getattr(model, model.base_model_prefix)
+            hidden: Tensor = base(input_ids=batch.to(model.device), use_cache=False).last_hidden_state
+        return hidden.flatten(0, 1).float()
+
+    def _autocast(self) -> torch.autocast:
+        device = self._student.device.type
+        return torch.autocast(device, self._compute, enabled=self._compute != torch.float32)
+
+    def _log_probabilities(self, model: Any, hidden: Tensor) -> Tensor:
+        with self._autocast():
+            logits: Tensor = model.get_output_embeddings()(hidden)
+        return logits.float().log_softmax(-1)
+
+    def _divergence(self, hidden: Tensor, target: Tensor) -> tuple[float, Tensor]:
+        """Mean KL(teacher || student) over tokens, and its gradient by the student's `hidden` (tokens, H)."""
+        gradient = torch.empty_like(hidden)
+        total = 0.0
+        for rows in self._chunks(len(hidden)):
+            with torch.no_grad():
+                wanted = self._log_probabilities(self._teacher, target[rows])
+            part = hidden[rows].requires_grad_(True)
+            log_probabilities = self._log_probabilities(self._student, part)
+            loss = F.kl_div(log_probabilities, wanted, reduction="sum", log_target=True) / len(hidden)
+            loss.backward()  # type: ignore[no-untyped-call]
+            assert part.grad is not None
+            gradient[rows] = part.grad
+            total += float(loss.detach())
+        return total, gradient
+
+    def _chunks(self, tokens: int) -> Iterator[slice]:
+        size = max(1, _CHUNK_LOGITS // self._student.config.vocab_size)
+        return (slice(start, start + size) for start in range(0, tokens, size))
+
+    @torch.no_grad()
+    def _validate(self) -> None:
+        divergence = likelihood = 0.0
+        for window in self._held_back:
+            hidden, target = self._hidden(self._student, window[None]), self._hidden(self._teacher, window[None])
+            following = window[1:].to(hidden.device)
+            for rows in self._chunks(len(hidden) - 1):
+                log_probabilities = self._log_probabilities(self._student, hidden[:-1][rows])
+                wanted = self._log_probabilities(self._teacher, target[:-1][rows])
+                divergence += float(F.kl_div(log_probabilities, wanted, reduction="sum", log_target=True))
+                likelihood += float(F.nll_loss(log_probabilities, following[rows], reduction="sum"))
+        count = len(self._held_back) * (self._held_back.shape[1] - 1)
+        result = Validation(self._steps, self._minutes, divergence / count, math.exp(likelihood / count))
+        if all(result.divergence < other.divergence for other in self.validations):
+            self._best = {name: parameter.detach().clone() for name, parameter in self._trained.items()}
+        self.validations.append(result)
+
+    @torch.no_grad()
+    def _check_head(self) -> None:
+        """Some architectures scale or cap their logits after the head, which `_log_probabilities` would miss."""
+        window = self._held_back[:1]
+        with self._autocast():
+            logits = self._teacher(input_ids=window.to(self._teacher.device), use_cache=False).logits[0].float()
+        ours = self._log_probabilities(self._teacher, self._hidden(self._teacher, window))
+        if not torch.allclose(logits.log_softmax(-1), ours, atol=0.05, rtol=0.05):
+            raise SettingsError(f"--refine distill: {type(self._teacher).__name__} changes its logits after the head, "
+                                "which distillation does not support; use other refinements")  # fmt: skip
+
+    def save(self, path: Path) -> None:
+        """Writes all that training depends on, aside and then renamed."""
+        tensors = {}
+        for name, parameter in self._trained.items():
+            tensors[f"weight {name}"] = parameter.detach()
+            for key, value in self._adam.state[parameter].items():
+                tensors[f"{key} {name}"] = value
+        tensors |= {f"best {name}": best for name, best in self._best.items()}
+        progress = {
+            "steps": self._steps, "minutes": self._minutes,
+            "validations": [asdict(validation) for validation in self.validations],
+        }  # fmt: skip
+        temporary = path.with_name(path.name + ".tmp")
+        save_file(tensors, temporary, metadata={"progress": json.dumps(progress)})
+        temporary.replace(path)
+
+    def _load(self) -> None:
+        if self._file is None or not self._file.exists():
+            return
+        with safe_open(self._file, framework="pt") as file:
+            progress = json.loads(file.metadata()["progress"])
+            stored = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
+        self._steps, self._minutes = progress["steps"], progress["minutes"]
+        self.validations = [Validation(**validation) for validation in progress["validations"]]
+        for name, parameter in self._trained.items():
+            parameter.data.copy_(stored[f"weight {name}"])
+            self._adam.state[parameter] = {key: stored[f"{key} {name}"] for key in ("step", "exp_avg", "exp_avg_sq")}
+            self._best[name] = stored[f"best {name}"]
+
+
+def _learning_rate(used: float) -> float:
+    """A linear start, then a cosine down to LAST_RATE; `used` is the share of the budget."""
+    if used < WARMUP:
+        return LEARNING_RATE * max(used / WARMUP, LAST_RATE)
+    return LEARNING_RATE * max(LAST_RATE, (1 + math.cos(math.pi * used)) / 2)

@@ -1,0 +1,54 @@
+"""One dial for all stages: how long a user wants to wait for how good a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pydantic import ValidationError
+
+from swiftprune.errors import SettingsError
+from swiftprune.pruning.compute import faster_type
+from swiftprune.pruning.pipeline import PruneSettings
+
+QualityName = Literal["fast", "balanced", "best"]
+
+
+@dataclass(frozen=True)
+class Quality:
+    """A point of the trade-off: what it is in words, and the settings of the pipeline that make it."""
+
+    summary: str
+    settings: dict[str, Any]
+
+
+QUALITIES: dict[QualityName, Quality] = {
+    "fast": Quality(
+        "seconds: one dense pass over little text, masks only",
+        {"method": "swiftprune-pairs", "one_pass": True, "samples": 8, "seqlen": 256},
+    ),
+    "balanced": Quality(
+        "ten minutes: mask and weights solved for, then distilled from the dense model",
+        {"method": "admm", "refine": ("distill",), "minutes": 10.0},
+    ),
+    "best": Quality(
+        "an hour: the same, distilled for longer",
+        {"method": "admm", "refine": ("distill",), "minutes": 60.0},
+    ),
+}
+
+
+def make_settings(quality: QualityName | None, given: Mapping[str, Any]) -> PruneSettings:
+    """Settings from what the dial sets and what was `given` by name, which wins. Raises SettingsError.
+
+    The dial computes in the type that this machine is faster in.
+    """
+    chosen: dict[str, Any] = QUALITIES[quality].settings | {"compute": faster_type()} if quality else {}
+    if "steps" in given:
+        chosen.pop("minutes", None)
+    try:
+        return PruneSettings(**(chosen | dict(given)))
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise SettingsError(f"{first['loc'][0]}: {first['msg']}, not {first['input']!r}") from None
