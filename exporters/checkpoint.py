@@ -23,7 +23,7 @@ from swiftprune.pruning.checkpoint import INDEX_NAME, Checkpoint, TensorEntry, s
 from swiftprune.pruning.distill import Validation
 from swiftprune.pruning.evaluate import perplexity
 from swiftprune.pruning.pipeline import DTYPES, DtypeName, LayerResult, Pipeline, PrunedBlock, PruneSettings
-from swiftprune.pruning.progress import Progress, silent
+from swiftprune.pruning.progress import Announce, Progress, silent, unheard
 from swiftprune.pruning.targets import Block, Targets
 from swiftprune.pruning.whole_model import load_whole_model
 from swiftprune.sparse24 import bitmask
@@ -73,6 +73,7 @@ class ExportReport(BaseModel):
 def export(
     model: str | Path, out: str | Path, settings: PruneSettings | None = None, *, target: Target = "packed",
     resume: bool = False, overwrite: bool = False, evaluate: str | Path | None = None, progress: Progress = silent,
+    announce: Announce = unheard,
 ) -> ExportReport:  # fmt: skip
     """Prunes `model` (local folder or hub id) and writes the result to the folder `out`.
 
@@ -80,7 +81,8 @@ def export(
     (see exporters.torch_sparse), `sparse24-bitmask` (see swiftprune.sparse24.bitmask), `onnx` and `onnx-dense` (see
     exporters.onnx.export). The output is built in `OUT.partial` and renamed at the end; after an interruption
     `resume=True` continues it and gives the same bytes. `evaluate` names a text on which perplexity is measured before
-    and after, by transformers. Raises the errors of swiftprune.errors.
+    and after, by transformers. `announce` is told what the run will cost once a block is done. Raises the errors of
+    swiftprune.errors.
     """
     settings = (settings or PruneSettings()).resolved()
     _check_target(settings, target)
@@ -88,7 +90,7 @@ def export(
     windows = _evaluation_windows(checkpoint, Path(evaluate)) if evaluate else None
     if Path(out).resolve() == checkpoint.folder.resolve():
         raise OutputError(f"{out}: is the model itself; give another --out")
-    pipeline = Pipeline(checkpoint, settings, progress=progress)
+    pipeline = Pipeline(checkpoint, settings, progress=progress, announce=announce)
     if target in ("packed", "sparse24-bitmask", "onnx"):
         _check_fused(pipeline.targets)
     workspace = Workspace(Path(out), resume=resume, overwrite=overwrite)
@@ -97,10 +99,13 @@ def export(
     workspace.begin(state)
     workspace.check_space(_estimate(pipeline, target))
 
-    writer = _ShardWriter(pipeline, target, workspace)
-    pipeline.tokens = workspace.tokens()
+    pipeline.tokens, pipeline.orders = workspace.tokens(), workspace.orders()
     if pipeline.tokens is None and (tokens := pipeline.load_tokens()) is not None:
         workspace.keep_tokens(tokens)
+    found = pipeline.orders is not None
+    if (orders := pipeline.load_orders()) is not None and not found:
+        workspace.keep_orders(orders)
+    writer = _ShardWriter(pipeline, target, workspace)
     for done in pipeline.blocks(writer.finished):
         with pipeline.clock("write"):
             writer.write_block(done)

@@ -133,11 +133,21 @@ def export_command(
         QualityChoice | None,
         typer.Option(help=_QUALITY_HELP, show_default="none: what the options below say"),
     ] = None,
+    permute: Annotated[
+        bool | None,
+        typer.Option(
+            "--permute/--no-permute",
+            help="First reorder input channels so that important weights do not share a group of four; the model "
+            "stays the same, and costs the same.",
+            show_default="--no-permute",
+        ),
+    ] = None,
     refine: Annotated[
         str | None,
         typer.Option(
             metavar="STAGES",
             help="After the mask, any of, with commas: [b]weights[/]: least squares for the kept weights; "
+            "[b]blocks[/]: train each block to give what the dense one gives; "
             "[b]distill[/]: train them to predict what the dense model does, on the calibration text.",
         ),
     ] = None,
@@ -196,8 +206,8 @@ def export_command(
     Every decoder block is pruned on the outputs of the pruned blocks before it, one block in memory at a time.
     """
     given = {
-        "method": method, "samples": samples, "seqlen": seqlen, "one_pass": one_pass, "minutes": minutes,
-        "steps": steps, "dtype": dtype.value if dtype else None,
+        "method": method, "samples": samples, "seqlen": seqlen, "one_pass": one_pass, "permute": permute,
+        "minutes": minutes, "steps": steps, "dtype": dtype.value if dtype else None,
         "refine": tuple(filter(None, refine.split(","))) if refine is not None else None,
         "compute": faster_type() if compute is ComputeChoice.AUTO else compute.value if compute else None,
     }  # fmt: skip
@@ -212,7 +222,7 @@ def export_command(
         with ProgressBars(Console(stderr=True)) as progress:
             report = export(
                 model, destination, settings, target=target.value, resume=resume, overwrite=overwrite,
-                evaluate=evaluate, progress=progress,
+                evaluate=evaluate, progress=progress, announce=progress.announce,
             )  # fmt: skip
     except KeyboardInterrupt:
         raise InterruptedByUserError(
@@ -243,6 +253,9 @@ class ProgressBars:
 
     def __exit__(self, *_: object) -> None:
         self._bars.stop()
+
+    def announce(self, text: str) -> None:
+        self._bars.console.print(text, highlight=False)
 
     def __call__(self, stage: str, done: float, total: float) -> None:
         if stage not in self._tasks:

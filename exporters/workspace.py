@@ -20,11 +20,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from swiftprune.errors import OutputError
+from swiftprune.pruning.checkpoint import Orders
 
 _STATE = "export-state.json"
 _TOKENS = "calibration-tokens.safetensors"
+_ORDERS = "permutations.safetensors"
 _TRAINING = "training.safetensors"
 _DONE = ".done.json"
+# What only an unfinished export needs.
+_PASSING = {_STATE, _TOKENS, _ORDERS, _TRAINING}
 
 
 class Workspace:
@@ -109,6 +113,22 @@ class Workspace:
         with disk_errors(self.folder):
             self._write_tensors(_TOKENS, {"tokens": tokens})
 
+    def orders(self) -> Orders | None:
+        """The permutations that an interrupted run found."""
+        path = self.folder / _ORDERS
+        if not path.exists():
+            return None
+        orders: dict[str, dict[int, Tensor]] = {}
+        for key, order in load_file(path).items():
+            axis, _, name = key.partition(" ")
+            orders.setdefault(name, {})[int(axis)] = order
+        return orders
+
+    def keep_orders(self, orders: Orders) -> None:
+        stored = {f"{axis} {name}": order.clone() for name, axes in orders.items() for axis, order in axes.items()}
+        with disk_errors(self.folder):
+            self._write_tensors(_ORDERS, stored)
+
     def copy(self, source: Path) -> None:
         with disk_errors(self.folder):
             shutil.copyfile(source, self.folder / source.name)
@@ -117,7 +137,7 @@ class Workspace:
         """Puts the folder in its place, without what only an unfinished export needs; or, of it, the folder `part`."""
         with disk_errors(self.folder):
             for path in self.folder.iterdir() if part is None else ():
-                if path.name.endswith((_DONE, ".tmp")) or path.name in {_STATE, _TOKENS, _TRAINING}:
+                if path.name.endswith((_DONE, ".tmp")) or path.name in _PASSING:
                     path.unlink()
             replaced = self.out.with_name(self.out.name + ".replaced")
             if self.out.exists():

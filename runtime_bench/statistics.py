@@ -9,8 +9,6 @@ from collections.abc import Sequence
 import numpy as np
 from pydantic import BaseModel
 
-from swiftprune.errors import SettingsError
-
 CONFIDENCE = 0.95
 _RESAMPLES = 4000
 
@@ -69,10 +67,8 @@ def shift(old: Sequence[float], new: Sequence[float], limit: float, confidence: 
     The estimate is Hodges and Lehmann's, the median of all quotients of an old and a new value; its interval is the one
     that the Mann-Whitney test would not reject.
     """
-    try:
-        from scipy.stats import mannwhitneyu
-    except ImportError:
-        raise SettingsError("the gate needs scipy: pip install 'swiftprune[report]'") from None
+    from scipy.stats import mannwhitneyu  # takes a second
+
     log_old, log_new = np.log(np.asarray(old, dtype=float)), np.log(np.asarray(new, dtype=float))
     quotients = np.sort((log_old[:, None] - log_new[None, :]).ravel())
     threshold = math.log1p(limit)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,10 @@ INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 # The float types of safetensors that a checkpoint to be pruned may use, and all others only for tensors left alone.
 _TORCH_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+Orders = Mapping[str, Mapping[int, Tensor]]
+"""By tensor and axis, the int64 indices in the order in which the entries along that axis are to stand."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,7 @@ class Checkpoint:
         """The hub id, or the name of the folder."""
         self.config: dict[str, Any] = _read_json(folder / "config.json")
         self.tensors: dict[str, TensorEntry] = _read_headers(folder)
+        self._orders: Orders = {}
 
     @classmethod
     def open(cls, model: str | Path) -> Checkpoint:
@@ -63,6 +69,12 @@ class Checkpoint:
         if name.count("/") != 1 or name.startswith((".", "/", "~")):
             raise CheckpointError(f"{model}: no such folder, and not a hub id of the form owner/name")
         return cls(_download(name), name)
+
+    def permuted(self, orders: Orders) -> Checkpoint:
+        """The same checkpoint with the entries of its tensors reordered as they are read."""
+        other = copy.copy(self)
+        other._orders = orders
+        return other
 
     def refuse_quantized(self) -> None:
         """Raises CheckpointError for a checkpoint whose weights are quantized or packed already."""
@@ -96,7 +108,10 @@ class Checkpoint:
         return hashes
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """The named tensors, as read-only views of the mapped file: their pages go when the tensors go."""
+        """The named tensors, as read-only views of the mapped file: their pages go when the tensors go.
+
+        Tensors that are permuted are copies.
+        """
         by_shard: dict[str, list[str]] = {}
         for name in names:
             by_shard.setdefault(self.tensors[name].shard, []).append(name)
@@ -104,7 +119,10 @@ class Checkpoint:
         for shard, members in by_shard.items():
             with _open_shard(self.folder / shard) as file:
                 for name in members:
-                    tensors[name] = file.get_tensor(name)
+                    tensor = file.get_tensor(name)
+                    for axis, order in self._orders.get(name, {}).items():
+                        tensor = tensor.index_select(axis, order)
+                    tensors[name] = tensor
         return tensors
 
 

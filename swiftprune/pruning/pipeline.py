@@ -18,12 +18,13 @@ from swiftprune.errors import CheckpointError, FormatError, SettingsError
 from swiftprune.pruning import refine_blocks
 from swiftprune.pruning.calibrate import BlockRunner
 from swiftprune.pruning.calibration_text import calibration_tokens, shuffled_windows
-from swiftprune.pruning.checkpoint import Checkpoint
+from swiftprune.pruning.checkpoint import Checkpoint, Orders
 from swiftprune.pruning.compute import ComputeName
 from swiftprune.pruning.distill import SEQLEN, Budget, Distillation, Validation
 from swiftprune.pruning.least_squares import refine_weights
 from swiftprune.pruning.mask import Pattern, select
-from swiftprune.pruning.progress import Progress, silent
+from swiftprune.pruning.permute import find_orders
+from swiftprune.pruning.progress import Announce, Progress, silent, unheard
 from swiftprune.pruning.score import InputStats, Needs, find_method
 from swiftprune.pruning.targets import DEFAULT_IGNORE, Block, Linear, Targets, compile_ignore, empty_model, find_targets
 from swiftprune.pruning.whole_model import load_whole_model
@@ -61,6 +62,8 @@ class PruneSettings(BaseModel):
     """Calibrate on the dense model's hidden states, in one pass, and not on those of the blocks pruned so far."""
     compute: ComputeName = "float32"
     """Type in which calibration and training multiply; weights and statistics are float32 either way."""
+    permute: bool = False
+    """Reorder input channels first, at no cost at run time: see `permute`."""
     refine: tuple[Refinement, ...] = ()
     """Stages after the mask: see `least_squares`, `refine_blocks` and `distill`."""
     minutes: float | None = Field(default=None, gt=0)
@@ -74,9 +77,12 @@ class PruneSettings(BaseModel):
         compile_ignore(self.ignore)
         name = self.method or ("swiftprune-data-free" if self.calibration == "none" else "swiftprune")
         method = find_method(name)
-        if self.calibration == "none" and self.refine:
-            raise SettingsError(f"--refine {self.refine[0]} needs calibration data; give --calibration self or a file")
-        if method.needs == "nothing" and not self.refine:
+        if self.permute and self.pattern != format24.FORMAT:
+            raise SettingsError(f"--permute finds orders for --format {format24.FORMAT} only")
+        if self.calibration == "none" and (self.refine or self.permute):
+            what = f"--refine {self.refine[0]}" if self.refine else "--permute"
+            raise SettingsError(f"{what} needs calibration data; give --calibration self or a text file")
+        if method.needs == "nothing" and not (self.refine or self.permute):
             return self.model_copy(update={"method": name, "calibration": "none"})
         if self.calibration == "none":
             raise SettingsError(f"--method {name} needs calibration data; give --calibration self or a text file, "
@@ -143,7 +149,7 @@ class Pipeline:
 
     def __init__(
         self, checkpoint: Checkpoint, settings: PruneSettings, *, tokens: Tensor | None = None,
-        progress: Progress = silent,
+        progress: Progress = silent, announce: Announce = unheard,
     ) -> None:  # fmt: skip
         checkpoint.refuse_quantized()
         self.checkpoint = checkpoint
@@ -152,10 +158,12 @@ class Pipeline:
         self.method = find_method(self.settings.method)
         self.clock = StageClock()
         self.tokens = tokens
+        self.orders: Orders | None = None
         self.validations: list[Validation] = []
         self._started = time.monotonic()
         self.needs = self._needs()
         self._progress = progress
+        self._announce = announce
         self._model = empty_model(checkpoint)
         group = self.pattern.group if self.pattern.structured else 1
         self.targets: Targets = find_targets(self._model, checkpoint, ignore=self.settings.ignore, group=group)
@@ -168,7 +176,7 @@ class Pipeline:
 
     def load_tokens(self) -> Tensor | None:
         """The (samples, seqlen) calibration tokens, made on the first call; None when the method needs none."""
-        if self.tokens is None and self.method.needs != "nothing":
+        if self.tokens is None and self.settings.calibration != "none":
             with self.clock("calibration text"):
                 s = self.settings
                 self.tokens = calibration_tokens(
@@ -176,6 +184,19 @@ class Pipeline:
                     samples=s.samples, seqlen=s.seqlen, seed=s.seed, progress=self._progress,
                 )  # fmt: skip
         return self.tokens
+
+    def load_orders(self) -> Orders | None:
+        """Permutes the checkpoint, if that is asked for, by orders that are set already or found on the first call."""
+        if self.settings.permute and (tokens := self.load_tokens()) is not None:
+            if self.orders is None:
+                with self.clock("permute"):
+                    tick = _Tick(self._progress, 0, len(self.targets.blocks) * len(tokens), "permute")
+                    self.orders = find_orders(
+                        self._model, self.checkpoint, self.targets, tokens,
+                        compute=DTYPES[self.settings.compute], tick=tick,
+                    )  # fmt: skip
+            self.checkpoint = self.checkpoint.permuted(self.orders)
+        return self.orders
 
     def blocks(
         self, finished: Callable[[Block], Mapping[str, Tensor] | None] = lambda _: None
@@ -186,8 +207,9 @@ class Pipeline:
         block is only run forward (when there is calibration) and is not yielded.
         """
         tokens = self.load_tokens()
+        self.load_orders()
         runner = None
-        if tokens is not None:
+        if tokens is not None and (self.needs != "nothing" or "blocks" in self.settings.refine):
             with self.clock("calibrate"):
                 runner = BlockRunner(
                     self._model, self.checkpoint, self.targets, tokens,
@@ -195,23 +217,41 @@ class Pipeline:
                     with_dense=self.needs == "drift" or "blocks" in self.settings.refine,
                 )  # fmt: skip
         steps = 1
-        if tokens is not None:
+        if tokens is not None and runner:
             steps = len(tokens) if self.settings.one_pass else 2 * len(tokens)
         if "blocks" in self.settings.refine:
             steps += refine_blocks.STEPS
+        announced = False
         for index, block in enumerate(self.targets.blocks):
             tick = _Tick(self._progress, index * steps, len(self.targets.blocks) * steps)
             if (weights := finished(block)) is not None:
                 if runner:
                     self._forward_finished(runner, block, weights, tick)
                 continue
+            start = time.monotonic()
             with runner.block(block) if runner else nullcontext():
                 pruned = self._prune_block(block, runner, tick)
                 if runner and not self.settings.one_pass:
                     with self.clock("calibrate"):
                         runner.advance(block, self._by_parameter(block, pruned.weights), tick)
             tick.to_end(index + 1, steps)
+            if not announced:
+                self._announce_cost(time.monotonic() - start, len(self.targets.blocks) - index)
+                announced = True
             yield pruned
+
+    def _announce_cost(self, seconds: float, blocks: int) -> None:
+        """Says how long it will all take, from one block that was pruned, before most of it is done."""
+        spent = (time.monotonic() - self._started) / 60
+        total = spent + seconds * (blocks - 1) / 60
+        text = f"One block took {seconds:.1f} s; pruning all will have taken about {total:.1f} minutes"
+        if minutes := self.settings.minutes:
+            text += f", and distillation goes on until minute {minutes:g}"
+            if total >= minutes:
+                text += ": there will be no time left for it, so give more --minutes, or fewer --samples"
+        elif self.settings.steps:
+            text += f", and {self.settings.steps} steps of distillation follow"
+        self._announce(f"{text}.")
 
     def distill(
         self, finished: Callable[[Block], Mapping[str, Tensor]], state: Path | None = None
@@ -260,6 +300,10 @@ class Pipeline:
     def _put_pruned(self, student: nn.Module, finished: Callable[[Block], Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """Puts the tensors of all blocks into `student`; returns the keep_masks by parameter."""
         masks = {}
+        outside = set(self.targets.outside)
+        for name, tensor in self.targets.tensor_of.items():  # they may be permuted
+            if tensor in outside:
+                student.get_parameter(name).data.copy_(self.checkpoint.read([tensor])[tensor])
         for block in self.targets.blocks:
             stored = finished(block)
             pruned = {linear.tensor for linear in block.linears}
@@ -405,15 +449,15 @@ class Pipeline:
 class _Tick:
     """Counts forwards of one block into the progress of the whole run."""
 
-    def __init__(self, progress: Progress, start: int, total: int) -> None:
-        self._progress, self._done, self._total = progress, start, total
+    def __init__(self, progress: Progress, start: int, total: int, stage: str = "prune") -> None:
+        self._progress, self._done, self._total, self._stage = progress, start, total, stage
 
     def __call__(self) -> None:
         self._done += 1
-        self._progress("prune", self._done, self._total)
+        self._progress(self._stage, self._done, self._total)
 
     def to_end(self, blocks: int, steps: int) -> None:
-        self._progress("prune", blocks * steps, self._total)
+        self._progress(self._stage, blocks * steps, self._total)
 
 
 def prune(

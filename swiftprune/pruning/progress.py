@@ -13,3 +13,13 @@ class Progress(Protocol):
 
 def silent(stage: str, done: float, total: float) -> None:
     """Shows nothing."""
+
+
+class Announce(Protocol):
+    """Called with a sentence that a user wants to read before a long wait."""
+
+    def __call__(self, text: str) -> None: ...
+
+
+def unheard(text: str) -> None:
+    """Tells nobody."""

@@ -34,7 +34,7 @@ QUALITIES: dict[QualityName, Quality] = {
     ),
     "best": Quality(
         "an hour: the same, distilled for longer",
-        {"method": "admm", "refine": ("distill",), "minutes": 60.0},
+        {"method": "admm", "permute": True, "refine": ("distill",), "minutes": 60.0},
     ),
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -69,6 +70,34 @@ def test_json_is_all_there_is_on_stdout(tiny_models: Callable[[str], Path], text
     assert set(manifest["source"]["sha256"]) == {"model.safetensors"}
 
 
+def test_the_dial_sets_stages_and_says_what_they_cost(
+    tiny_models: Callable[[str], Path], text_file: Path, tmp_path: Path
+) -> None:
+    run = command(
+        tiny_models("llama-gqa-tied"), "--quality", "best", "--steps", 3, "--compute", "float32", "--samples", 4,
+        "--calibration", text_file, "--out", tmp_path / "out", "--json",
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    said = " ".join(run.stderr.split())
+    assert re.search(r"One block took \d+\.\d s; pruning all will have taken about \d+\.\d minutes, and 3 steps", said)
+    assert re.search(r"perplexity on held-back calibration text \d+\.\d+ -> \d+\.\d+ in \d+\.\d minutes, 3 steps", said)
+    report = json.loads(run.stdout)
+    settings = report["settings"]
+    assert (settings["method"], settings["permute"], settings["refine"]) == ("admm", True, ["distill"])
+    assert (settings["minutes"], settings["steps"], settings["samples"]) == (None, 3, 4)
+    assert [point["step"] for point in report["distillation"]] == [0, 1, 2, 3]
+    assert {"permute", "calibrate", "mask", "distill"} <= report["seconds"].keys()
+
+
+def test_fast_is_one_pass_without_training(tiny_models: Callable[[str], Path], text_file: Path, tmp_path: Path) -> None:
+    run = command(
+        tiny_models("gpt-neox"), "--quality", "fast", "--calibration", text_file, "--out", tmp_path / "out", "--json"
+    )
+    settings = json.loads(run.stdout)["settings"]
+    assert (settings["method"], settings["one_pass"], settings["refine"]) == ("swiftprune-pairs", True, [])
+    assert settings["compute"] in ("float32", "bfloat16")
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
@@ -78,6 +107,11 @@ def test_json_is_all_there_is_on_stdout(tiny_models: Callable[[str], Path], text
         (["--format", "4:8", "--target", "torch"], 2, "use --target dense"),
         (["--method", "wanda", "--calibration", "none"], 2, "needs calibration data"),
         (["--target", "onnxx"], 2, "--target"),
+        (["--quality", "perfect"], 2, "--quality"),
+        (["--refine", "wieghts"], 2, "refine: Input should be 'weights', 'blocks' or 'distill', not 'wieghts'"),
+        (["--refine", "distill", "--minutes", "-1"], 2, "minutes: Input should be greater than 0, not -1.0"),
+        (["--refine", "distill", "--calibration", "{short}"], 2, "give either --minutes or --steps"),
+        (["--quality", "balanced", "--calibration", "none"], 2, "--refine distill needs calibration data"),
         (["--ignore", "("], 2, "not a regular expression"),
         (["--evaluate", "missing.txt"], 4, "missing.txt: no such file"),
         (["--evaluate", "{short}"], 4, "fewer than one window of 2048"),
