@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import shutil
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,7 +24,7 @@ from swiftprune.pruning.distill import Validation
 from swiftprune.pruning.evaluate import perplexity
 from swiftprune.pruning.pipeline import DTYPES, DtypeName, LayerResult, Pipeline, PrunedBlock, PruneSettings
 from swiftprune.pruning.progress import Announce, Progress, silent, unheard
-from swiftprune.pruning.targets import Block, Targets
+from swiftprune.pruning.targets import FUSED, Block, Linear, Targets
 from swiftprune.pruning.whole_model import load_whole_model
 from swiftprune.sparse24 import bitmask
 from swiftprune.sparse24 import format as format24
@@ -34,8 +34,6 @@ Target = Literal["packed", "dense", "torch", "sparse24-bitmask", "onnx", "onnx-d
 _ONNX: tuple[Target, ...] = ("onnx", "onnx-dense")
 # What the pruned weights are written as, zeros in place; the ONNX targets are made from such a checkpoint.
 _DENSE: tuple[Target, ...] = ("dense", *_ONNX)
-# vLLM runs these as one layer, so all of a set are packed or none.
-_FUSED = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})
 MANIFEST = "swiftprune.json"
 ONNX_FOLDER = "onnx"  # within the workspace, until it takes the output's place
 EVALUATION_SEQLEN = 2048
@@ -58,6 +56,10 @@ class ExportReport(BaseModel):
     linear_bytes_before: int
     """Bytes of the pruned linears alone."""
     linear_bytes_after: int
+    token_bytes_before: int
+    """Bytes of weights that generating one token reads; their ratio is what decoding can gain where bytes bound it."""
+    token_bytes_after: int | None
+    """None of the ONNX targets."""
     onnx: DecoderReport | None = None
     """Of the ONNX targets."""
     seconds: dict[str, float]
@@ -113,6 +115,11 @@ def export(
         for done in pipeline.distill(writer.stored, workspace.training):
             with pipeline.clock("write"):
                 writer.write_block(done)
+    if settings.max_perplexity_ratio is not None:
+        if (kept := workspace.dense_linears()) is None:
+            workspace.keep_dense_linears(kept := pipeline.find_dense(writer.stored))
+        with pipeline.clock("write"):
+            writer.leave_dense(kept)
     with pipeline.clock("write"):
         writer.write_outside()
         report = writer.complete(state)
@@ -142,7 +149,7 @@ def _check_fused(targets: Targets) -> None:
     packed = {linear.name for block in targets.blocks for linear in block.linears}
     for name, reason in targets.dense.items():
         parent, _, kind = name.rpartition(".")
-        for fused in _FUSED:
+        for fused in FUSED:
             if kind in fused and (others := {f"{parent}.{other}" for other in fused} & packed):
                 raise SettingsError(
                     f"{name} stays dense ({reason}), but {', '.join(sorted(others))} would be packed, and engines run "
@@ -183,6 +190,7 @@ class _ShardWriter:
         self._blocks = pipeline.targets.blocks
         self._outside = self._split_outside()
         self._dense = pipeline.targets.dense | self._unsuitable()
+        self._kept: set[str] = set()
         self._layer_seconds: dict[str, float] = defaultdict(float)
 
     def _unsuitable(self) -> dict[str, str]:
@@ -273,6 +281,15 @@ class _ShardWriter:
                         raise SettingsError(f"--dtype {dtype}: {name} holds {largest:g}, which does not fit")
         return tensors
 
+    def leave_dense(self, names: Collection[str]) -> None:
+        """Writes the blocks of the linears `names` again, with these as they were before pruning."""
+        ratio = self._pipeline.settings.max_perplexity_ratio
+        self._dense |= dict.fromkeys(names, f"kept dense for --max-perplexity-ratio {ratio}")
+        self._kept = set(names)
+        for block in self._blocks:
+            if any(linear.name in names for linear in block.linears):
+                self.write_block(self._pipeline.with_dense(block, self.stored(block), names))
+
     def write_outside(self) -> None:
         for index, names in enumerate(self._outside, start=len(self._blocks)):
             shard = self._shard_name(index)
@@ -302,21 +319,30 @@ class _ShardWriter:
                 "dense": self._dense,
             },
         )
-        linear_before = sum(
-            checkpoint.tensors[linear.tensor].nbytes for block in self._blocks for linear in block.linears
-        )
+        pruned = self._pruned()
+        linear_before = sum(checkpoint.tensors[linear.tensor].nbytes for linear in pruned)
         linear_after = sum(
             stored[name].nbytes
-            for block in self._blocks for linear in block.linears
+            for linear in pruned
             for name in (linear.tensor, linear.tensor + METADATA_SUFFIX, *bitmask.names(linear.tensor).values())
             if name in stored
-        )  # fmt: skip
+        )
         return ExportReport(
             out=str(workspace.out), settings=self._pipeline.settings, target=self._target, layers=layers,
             dense_linears=self._dense, bytes_before=checkpoint.nbytes, bytes_after=total,
             linear_bytes_before=linear_before, linear_bytes_after=linear_after,
+            token_bytes_before=self._token_bytes(checkpoint.tensors), token_bytes_after=self._token_bytes(stored),
             seconds={}, layer_seconds=dict(self._layer_seconds),
         )  # fmt: skip
+
+    def _pruned(self) -> list[Linear]:
+        return [linear for block in self._blocks for linear in block.linears if linear.name not in self._kept]
+
+    def _token_bytes(self, stored: Mapping[str, TensorEntry]) -> int:
+        """Bytes of weights that generating a token reads: all but the embeddings, unless these are the head too."""
+        targets = self._pipeline.targets
+        unread = {targets.embedding} - {targets.head}
+        return sum(entry.nbytes for name, entry in stored.items() if name not in unread)
 
     def _copied(self) -> list[Path]:
         """Files of the source that come along as they are: tokenizer, generation settings, license."""
@@ -331,7 +357,7 @@ class _ShardWriter:
     def write_onnx(self, report: ExportReport, progress: Progress) -> ExportReport:
         """Turns the whole checkpoint in the workspace into the folder ONNX_FOLDER within it."""
         workspace = self._workspace
-        linears = [self._checkpoint.tensors[linear.tensor] for block in self._blocks for linear in block.linears]
+        linears = [self._checkpoint.tensors[linear.tensor] for linear in self._pruned()]
         stored: DtypeName = next(name for name in DTYPES if DTYPES[name] == linears[0].dtype)
         out = workspace.folder / ONNX_FOLDER
         made = write_decoder(
@@ -348,7 +374,12 @@ class _ShardWriter:
                 with disk_errors(out):
                     shutil.copyfile(workspace.folder / name, out / name)
         return report.model_copy(
-            update={"onnx": made, "linear_bytes_after": made.weight_bytes, "bytes_after": made.file_bytes}
+            update={
+                "onnx": made,
+                "token_bytes_after": None,
+                "linear_bytes_after": made.weight_bytes,
+                "bytes_after": made.file_bytes,
+            }
         )
 
     def _declaration(self, stored: str) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from rich.table import Table
 
 from exporters.checkpoint import ExportReport, export
 from exporters.onnx.export import CHECK_TOKENS
-from swiftprune.errors import InterruptedByUserError, SwiftpruneError
+from swiftprune.errors import InterruptedByUserError, SettingsError, SwiftpruneError
 from swiftprune.pruning.compute import faster_type
 from swiftprune.pruning.quality import QUALITIES, make_settings
 from swiftprune.pruning.score import METHODS
@@ -58,12 +58,18 @@ class QualityChoice(enum.StrEnum):
     BEST = "best"
 
 
+class SparsityChoice(enum.StrEnum):
+    FULL = "full"
+    AUTO = "auto"
+
+
 class ComputeChoice(enum.StrEnum):
     AUTO = "auto"
     FLOAT32 = "float32"
     BFLOAT16 = "bfloat16"
 
 
+DEFAULT_RATIO = 1.5
 _QUALITY_HELP = "Sets the options below for the wait you can afford; each may still be given.\n\n" + "\n\n".join(
     f"[b]{name}[/]: {quality.summary}" for name, quality in QUALITIES.items()
 )
@@ -88,6 +94,10 @@ A model good enough to ship, in ten minutes or an hour:
 Best one-shot quality, zeros in place for any engine:
 
   swiftprune-export ./my-model --method admm --calibration train.txt --target dense
+
+As sparse as perplexity allows, the most sensitive layers dense:
+
+  swiftprune-export ./my-model --quality balanced --sparsity auto --max-perplexity-ratio 1.3 --calibration train.txt
 
 For ONNX Runtime; `swiftprune-onnx generate` runs it:
 
@@ -159,6 +169,20 @@ def export_command(
     ] = None,
     samples: Annotated[int | None, typer.Option(min=1, help="Calibration sequences.", show_default="32")] = None,
     seqlen: Annotated[int | None, typer.Option(min=1, help="Tokens in each of them.", show_default="512")] = None,
+    sparsity: Annotated[
+        SparsityChoice,
+        typer.Option(
+            help="[b]full[/]: all linears of the decoder; [b]auto[/]: leave those dense, in the order of what they "
+            "gain per byte, that it takes to stay within --max-perplexity-ratio."
+        ),
+    ] = SparsityChoice.FULL,
+    max_perplexity_ratio: Annotated[
+        float | None,
+        typer.Option(
+            help="With --sparsity auto: the most that perplexity on calibration text may be, over the dense model's.",
+            show_default=f"{DEFAULT_RATIO}",
+        ),
+    ] = None,
     one_pass: Annotated[
         bool | None,
         typer.Option(
@@ -205,7 +229,12 @@ def export_command(
 
     Every decoder block is pruned on the outputs of the pruned blocks before it, one block in memory at a time.
     """
+    if sparsity is SparsityChoice.AUTO:
+        max_perplexity_ratio = max_perplexity_ratio or DEFAULT_RATIO
+    elif max_perplexity_ratio:
+        raise SettingsError("--max-perplexity-ratio is for --sparsity auto")
     given = {
+        "max_perplexity_ratio": max_perplexity_ratio,
         "method": method, "samples": samples, "seqlen": seqlen, "one_pass": one_pass, "permute": permute,
         "minutes": minutes, "steps": steps, "dtype": dtype.value if dtype else None,
         "refine": tuple(filter(None, refine.split(","))) if refine is not None else None,
@@ -289,6 +318,12 @@ def print_report(report: ExportReport, console: Console) -> None:
         f"{_megabytes(report.linear_bytes_before)} -> {_megabytes(report.linear_bytes_after)} ({ratio:.2f}x smaller)",
     )
     whole.add_row("all tensors", f"{_megabytes(report.bytes_before)} -> {_megabytes(report.bytes_after)}")
+    if after := report.token_bytes_after:
+        ratio = report.token_bytes_before / after
+        whole.add_row(
+            "weights a token reads",
+            f"{_megabytes(report.token_bytes_before)} -> {_megabytes(after)} ({ratio:.2f}x fewer bytes)",
+        )
     seconds = ", ".join(f"{stage} {value:.1f}" for stage, value in report.seconds.items() if value >= 0.05)
     whole.add_row("seconds", f"{seconds}; total {sum(report.seconds.values()):.1f}")
     if made := report.onnx:
@@ -307,8 +342,8 @@ def print_report(report: ExportReport, console: Console) -> None:
             f"{report.distillation[-1].minutes:.1f} minutes, {report.distillation[-1].step} steps",
         )
     if report.perplexity_before is not None:
-        after = "not measured: needs a GPU" if report.perplexity_after is None else f"{report.perplexity_after:.2f}"
-        whole.add_row("perplexity", f"{report.perplexity_before:.2f} -> {after}")
+        value = "not measured: needs a GPU" if report.perplexity_after is None else f"{report.perplexity_after:.2f}"
+        whole.add_row("perplexity", f"{report.perplexity_before:.2f} -> {value}")
     reasons: dict[str, list[str]] = defaultdict(list)
     for name, reason in report.dense_linears.items():
         reasons[reason].append(name)

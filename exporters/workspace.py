@@ -25,10 +25,11 @@ from swiftprune.pruning.checkpoint import Orders
 _STATE = "export-state.json"
 _TOKENS = "calibration-tokens.safetensors"
 _ORDERS = "permutations.safetensors"
+_DENSE = "dense-linears.json"
 _TRAINING = "training.safetensors"
 _DONE = ".done.json"
 # What only an unfinished export needs.
-_PASSING = {_STATE, _TOKENS, _ORDERS, _TRAINING}
+_PASSING = {_STATE, _TOKENS, _ORDERS, _DENSE, _TRAINING}
 
 
 class Workspace:
@@ -128,6 +129,15 @@ class Workspace:
         stored = {f"{axis} {name}": order.clone() for name, axes in orders.items() for axis, order in axes.items()}
         with disk_errors(self.folder):
             self._write_tensors(_ORDERS, stored)
+
+    def dense_linears(self) -> list[str] | None:
+        """The linears that an interrupted run decided to leave dense."""
+        path = self.folder / _DENSE
+        names: list[str] | None = json.loads(path.read_text()) if path.exists() else None
+        return names
+
+    def keep_dense_linears(self, names: list[str]) -> None:
+        self.write_json(_DENSE, names)
 
     def copy(self, source: Path) -> None:
         with disk_errors(self.folder):

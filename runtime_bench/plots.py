@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from runtime_bench.layers import BYTE_BOUND, LayersResult
+from runtime_bench.trade_off import DENSE, TradeOff
 
 
 def layers(bench: LayersResult, path: Path) -> None:
@@ -49,5 +50,43 @@ def layers(bench: LayersResult, path: Path) -> None:
     handles, labels = panels[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", title="outputs x inputs", fontsize=8, title_fontsize=8)
     figure.suptitle(f"2:4 linear layers on {bench.machine.cpu}", fontsize=11)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+
+
+def trade_off(result: TradeOff, path: Path) -> None:
+    """Perplexity over minutes, a panel a text, both on logarithmic scales; the line joins the best for its time."""
+    from matplotlib.figure import Figure
+
+    dense = result.row(DENSE)
+    assert dense is not None
+    figure = Figure(figsize=(6.5 * len(result.tokens), 5), layout="constrained")
+    for panel, text in zip(figure.subplots(1, len(result.tokens), squeeze=False)[0], result.tokens, strict=True):
+        rows = sorted((row for row in result.rows if row is not dense), key=lambda row: row.minutes)
+        best, front = float("inf"), []
+        for row in rows:
+            if row.perplexity[text] < best:
+                best = row.perplexity[text]
+                front.append(row)
+        panel.plot([row.minutes for row in front], [row.perplexity[text] for row in front], color="C0", linewidth=1)
+        for row in rows:
+            chosen = row in front
+            panel.plot(row.minutes, row.perplexity[text], "o", color="C0" if chosen else "gray", markersize=5)
+            panel.annotate(
+                row.recipe, (row.minutes, row.perplexity[text]), xytext=(5, 3), textcoords="offset points",
+                fontsize=8, color="black" if chosen else "gray",
+            )  # fmt: skip
+        panel.axhline(dense.perplexity[text], color="black", linestyle="--", linewidth=1)
+        panel.annotate("dense", (1, dense.perplexity[text]), xycoords=("axes fraction", "data"), xytext=(-2, 3),
+                       textcoords="offset points", ha="right", fontsize=8)  # fmt: skip
+        panel.set_xscale("log")
+        panel.set_yscale("log")
+        panel.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        panel.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        panel.set_xlabel("minutes")
+        panel.set_title(f"{text}, {result.tokens[text]:,} tokens", fontsize=10)
+        panel.grid(alpha=0.25, which="both")
+    figure.axes[0].set_ylabel("perplexity")
+    figure.suptitle(f"{result.model} at 2:4 on {result.machine.cpu}", fontsize=11)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)

@@ -13,10 +13,10 @@ from swiftprune.errors import CheckpointError
 from swiftprune.pruning.least_squares import Normal
 from swiftprune.pruning.mask import Pattern, select
 
-# Penalties of the split between the weight that fits and the one that is sparse, in units of a channel's energy. A low
-# one lets the mask move, a high one settles it.
-PENALTIES = (0.1, 0.27, 0.74, 2.0)
-STEPS = 2
+# Penalties, one a step, of the split between the weight that fits and the one that is sparse, in units of a channel's
+# energy. A low one lets the mask move, a high one settles it. Two steps each with four of them found worse masks, and
+# four steps each with two of them much worse ones.
+PENALTIES = (0.1, 0.153, 0.235, 0.361, 0.554, 0.85, 1.3, 2.0)
 
 
 def admm(weight: Tensor, gram: Tensor, drift: Tensor | None, pattern: Pattern, name: str = "weight") -> Tensor:
@@ -35,11 +35,10 @@ def admm(weight: Tensor, gram: Tensor, drift: Tensor | None, pattern: Pattern, n
         inverse = _inverse(normal.matrix, penalty, name)
         gap *= before / penalty  # the dual variable is penalty x gap, and it is what carries over
         before = penalty
-        for _ in range(STEPS):
-            wish = (normal.target + penalty * (sparse - gap)) @ inverse + gap
-            keep_mask = select(wish.abs(), pattern)
-            sparse = wish * keep_mask
-            gap = wish - sparse
+        wish = (normal.target + penalty * (sparse - gap)) @ inverse + gap
+        keep_mask = select(wish.abs(), pattern)
+        sparse = wish * keep_mask
+        gap = wish - sparse
     return normal.solve(keep_mask, sparse) / normal.scale
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,18 +15,28 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from swiftprune.errors import CheckpointError, FormatError, SettingsError
-from swiftprune.pruning import refine_blocks
+from swiftprune.pruning import keep_dense, refine_blocks
 from swiftprune.pruning.calibrate import BlockRunner
 from swiftprune.pruning.calibration_text import calibration_tokens, shuffled_windows
 from swiftprune.pruning.checkpoint import Checkpoint, Orders
 from swiftprune.pruning.compute import ComputeName
 from swiftprune.pruning.distill import SEQLEN, Budget, Distillation, Validation
+from swiftprune.pruning.evaluate import perplexity
 from swiftprune.pruning.least_squares import refine_weights
 from swiftprune.pruning.mask import Pattern, select
 from swiftprune.pruning.permute import find_orders
 from swiftprune.pruning.progress import Announce, Progress, silent, unheard
 from swiftprune.pruning.score import InputStats, Needs, find_method
-from swiftprune.pruning.targets import DEFAULT_IGNORE, Block, Linear, Targets, compile_ignore, empty_model, find_targets
+from swiftprune.pruning.targets import (
+    DEFAULT_IGNORE,
+    Block,
+    Linear,
+    Targets,
+    compile_ignore,
+    empty_model,
+    find_targets,
+    fused_sets,
+)
 from swiftprune.pruning.whole_model import load_whole_model
 from swiftprune.sparse24 import format as format24
 from swiftprune.sparse24.format import Packed24
@@ -70,6 +80,8 @@ class PruneSettings(BaseModel):
     """For distillation: how long the whole run may take, what comes before it included."""
     steps: int | None = Field(default=None, ge=1)
     """For distillation, instead of minutes: so many, which is reproducible."""
+    max_perplexity_ratio: float | None = Field(default=None, gt=1)
+    """Leave linears dense until perplexity, on calibration text, is at most so many times the dense model's."""
 
     def resolved(self) -> PruneSettings:
         """The same with defaults that depend on each other filled in. Raises SettingsError where they clash."""
@@ -82,13 +94,15 @@ class PruneSettings(BaseModel):
         if self.calibration == "none" and (self.refine or self.permute):
             what = f"--refine {self.refine[0]}" if self.refine else "--permute"
             raise SettingsError(f"{what} needs calibration data; give --calibration self or a text file")
-        if method.needs == "nothing" and not (self.refine or self.permute):
+        if method.needs == "nothing" and not (self.refine or self.permute or self.max_perplexity_ratio):
             return self.model_copy(update={"method": name, "calibration": "none"})
         if self.calibration == "none":
             raise SettingsError(f"--method {name} needs calibration data; give --calibration self or a text file, "
                                 "or use a data-free method (swiftprune-data-free, magnitude)")  # fmt: skip
         if self.one_pass and "blocks" in self.refine:
             raise SettingsError("--refine blocks works on the blocks pruned so far: leave out --one-pass")
+        if self.max_perplexity_ratio is not None and self.calibration == "none":
+            raise SettingsError("--sparsity auto measures perplexity: give --calibration self or a text file")
         limited = (self.minutes is not None) + (self.steps is not None)
         if "distill" in self.refine and limited != 1:
             raise SettingsError("--refine distill needs a budget: give either --minutes or --steps")
@@ -263,7 +277,7 @@ class Pipeline:
         pruned one in float32.
         """
         with self.clock("distill"):
-            tokens = self._training_windows()
+            tokens = self._windows(SEQLEN)
             count = self.checkpoint.parameter_count
             teacher = load_whole_model(self.checkpoint.folder, count, DTYPES[self.settings.compute])
             student = load_whole_model(self.checkpoint.folder, count, torch.float32)
@@ -279,6 +293,36 @@ class Pipeline:
         for block in self.targets.blocks:
             yield self._distilled(student, block)
 
+    def find_dense(self, finished: Callable[[Block], Mapping[str, Tensor]]) -> list[str]:
+        """The linears to leave dense for `max_perplexity_ratio`; `finished` is as in `distill`. See `keep_dense`."""
+        assert self.settings.max_perplexity_ratio is not None
+        compute = DTYPES[self.settings.compute]
+        linears = {linear.name: linear.tensor for block in self.targets.blocks for linear in block.linears}
+        with self.clock("keep dense"), torch.autocast("cpu", compute, enabled=compute != torch.float32):
+            windows = self._windows(keep_dense.SEQLEN)[-keep_dense.WINDOWS :]
+            model = load_whole_model(self.checkpoint.folder, self.checkpoint.parameter_count, torch.float32)
+            dense_perplexity = perplexity(model, windows)
+            self._put_pruned(model, finished)
+            return keep_dense.find_dense(
+                model, lambda name: self.checkpoint.read([linears[name]])[linears[name]].float(),
+                fused_sets(linears), windows, dense_perplexity=dense_perplexity,
+                max_ratio=self.settings.max_perplexity_ratio, progress=self._progress,
+            )  # fmt: skip
+
+    def with_dense(self, block: Block, finished: Mapping[str, Tensor], names: Collection[str]) -> PrunedBlock:
+        """`block`, all of whose tensors are `finished`, with the linears of `names` as they were before pruning."""
+        linears = {linear.tensor: linear for linear in block.linears}
+        weights: dict[str, PrunedWeight] = dict(finished)
+        results = []
+        before = self.checkpoint.read(linears)
+        for tensor, linear in linears.items():
+            if linear.name in names:
+                weights[tensor] = before[tensor].to(self._stored(before[tensor].dtype))
+                continue
+            weights[tensor] = self._to_store(tensor, finished[tensor], True)
+            results.append(_result(linear, before[tensor], weights[tensor], None, 0.0))
+        return PrunedBlock(block, weights, results)
+
     def _budget(self) -> Budget:
         """What is left of the minutes; of an earlier run that was stopped, only what it distilled counts."""
         minutes = self.settings.minutes
@@ -286,16 +330,16 @@ class Pipeline:
             minutes = max(0.0, minutes - (time.monotonic() - self._started) / 60)
         return Budget(minutes, self.settings.steps)
 
-    def _training_windows(self) -> Tensor:
+    def _windows(self, seqlen: int) -> Tensor:
+        """(W, seqlen) or narrower: all there is of the calibration text, or what the model sampled."""
         if self.settings.calibration == "self":
             tokens = self.load_tokens()
             assert tokens is not None
-            width = min(SEQLEN, tokens.shape[1])
+            width = min(seqlen, tokens.shape[1])
             return tokens[:, : tokens.shape[1] // width * width].reshape(-1, width)
         return shuffled_windows(
-            self.settings.calibration, self.checkpoint,
-            seqlen=SEQLEN, seed=self.settings.seed, needed=_TRAINING_WINDOWS,
-        )  # fmt: skip
+            self.settings.calibration, self.checkpoint, seqlen=seqlen, seed=self.settings.seed, needed=_TRAINING_WINDOWS
+        )
 
     def _put_pruned(self, student: nn.Module, finished: Callable[[Block], Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """Puts the tensors of all blocks into `student`; returns the keep_masks by parameter."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import init_empty_weights
@@ -21,6 +23,8 @@ from swiftprune.sparse24.format import unpackable_reason
 DEFAULT_IGNORE = r"lm_head|embed"
 # Linears whose output is added to the residual stream, by their names in the architectures that are supported.
 RESIDUAL_WRITERS = {"o_proj", "down_proj", "dense", "dense_4h_to_h"}
+# Engines run these as one layer, so of each set all are packed or none.
+FUSED = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,10 @@ class Targets:
     blocks: list[Block]
     tensor_of: dict[str, str]
     """Parameter of the model -> tensor of the checkpoint."""
+    embedding: str
+    """Tensor of the input embeddings."""
+    head: str
+    """Tensor of the output head: the same where the two are tied."""
     dense: dict[str, str] = field(default_factory=dict)
     outside: list[str] = field(default_factory=list)
 
@@ -136,7 +144,27 @@ def find_targets(model: nn.Module, checkpoint: Checkpoint, *, ignore: str, group
             dense[name] = "outside of the decoder blocks"
     if not any(block.linears for block in blocks):
         raise SettingsError(f"nothing to prune: all linears are ignored or unsuitable ({_first_reason(dense)})")
-    return Targets(blocks, tensor_of, dense, sorted(set(checkpoint.tensors) - claimed))
+    embedding, head = _ends(model, tensor_of)
+    return Targets(blocks, tensor_of, embedding, head, dense, sorted(set(checkpoint.tensors) - claimed))
+
+
+def _ends(model: nn.Module, tensor_of: dict[str, str]) -> tuple[str, str]:
+    """The tensors of the input embeddings and of the output head."""
+    causal: Any = model
+    ends = (causal.get_input_embeddings(), causal.get_output_embeddings())
+    names = [next(name for name, module in model.named_modules() if module is end) for end in ends]
+    embedding = tensor_of[f"{names[0]}.weight"]
+    return embedding, tensor_of.get(f"{names[1]}.weight", embedding)
+
+
+def fused_sets(names: Iterable[str]) -> list[list[str]]:
+    """The linears of `names` in sets that engines run as one layer, in order; most are alone."""
+    sets: dict[tuple[str, object], list[str]] = {}
+    for name in names:
+        parent, _, kind = name.rpartition(".")
+        fused = next((index for index, kinds in enumerate(FUSED) if kind in kinds), kind)
+        sets.setdefault((parent, fused), []).append(name)
+    return list(sets.values())
 
 
 def _first_reason(dense: dict[str, str]) -> str:
