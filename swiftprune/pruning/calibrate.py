@@ -137,7 +137,11 @@ class BlockRunner:
         """Calls `watch` with every linear of `block` that runs and what enters it."""
 
         def hook(linear: Linear) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-            return lambda module, args: watch(linear, args[0])
+            def watched(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+                with torch.autocast("cpu", enabled=False):  # statistics are summed up in float32
+                    watch(linear, args[0])
+
+            return watched
 
         hooks = [
             self._model.get_submodule(linear.name).register_forward_pre_hook(hook(linear)) for linear in block.linears

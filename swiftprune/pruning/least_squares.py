@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 # Ridge towards the dense weight, relative to the diagonal of the Gram matrix.
-DAMPING = 0.05
+DAMPING = 0.1
 # How much of the drift between the dense and the pruned model a layer makes up for. All of it is too much: regression
 # on inputs that carry noise shrinks what comes out, and over thirty blocks little is left (docs/lab-notes.md).
 DRIFT_SHARE = 0.3

@@ -14,13 +14,16 @@ from transformers import AutoModelForCausalLM
 
 from swiftprune.errors import CheckpointError, FormatError, SettingsError
 from swiftprune.pruning import least_squares, refine_blocks
+from swiftprune.pruning.calibrate import BlockRunner
 from swiftprune.pruning.calibration_text import calibration_tokens
 from swiftprune.pruning.checkpoint import Checkpoint
 from swiftprune.pruning.mask import Pattern
 from swiftprune.pruning.pairs import keep_pairs
 from swiftprune.pruning.pipeline import Pipeline, PruneSettings, prune
 from swiftprune.pruning.progress import silent
+from swiftprune.pruning.score import Needs
 from swiftprune.pruning.sparsegpt import sparsegpt
+from swiftprune.pruning.targets import empty_model, find_targets
 from swiftprune.sparse24.format import Packed24, unpack
 from tests import models
 
@@ -181,6 +184,35 @@ def test_weights_are_solved_for_against_the_dense_model(
             sparse.get_parameter(tensor).data = got
     assert len(gained) > 10
     assert sum(gained) / len(gained) > 0.2
+
+
+@pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
+def test_statistics_are_float32_whatever_multiplies(
+    compute: torch.dtype, tiny_models: Callable[[str], Path], text_file: Path
+) -> None:
+    """Every token is in the sample here, so the sums are known; sums in bfloat16 would be off by a percent."""
+    checkpoint = Checkpoint(tiny_models("llama-gqa-tied"))
+    tokens = calibration_tokens(str(text_file), checkpoint, samples=4, seqlen=64, seed=0, progress=silent)
+    model = empty_model(checkpoint)
+    targets = find_targets(model, checkpoint, ignore="lm_head", group=4)
+    runner = BlockRunner(model, checkpoint, targets, tokens, compute=compute, with_dense=True)
+    block = targets.blocks[0]
+    needs: list[Needs] = ["input_sq_sum", "group_gram", "gram", "drift"]
+    for need in needs:
+        with runner.block(block):
+            stats = runner.collect(block, need, lambda: None)
+        for name, layer in stats.items():
+            assert layer.sample is not None
+            x = layer.sample.double()
+            gram = x.T @ x
+            groups = torch.stack([gram[k : k + 4, k : k + 4] for k in range(0, len(gram), 4)])
+            wanted = {"input_sq_sum": gram.diagonal(), "group_gram": groups, "gram": gram}
+            for field, want in wanted.items():
+                got = getattr(layer, field)
+                if got is not None:
+                    assert got.dtype == torch.float32
+                    assert (got - want).norm() < 1e-5 * want.norm(), (name, field)
+            assert (layer.channel_energy - gram.diagonal()).norm() < 1e-5 * gram.diagonal().norm()
 
 
 def test_one_pass_calibrates_on_the_dense_model(text_file: Path, tmp_path: Path) -> None:

@@ -1,0 +1,78 @@
+"""The trade-off benchmark on a tiny model: what it holds, continues and draws."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from runtime_bench import plots, trade_off
+from runtime_bench.demo_data import DemoData
+from runtime_bench.trade_off import measure
+from swiftprune.errors import ResultError, SettingsError
+from swiftprune.pruning.calibration_text import load_tokenizer, token_windows
+from swiftprune.pruning.evaluate import perplexity
+from tests import models
+
+
+@pytest.fixture
+def data(tiny_models: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> DemoData:
+    monkeypatch.setattr(trade_off, "SEQLEN", 64)
+    monkeypatch.setattr(trade_off, "WINDOWS", 3)
+    monkeypatch.setattr(
+        trade_off,
+        "RECIPES",
+        {
+            "wanda": (None, {"method": "wanda", "samples": 2, "seqlen": 32}),
+            "balanced": ("balanced", {"steps": 2, "samples": 2, "seqlen": 32, "compute": "float32"}),
+        },
+    )
+    data = DemoData(tmp_path / "demo")
+    shutil.copytree(tiny_models("llama-gqa-tied"), data.model)
+    for path in (data.calibration, data.held_out, data.news):
+        path.write_text(models.TEXT)
+    return data
+
+
+def test_recipes_are_measured_once_and_drawn(data: DemoData, tmp_path: Path) -> None:
+    out, keep = tmp_path / "result.json", tmp_path / "kept"
+    first = measure(data, ["wanda"], out, keep=keep)
+    assert [row.recipe for row in first.rows] == ["dense", "wanda"]
+    both = measure(data, ["wanda", "balanced"], out, keep=keep)
+    assert both.rows[:2] == first.rows
+    trained = both.row("balanced")
+    assert trained is not None
+    assert [point.step for point in trained.validations] == [0, 1, 2]
+    assert {"calibrate", "mask", "distill"} <= trained.seconds.keys()
+    assert not {"write", "output error"} & trained.seconds.keys()
+    assert trained.minutes == pytest.approx(sum(trained.seconds.values()) / 60)
+
+    windows = token_windows(models.TEXT, load_tokenizer(data.model), 64, "text")[:3]
+    for name, folder in (("dense", data.model), ("wanda", keep / "wanda")):
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        row = both.row(name)
+        assert row is not None
+        assert row.perplexity["news"] == pytest.approx(perplexity(model, windows), rel=0.02)  # in either arithmetic
+    lines = trade_off.markdown(both).splitlines()
+    assert len(lines) == 2 + 3
+    assert lines[2].startswith("| dense | 0.0 |")
+    assert lines[2].endswith(" 1.00 |")
+    plots.trade_off(both, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_cannot_be_measured_together_is_refused(data: DemoData, tmp_path: Path) -> None:
+    out = tmp_path / "result.json"
+    with pytest.raises(SettingsError, match="no recipe 'wnada'; known: wanda, balanced"):
+        measure(data, ["wnada"], out)
+    measure(data, [], out)
+    stored = json.loads(out.read_text())
+    stored["machine"]["cpu"] = "another"
+    out.write_text(json.dumps(stored))
+    with pytest.raises(ResultError, match="was measured on another"):
+        measure(data, ["wanda"], out)
