@@ -46,6 +46,7 @@ RECIPES: dict[str, tuple[QualityName | None, dict[str, Any]]] = {
     "sparsegpt + weights": (None, _FAST | {"method": "sparsegpt", "refine": ("weights",)}),
     "admm, one pass": (None, _FAST | {"method": "admm", "one_pass": True}),
     "admm": (None, _FAST | {"method": "admm"}),
+    "admm, half the text": (None, _FAST | {"method": "admm", "seqlen": 256}),
     "admm + permute": (None, _FAST | {"method": "admm", "permute": True}),
     "admm + blocks": (None, _FAST | {"method": "admm", "refine": ("blocks",)}),
     "balanced": ("balanced", {}),

@@ -12,6 +12,8 @@ from torch import Tensor
 from swiftprune.errors import CheckpointError
 from swiftprune.pruning.least_squares import Normal
 from swiftprune.pruning.mask import Pattern, select
+from swiftprune.sparse24 import format as format24
+from swiftprune.sparse24.score_factors import ScoreFactors
 
 # Penalties, one a step, of the split between the weight that fits and the one that is sparse, in units of a channel's
 # energy. A low one lets the mask move, a high one settles it. Two steps each with four of them found worse masks, and
@@ -27,26 +29,35 @@ def admm(weight: Tensor, gram: Tensor, drift: Tensor | None, pattern: Pattern, n
     the largest weights are those of the highest Wanda score, so that is where the mask starts.
     """
     normal = Normal.of(weight.float(), gram, drift)
-    keep_mask = select(normal.start.abs(), pattern)
-    sparse = normal.start * keep_mask
+    sparse = _largest(normal.start, pattern)
     gap = torch.zeros_like(sparse)
     before = PENALTIES[0]
     for penalty in PENALTIES:
-        inverse = _inverse(normal.matrix, penalty, name)
         gap *= before / penalty  # the dual variable is penalty x gap, and it is what carries over
         before = penalty
-        wish = (normal.target + penalty * (sparse - gap)) @ inverse + gap
-        keep_mask = select(wish.abs(), pattern)
-        sparse = wish * keep_mask
+        wish = _solve(normal.matrix, penalty, normal.target + penalty * (sparse - gap), name) + gap
+        sparse = _largest(wish, pattern)
         gap = wish - sparse
-    return normal.solve(keep_mask, sparse) / normal.scale
+    return normal.solve(sparse != 0, sparse) / normal.scale
 
 
-def _inverse(matrix: Tensor, penalty: float, name: str) -> Tensor:
+def _largest(weight: Tensor, pattern: Pattern) -> Tensor:
+    """`weight` with all but the largest of each group set to zero; for 2:4 by the kernels, several times faster."""
+    if pattern.name == format24.FORMAT:
+        return format24.unpack(format24.prune_and_pack(weight, ScoreFactors.of_magnitude(weight.shape[1])))
+    return weight * select(weight.abs(), pattern)
+
+
+def _solve(matrix: Tensor, penalty: float, right: Tensor, name: str) -> Tensor:
+    """V (N, K) with V (matrix + penalty) = right."""
     shifted = matrix.clone()
     shifted.diagonal().add_(penalty)
     try:
-        return torch.cholesky_inverse(torch.linalg.cholesky(shifted))
+        factor = torch.linalg.cholesky(shifted)
     except RuntimeError as error:
         raise CheckpointError(f"{name}: the Gram matrix of its inputs is not positive definite ({error}); "
                               "use more calibration samples or another method") from error  # fmt: skip
+    if len(right) > matrix.shape[0]:  # an inverse costs K^3, and a product with it half of two triangular solves
+        return right @ torch.cholesky_inverse(factor)
+    solved: Tensor = torch.cholesky_solve(right.T, factor).T
+    return solved.contiguous()

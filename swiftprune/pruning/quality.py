@@ -23,6 +23,8 @@ class Quality:
     settings: dict[str, Any]
 
 
+# Short windows, since attention takes a third of a forward over 512 tokens.
+_SOLVED: dict[str, Any] = {"method": "admm", "samples": 64, "seqlen": 256, "refine": ("distill",)}
 QUALITIES: dict[QualityName, Quality] = {
     "fast": Quality(
         "seconds: one dense pass over little text, masks only",
@@ -30,11 +32,11 @@ QUALITIES: dict[QualityName, Quality] = {
     ),
     "balanced": Quality(
         "ten minutes: mask and weights solved for, then distilled from the dense model",
-        {"method": "admm", "refine": ("distill",), "minutes": 10.0},
+        _SOLVED | {"minutes": 10.0},
     ),
     "best": Quality(
         "an hour: the same, distilled for longer",
-        {"method": "admm", "permute": True, "refine": ("distill",), "minutes": 60.0},
+        _SOLVED | {"permute": True, "minutes": 60.0},
     ),
 }
 
