@@ -18,7 +18,7 @@ from runtime_bench.demo_data import DemoData
 from runtime_bench.machine import Machine, this_machine
 from swiftprune.errors import ResultError, SettingsError
 from swiftprune.pruning.calibration_text import load_tokenizer, read_text, token_windows
-from swiftprune.pruning.compute import faster_type
+from swiftprune.pruning.compute import autocast, faster_type
 from swiftprune.pruning.distill import Validation
 from swiftprune.pruning.evaluate import perplexity
 from swiftprune.pruning.pipeline import DTYPES, PruneSettings
@@ -141,8 +141,7 @@ def _run(data: DemoData, name: str, windows: dict[str, torch.Tensor], keep: Path
 
 def _perplexities(folder: Path, windows: dict[str, torch.Tensor], progress: Progress) -> dict[str, float]:
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    compute = DTYPES[faster_type()]
-    with torch.autocast("cpu", compute, enabled=compute != torch.float32):
+    with autocast(DTYPES[faster_type()]):
         return {
             name: perplexity(model, taken, stage=f"evaluate on {name}", progress=progress)
             for name, taken in windows.items()

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from swiftprune.pruning.checkpoint import Checkpoint
+from swiftprune.pruning.compute import autocast
 from swiftprune.pruning.refine_blocks import refine_block
 from swiftprune.pruning.score import InputStats, Needs
 from swiftprune.pruning.targets import RESIDUAL_WRITERS, Block, Linear, Targets, decoder_blocks
@@ -104,7 +105,7 @@ class BlockRunner:
 
     def _run(self, block: Block, hidden: Tensor) -> Tensor:
         args, kwargs = self._arguments[block.name]
-        with torch.autocast("cpu", self._compute, enabled=self._compute != torch.float32):
+        with autocast(self._compute):
             out = self._modules[block.name](hidden, *args, **kwargs)
         result: Tensor = out[0] if isinstance(out, tuple) else out
         return result.float()
@@ -138,7 +139,7 @@ class BlockRunner:
 
         def hook(linear: Linear) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
             def watched(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-                with torch.autocast("cpu", enabled=False):  # statistics are summed up in float32
+                with autocast(torch.float32):  # what statistics are summed up in
                     watch(linear, args[0])
 
             return watched
@@ -228,12 +229,12 @@ class _Recorder:
             groups = rows.T.reshape(-1, GROUP, len(rows))
             stats.group_gram = _plus(stats.group_gram, groups @ groups.mT)
         else:
-            stats.gram = _plus(stats.gram, rows.T @ rows)
+            stats.gram = _plus_product(stats.gram, rows, rows)
         if self._needs == "drift":
-            stats.input_drift = _plus(stats.input_drift, (_rows(self._dense[linear.name]) - rows).T @ rows)
+            stats.input_drift = _plus_product(stats.input_drift, _rows(self._dense[linear.name]) - rows, rows)
             if linear.kind in RESIDUAL_WRITERS:
                 assert self.residual_drift is not None
-                stats.residual_drift = _plus(stats.residual_drift, self.residual_drift.T @ rows)
+                stats.residual_drift = _plus_product(stats.residual_drift, self.residual_drift, rows)
 
 
 def _rows(inputs: Tensor) -> Tensor:
@@ -242,3 +243,8 @@ def _rows(inputs: Tensor) -> Tensor:
 
 def _plus(total: Tensor | None, term: Tensor) -> Tensor:
     return term if total is None else total.add_(term)
+
+
+def _plus_product(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
+    """`total` + left^T right, in place: for wide layers a second (K, K) would be as large as a block."""
+    return left.T @ right if total is None else total.addmm_(left.T, right)

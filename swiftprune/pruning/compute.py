@@ -1,4 +1,4 @@
-"""In which type this machine multiplies faster."""
+"""In which type products are computed, and in which this machine is faster."""
 
 from __future__ import annotations
 
@@ -20,6 +20,11 @@ def faster_type() -> ComputeName:
     """bfloat16 where a matrix product in it takes clearly less time than in float32, measured here, else float32."""
     seconds = {dtype: _fastest_product(dtype) for dtype in (torch.float32, torch.bfloat16)}
     return "bfloat16" if seconds[torch.bfloat16] * _WORTHWHILE < seconds[torch.float32] else "float32"
+
+
+def autocast(compute: torch.dtype, device: str = "cpu") -> torch.autocast:
+    """Products in `compute` within, of float32 tensors too."""
+    return torch.autocast(device, compute, enabled=compute != torch.float32)
 
 
 def _fastest_product(dtype: torch.dtype) -> float:

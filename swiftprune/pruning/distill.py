@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from swiftprune.errors import CheckpointError, SettingsError
+from swiftprune.pruning.compute import autocast
 from swiftprune.pruning.progress import Progress, silent
 
 STAGE = "distill"
@@ -175,8 +176,7 @@ class Distillation:
         return hidden.flatten(0, 1).float()
 
     def _autocast(self) -> torch.autocast:
-        device = self._student.device.type
-        return torch.autocast(device, self._compute, enabled=self._compute != torch.float32)
+        return autocast(self._compute, self._student.device.type)
 
     def _log_probabilities(self, model: Any, hidden: Tensor) -> Tensor:
         with self._autocast():

@@ -45,21 +45,24 @@ def find_dense(
     rounds = math.ceil(math.log2(len(rated) + 1)) + 1
     done = 0
 
-    def measure(count: int) -> float:
-        nonlocal done
+    def restore(count: int) -> None:
         restored = {name for names in rated[:count] for name in names}
         for name, weight in pruned.items():
             weight.data.copy_(dense(name) if name in restored else before[name])
+
+    def measure(count: int) -> float:
+        nonlocal done
+        restore(count)
         value = perplexity(model, windows)
         done += 1
         progress(STAGE, done, max(done, rounds))
         return value
 
     low, high = 0, len(rated)  # fewer than `low` are too few, `high` are enough
-    if measure(high) > limit:
+    if (lowest := measure(high)) > limit:
         raise SettingsError(
             f"--max-perplexity-ratio {max_ratio:g}: with every linear dense perplexity still is "
-            f"{perplexity(model, windows) / dense_perplexity:.3f} times the dense model's"
+            f"{lowest / dense_perplexity:.3f} times the dense model's"
         )
     while low < high:
         middle = (low + high) // 2
@@ -67,7 +70,7 @@ def find_dense(
             high = middle
         else:
             low = middle + 1
-    measure(high)
+    restore(high)
     return [name for names in rated[:high] for name in names]
 
 

@@ -19,7 +19,7 @@ from swiftprune.pruning import keep_dense, refine_blocks
 from swiftprune.pruning.calibrate import BlockRunner
 from swiftprune.pruning.calibration_text import calibration_tokens, shuffled_windows
 from swiftprune.pruning.checkpoint import Checkpoint, Orders
-from swiftprune.pruning.compute import ComputeName
+from swiftprune.pruning.compute import ComputeName, autocast
 from swiftprune.pruning.distill import SEQLEN, Budget, Distillation, Validation
 from swiftprune.pruning.evaluate import perplexity
 from swiftprune.pruning.least_squares import refine_weights
@@ -230,9 +230,7 @@ class Pipeline:
                     compute=DTYPES[self.settings.compute],
                     with_dense=self.needs == "drift" or "blocks" in self.settings.refine,
                 )  # fmt: skip
-        steps = 1
-        if tokens is not None and runner:
-            steps = len(tokens) if self.settings.one_pass else 2 * len(tokens)
+        steps = len(runner.hidden) * (1 if self.settings.one_pass else 2) if runner else 1
         if "blocks" in self.settings.refine:
             steps += refine_blocks.STEPS
         announced = False
@@ -296,9 +294,8 @@ class Pipeline:
     def find_dense(self, finished: Callable[[Block], Mapping[str, Tensor]]) -> list[str]:
         """The linears to leave dense for `max_perplexity_ratio`; `finished` is as in `distill`. See `keep_dense`."""
         assert self.settings.max_perplexity_ratio is not None
-        compute = DTYPES[self.settings.compute]
         linears = {linear.name: linear.tensor for block in self.targets.blocks for linear in block.linears}
-        with self.clock("keep dense"), torch.autocast("cpu", compute, enabled=compute != torch.float32):
+        with self.clock("keep dense"), autocast(DTYPES[self.settings.compute]):
             windows = self._windows(keep_dense.SEQLEN)[-keep_dense.WINDOWS :]
             model = load_whole_model(self.checkpoint.folder, self.checkpoint.parameter_count, torch.float32)
             dense_perplexity = perplexity(model, windows)
@@ -344,10 +341,10 @@ class Pipeline:
     def _put_pruned(self, student: nn.Module, finished: Callable[[Block], Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """Puts the tensors of all blocks into `student`; returns the keep_masks by parameter."""
         masks = {}
-        outside = set(self.targets.outside)
-        for name, tensor in self.targets.tensor_of.items():  # they may be permuted
+        outside = self.checkpoint.read(self.targets.outside)  # they may be permuted
+        for name, tensor in self.targets.tensor_of.items():
             if tensor in outside:
-                student.get_parameter(name).data.copy_(self.checkpoint.read([tensor])[tensor])
+                student.get_parameter(name).data.copy_(outside[tensor])
         for block in self.targets.blocks:
             stored = finished(block)
             pruned = {linear.tensor for linear in block.linears}
@@ -365,15 +362,14 @@ class Pipeline:
 
     def _parameters(self, block: Block) -> dict[str, str]:
         """Parameter of the model -> tensor of the checkpoint, of one block."""
-        return {
-            parameter: tensor for parameter, tensor in self.targets.tensor_of.items() if tensor in set(block.tensors)
-        }
+        own = set(block.tensors)
+        return {parameter: tensor for parameter, tensor in self.targets.tensor_of.items() if tensor in own}
 
     def _distilled(self, student: nn.Module, block: Block) -> PrunedBlock:
         linears = {linear.tensor: linear for linear in block.linears}
         weights: dict[str, PrunedWeight] = {}
         results = []
-        before = self.checkpoint.read(block.tensors)
+        before = self.checkpoint.read(linears)
         for name, tensor in self._parameters(block).items():
             parameter = student.get_parameter(name)
             if not parameter.requires_grad:
@@ -403,31 +399,29 @@ class Pipeline:
         with self.clock("read"):
             dense = self.checkpoint.read(linear.tensor for linear in block.linears)
         weights: dict[str, PrunedWeight] = {}
-        results = {}
+        seconds: dict[str, float] = {}
         for linears in self._together(block, stats):
             layer_stats = stats.get(linears[0].name)
             before = [dense[linear.tensor] for linear in linears]
             start = time.perf_counter()
             after = self._prune_linears(linears, before, layer_stats or InputStats(token_count=0))
-            seconds = time.perf_counter() - start
-            self.clock.seconds["mask"] += seconds
+            elapsed = time.perf_counter() - start
+            self.clock.seconds["mask"] += elapsed
             size = sum(weight.numel() for weight in before)
-            with self.clock("output error"):
-                for linear, old, new in zip(linears, before, after, strict=True):
-                    results[linear.name] = _result(linear, old, new, layer_stats, seconds * old.numel() / size)
-                    weights[linear.tensor] = new
+            for linear, old, new in zip(linears, before, after, strict=True):
+                seconds[linear.name] = elapsed * old.numel() / size
+                weights[linear.tensor] = new
         if runner and "blocks" in self.settings.refine:
             with self.clock("refine blocks"):
                 weights = self._refine_block(block, weights, runner, tick)
-            for linear in block.linears:
-                results[linear.name] = _result(
-                    linear,
-                    dense[linear.tensor],
-                    weights[linear.tensor],
-                    stats[linear.name],
-                    results[linear.name].mask_seconds,
+        with self.clock("output error"):
+            results = [
+                _result(
+                    linear, dense[linear.tensor], weights[linear.tensor], stats.get(linear.name), seconds[linear.name]
                 )
-        return PrunedBlock(block, weights, [results[linear.name] for linear in block.linears])
+                for linear in block.linears
+            ]
+        return PrunedBlock(block, weights, results)
 
     def _refine_block(
         self, block: Block, weights: dict[str, PrunedWeight], runner: BlockRunner, tick: Callable[[], None]

@@ -26,6 +26,7 @@ from swiftprune.pruning.sparsegpt import sparsegpt
 from swiftprune.pruning.targets import empty_model, find_targets
 from swiftprune.sparse24.format import Packed24, unpack
 from tests import models
+from tests.swiftprune.test_least_squares import best_values, objective
 
 BLOCK_LISTS = {"gpt-neox": "gpt_neox.layers"}
 
@@ -165,19 +166,12 @@ def test_weights_are_solved_for_against_the_dense_model(
             key = tensor.removeprefix(f"{blocks}.{index}.").removesuffix(".weight")
             weight, got = sparse.get_parameter(tensor).data.clone(), unpack(packed)
             target = drifted_target(key, weight, inputs[key], dense_inputs[key], dense_start - start)
-            x = inputs[key].double()
-            ridge = (least_squares.DAMPING * x.square().sum(0)).sqrt()
+            x = inputs[key]
 
-            def cost(v: Tensor, w: Tensor = weight, x: Tensor = x, y: Tensor = target, r: Tensor = ridge) -> float:
-                error = (x @ v.double().T - y).square().sum() + ((v - w).double() * r).square().sum()
-                return float(error)
+            def cost(v: Tensor, w: Tensor = weight, x: Tensor = x, y: Tensor = target) -> float:
+                return float(objective(v, w, x, y).sum())
 
-            lowest = torch.zeros_like(weight, dtype=torch.float64)
-            for row in range(len(weight)):
-                kept = (got[row] != 0).nonzero().flatten()
-                left = torch.cat((x[:, kept], torch.diag(ridge)[:, kept]))
-                right = torch.cat((target[:, row], torch.where(got[row] != 0, ridge * weight[row], 0)))
-                lowest[row, kept] = torch.linalg.lstsq(left, right[:, None]).solution.flatten()
+            lowest = best_values(weight, got != 0, x, target)
             plain = cost(torch.where(got != 0, weight, 0))
             assert cost(got) - cost(lowest) < 0.1 * (plain - cost(lowest)), tensor
             gained.append(1 - cost(got) / plain)
