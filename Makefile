@@ -21,7 +21,7 @@ endif
 NATIVE := $(wildcard swiftprune/sparse24/kernels/csrc/*)
 SOURCES := $(shell find swiftprune exporters runtime_bench -name '*.py')
 
-.PHONY: setup demo browser test test-neon vllm-env test-vllm bench bench-onnx bench-vllm bench-prune bench-methods bench-kernels clean
+.PHONY: setup demo browser test test-neon vllm-env test-vllm bench bench-onnx bench-vllm bench-prune bench-methods bench-quality bench-kernels clean
 
 setup: $(VENV)/installed
 
@@ -85,6 +85,12 @@ bench-prune: setup
 
 bench-methods: setup
 	$(BIN)/swiftprune-bench methods --folder $(DEMO) --seeds 3 --out build/results/methods.json
+
+# Hours: every recipe of pruning stages, of which one takes an hour by itself. What the JSON holds is not run again.
+bench-quality: setup
+	$(BIN)/swiftprune-bench trade-off --folder $(DEMO) --keep build/trade-off --out build/results/trade-off.json \
+	  --plot build/results/trade-off.png
+	$(BIN)/swiftprune-bench answers $(DEMO)/SmolLM2-135M-Instruct build/trade-off/best
 
 bench-kernels: setup
 	$(BIN)/swiftprune-bench layers --dtype bf16,fp32 --out build/results/kernels.json --plot build/results/kernels.png

@@ -17,6 +17,7 @@ from rich.markdown import Markdown
 from exporters.cli import ProgressBars
 from exporters.cli import run as run_app
 from runtime_bench import (
+    answers,
     demo,
     demo_data,
     gate,
@@ -137,6 +138,22 @@ def trade_off_command(
     if plot:
         plots.trade_off(result, plot)
     _show(trade_off.markdown(result))
+
+
+@app.command("answers", no_args_is_help=True)
+def answers_command(
+    dense: Annotated[Path, typer.Argument(help="The model before pruning.")],
+    sparse: Annotated[Path, typer.Argument(help="The model after, packed or not.")],
+    questions: Annotated[Path | None, typer.Option(help="Text file, a question a line. Default: ten of ours.")] = None,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each answer, at most.")] = answers.NEW_TOKENS,
+) -> None:
+    """Text: greedy answers of two models to plain questions, side by side."""
+    asked = answers.read_questions(questions) if questions else answers.QUESTIONS
+    with ProgressBars(Console(stderr=True)) as progress:
+        given = answers.compare(
+            {"dense": dense, "sparse": sparse}, asked, new_tokens=new_tokens, progress=progress
+        )  # fmt: skip
+    _show(answers.markdown(given))
 
 
 @app.command("layers")

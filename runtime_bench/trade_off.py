@@ -31,24 +31,23 @@ DENSE = "dense"
 # Stages of an export that are not pruning: what is reported as its time leaves them out.
 _NOT_PRUNING = {"hash source", "calibration text", "write", "output error"}
 
-_FAST: dict[str, Any] = {"compute": "bfloat16"}
 RECIPES: dict[str, tuple[QualityName | None, dict[str, Any]]] = {
     "magnitude": (None, {"method": "magnitude"}),
-    "wanda": (None, _FAST | {"method": "wanda"}),
-    "wanda, one pass": (None, _FAST | {"method": "wanda", "one_pass": True}),
-    "pairs, one pass": (None, _FAST | {"method": "swiftprune-pairs", "one_pass": True}),
+    "wanda": (None, {"method": "wanda"}),
+    "wanda, one pass": (None, {"method": "wanda", "one_pass": True}),
+    "pairs, one pass": (None, {"method": "swiftprune-pairs", "one_pass": True}),
     "fast": ("fast", {}),
-    "wanda + permute": (None, _FAST | {"method": "wanda", "permute": True}),
-    "wanda + weights": (None, _FAST | {"method": "wanda", "refine": ("weights",)}),
-    "wanda + blocks": (None, _FAST | {"method": "wanda", "refine": ("blocks",)}),
-    "wanda + distill": (None, _FAST | {"method": "wanda", "refine": ("distill",), "minutes": 10.0}),
-    "sparsegpt": (None, _FAST | {"method": "sparsegpt"}),
-    "sparsegpt + weights": (None, _FAST | {"method": "sparsegpt", "refine": ("weights",)}),
-    "admm, one pass": (None, _FAST | {"method": "admm", "one_pass": True}),
-    "admm": (None, _FAST | {"method": "admm"}),
-    "admm, half the text": (None, _FAST | {"method": "admm", "seqlen": 256}),
-    "admm + permute": (None, _FAST | {"method": "admm", "permute": True}),
-    "admm + blocks": (None, _FAST | {"method": "admm", "refine": ("blocks",)}),
+    "wanda + permute": (None, {"method": "wanda", "permute": True}),
+    "wanda + weights": (None, {"method": "wanda", "refine": ("weights",)}),
+    "wanda + blocks": (None, {"method": "wanda", "refine": ("blocks",)}),
+    "wanda + distill": (None, {"method": "wanda", "refine": ("distill",), "minutes": 10.0}),
+    "sparsegpt": (None, {"method": "sparsegpt"}),
+    "sparsegpt + weights": (None, {"method": "sparsegpt", "refine": ("weights",)}),
+    "admm, one pass": (None, {"method": "admm", "one_pass": True}),
+    "admm": (None, {"method": "admm"}),
+    "admm, half the text": (None, {"method": "admm", "seqlen": 256}),
+    "admm + permute": (None, {"method": "admm", "permute": True}),
+    "admm + blocks": (None, {"method": "admm", "refine": ("blocks",)}),
     "balanced": ("balanced", {}),
     "best": ("best", {}),
 }
@@ -125,7 +124,7 @@ def _run(data: DemoData, name: str, windows: dict[str, torch.Tensor], keep: Path
             perplexity=_perplexities(data.model, windows, staged),
         )  # fmt: skip
     quality, given = RECIPES[name]
-    settings = make_settings(quality, {"calibration": str(data.calibration)} | given)
+    settings = make_settings(quality, {"calibration": str(data.calibration), "compute": faster_type()} | given)
     with tempfile.TemporaryDirectory(dir=data.model.parent) as temporary:
         folder = (keep or Path(temporary)) / name.replace(" ", "")
         start = time.perf_counter()

@@ -47,6 +47,8 @@ DTYPES: dict[DtypeName, torch.dtype] = {"bfloat16": torch.bfloat16, "float16": t
 Refinement = Literal["weights", "blocks", "distill"]
 # Windows that are read of a data set to distill on: a million tokens.
 _TRAINING_WINDOWS = 4096
+# Where the model samples its own text, it samples so many times more when it is distilled on as well.
+_TRAINING_SAMPLES = 3
 
 PrunedWeight = Packed24 | Tensor
 """A pruned weight: packed when the pattern is 2:4, else dense (N, K) with zeros."""
@@ -94,6 +96,11 @@ class PruneSettings(BaseModel):
         if self.calibration == "none" and (self.refine or self.permute):
             what = f"--refine {self.refine[0]}" if self.refine else "--permute"
             raise SettingsError(f"{what} needs calibration data; give --calibration self or a text file")
+        limited = (self.minutes is not None) + (self.steps is not None)
+        if "distill" in self.refine and limited != 1:
+            raise SettingsError("--refine distill needs a budget: give either --minutes or --steps")
+        if "distill" not in self.refine and limited:
+            raise SettingsError("--minutes and --steps limit distillation: add --refine distill")
         if method.needs == "nothing" and not (self.refine or self.permute or self.max_perplexity_ratio):
             return self.model_copy(update={"method": name, "calibration": "none"})
         if self.calibration == "none":
@@ -103,11 +110,6 @@ class PruneSettings(BaseModel):
             raise SettingsError("--refine blocks works on the blocks pruned so far: leave out --one-pass")
         if self.max_perplexity_ratio is not None and self.calibration == "none":
             raise SettingsError("--sparsity auto measures perplexity: give --calibration self or a text file")
-        limited = (self.minutes is not None) + (self.steps is not None)
-        if "distill" in self.refine and limited != 1:
-            raise SettingsError("--refine distill needs a budget: give either --minutes or --steps")
-        if "distill" not in self.refine and limited:
-            raise SettingsError("--minutes and --steps limit distillation: add --refine distill")
         ordered = tuple(stage for stage in get_args(Refinement) if stage in self.refine)
         return self.model_copy(update={"method": name, "refine": ordered})
 
@@ -189,19 +191,27 @@ class Pipeline:
         return "gram" if needs == "drift" and self.settings.one_pass else needs
 
     def load_tokens(self) -> Tensor | None:
-        """The (samples, seqlen) calibration tokens, made on the first call; None when the method needs none."""
+        """The (samples, seqlen) calibration tokens, made on the first call; None when the method needs none.
+
+        Where the model samples them and is distilled, more follow, which are only for training.
+        """
         if self.tokens is None and self.settings.calibration != "none":
             with self.clock("calibration text"):
                 s = self.settings
+                more = _TRAINING_SAMPLES if s.calibration == "self" and "distill" in s.refine else 1
                 self.tokens = calibration_tokens(
                     s.calibration, self.checkpoint,
-                    samples=s.samples, seqlen=s.seqlen, seed=s.seed, progress=self._progress,
+                    samples=s.samples * more, seqlen=s.seqlen, seed=s.seed, progress=self._progress,
                 )  # fmt: skip
         return self.tokens
 
+    def _calibration_tokens(self) -> Tensor | None:
+        tokens = self.load_tokens()
+        return None if tokens is None else tokens[: self.settings.samples]
+
     def load_orders(self) -> Orders | None:
         """Permutes the checkpoint, if that is asked for, by orders that are set already or found on the first call."""
-        if self.settings.permute and (tokens := self.load_tokens()) is not None:
+        if self.settings.permute and (tokens := self._calibration_tokens()) is not None:
             if self.orders is None:
                 with self.clock("permute"):
                     tick = _Tick(self._progress, 0, len(self.targets.blocks) * len(tokens), "permute")
@@ -220,7 +230,7 @@ class Pipeline:
         `finished` gives the dense pruned weights, by tensor name, of a block that an earlier run completed; such a
         block is only run forward (when there is calibration) and is not yielded.
         """
-        tokens = self.load_tokens()
+        tokens = self._calibration_tokens()
         self.load_orders()
         runner = None
         if tokens is not None and (self.needs != "nothing" or "blocks" in self.settings.refine):

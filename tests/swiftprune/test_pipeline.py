@@ -14,9 +14,11 @@ from transformers import AutoModelForCausalLM
 
 from swiftprune.errors import CheckpointError, FormatError, SettingsError
 from swiftprune.pruning import least_squares, refine_blocks
+from swiftprune.pruning import pipeline as pipeline_module
 from swiftprune.pruning.calibrate import BlockRunner
 from swiftprune.pruning.calibration_text import calibration_tokens
 from swiftprune.pruning.checkpoint import Checkpoint
+from swiftprune.pruning.distill import Distillation
 from swiftprune.pruning.mask import Pattern
 from swiftprune.pruning.pairs import keep_pairs
 from swiftprune.pruning.pipeline import Pipeline, PruneSettings, prune
@@ -331,6 +333,40 @@ def test_output_error_is_the_error_of_the_output(tiny_models: Callable[[str], Pa
     assert done.results[-1].output_error == pytest.approx(float(expected), rel=1e-4)
 
 
+def test_a_model_that_writes_its_own_text_writes_more_to_train_on(
+    tiny_models: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Tensor] = []
+
+    class Recorded(Distillation):
+        def __init__(self, student: Any, teacher: Any, masks: Any, within: str, tokens: Tensor, **options: Any) -> None:
+            seen.append(tokens)
+            super().__init__(student, teacher, masks, within, tokens, **options)
+
+    monkeypatch.setattr(pipeline_module, "Distillation", Recorded)
+    checkpoint = Checkpoint(tiny_models("llama-gqa-tied"))
+    settings = PruneSettings(method="wanda", samples=2, seqlen=64)
+    training = Pipeline(checkpoint, settings.model_copy(update={"refine": ("distill",), "steps": 1}))
+    pruned = {
+        name: unpack(weight)
+        for done in training.blocks()
+        for name, weight in done.weights.items()
+        if isinstance(weight, Packed24)
+    }
+    assert training.tokens is not None
+    tokens = training.tokens
+    assert len(tokens) > settings.samples
+    list(
+        training.distill(lambda block: {n: pruned.get(n, dense) for n, dense in checkpoint.read(block.tensors).items()})
+    )
+    assert torch.equal(seen[0], tokens)
+    # Masks come of the samples that were asked for, and of no more.
+    for done in Pipeline(checkpoint, settings, tokens=tokens[: settings.samples]).blocks():
+        for name, weight in done.weights.items():
+            assert isinstance(weight, Packed24)
+            assert torch.equal(unpack(weight), pruned[name])
+
+
 def test_settings_that_clash_are_refused() -> None:
     with pytest.raises(SettingsError, match="wanda needs calibration data"):
         PruneSettings(method="wanda", calibration="none").resolved()
@@ -342,6 +378,7 @@ def test_settings_that_clash_are_refused() -> None:
         ({"refine": ("distill",)}, "needs a budget: give either --minutes or --steps"),
         ({"refine": ("distill",), "minutes": 1, "steps": 1}, "needs a budget: give either --minutes or --steps"),
         ({"minutes": 1}, "add --refine distill"),
+        ({"minutes": 1, "method": "magnitude"}, "add --refine distill"),
         ({"refine": ("blocks",), "one_pass": True}, "leave out --one-pass"),
     ]
     for refused, message in clashes:
