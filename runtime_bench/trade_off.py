@@ -45,7 +45,7 @@ RECIPES: dict[str, tuple[QualityName | None, dict[str, Any]]] = {
     "sparsegpt + weights": (None, {"method": "sparsegpt", "refine": ("weights",)}),
     "admm, one pass": (None, {"method": "admm", "one_pass": True}),
     "admm": (None, {"method": "admm"}),
-    "admm, half the text": (None, {"method": "admm", "seqlen": 256}),
+    "admm, less text": (None, {"method": "admm", "samples": 24, "seqlen": 256}),
     "admm + permute": (None, {"method": "admm", "permute": True}),
     "admm + blocks": (None, {"method": "admm", "refine": ("blocks",)}),
     "balanced": ("balanced", {}),

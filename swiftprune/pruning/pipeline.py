@@ -47,6 +47,8 @@ DTYPES: dict[DtypeName, torch.dtype] = {"bfloat16": torch.bfloat16, "float16": t
 Refinement = Literal["weights", "blocks", "distill"]
 # Windows that are read of a data set to distill on: a million tokens.
 _TRAINING_WINDOWS = 4096
+# Of calibration, on which orders are found: they need the energy of channels only, which few tokens tell.
+_ORDER_TOKENS = 4096
 # Where the model samples its own text, it samples so many times more when it is distilled on as well.
 _TRAINING_SAMPLES = 3
 
@@ -91,6 +93,8 @@ class PruneSettings(BaseModel):
         compile_ignore(self.ignore)
         name = self.method or ("swiftprune-data-free" if self.calibration == "none" else "swiftprune")
         method = find_method(name)
+        if method.only not in (None, self.pattern):
+            raise SettingsError(f"--method {name} prunes to --format {method.only} only")
         if self.permute and self.pattern != format24.FORMAT:
             raise SettingsError(f"--permute finds orders for --format {format24.FORMAT} only")
         if self.calibration == "none" and (self.refine or self.permute):
@@ -214,6 +218,7 @@ class Pipeline:
         if self.settings.permute and (tokens := self._calibration_tokens()) is not None:
             if self.orders is None:
                 with self.clock("permute"):
+                    tokens = tokens[: max(1, _ORDER_TOKENS // tokens.shape[1])]
                     tick = _Tick(self._progress, 0, len(self.targets.blocks) * len(tokens), "permute")
                     self.orders = find_orders(
                         self._model, self.checkpoint, self.targets, tokens,

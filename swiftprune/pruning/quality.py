@@ -28,7 +28,7 @@ _SOLVED: dict[str, Any] = {"method": "admm", "samples": 64, "seqlen": 256, "refi
 QUALITIES: dict[QualityName, Quality] = {
     "fast": Quality(
         "seconds: one dense pass over little text, masks only",
-        {"method": "swiftprune-pairs", "one_pass": True, "samples": 8, "seqlen": 256},
+        {"method": "swiftprune-pairs", "one_pass": True, "samples": 12, "seqlen": 256},
     ),
     "balanced": Quality(
         "ten minutes: mask and weights solved for, then distilled from the dense model",

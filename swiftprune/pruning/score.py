@@ -154,12 +154,12 @@ class Method:
     factors: Callable[[Tensor, InputStats, int], ScoreFactors] | None
     prune: Callable[[Tensor, InputStats, Pattern, str], Tensor] | None = None
     """Of what has no separable score: (weight (N, K), statistics, pattern, name) -> pruned fp32 weight (N, K)."""
+    only: str | None = None
+    """The one pattern that it makes; None: any."""
 
 
 def _by_pairs(weight: Tensor, stats: InputStats, pattern: Pattern, name: str) -> Tensor:
     assert stats.group_gram is not None
-    if pattern.name != FORMAT:
-        raise SettingsError(f"method swiftprune-pairs judges pairs of a group of four: --format {FORMAT} only")
     return torch.where(keep_pairs(weight, stats.group_gram), weight, 0)
 
 
@@ -182,7 +182,9 @@ METHODS: dict[str, Method] = {
     "magnitude": Method("absolute value", "nothing", magnitude),
     "wanda": Method("weight times input norm", "input_sq_sum", wanda),
     "ria": Method("relative importance times input norm", "input_sq_sum", ria),
-    "swiftprune-pairs": Method("both weights of a group that go, judged together", "group_gram", None, _by_pairs),
+    "swiftprune-pairs": Method(
+        "both weights of a group that go, judged together", "group_gram", None, _by_pairs, only=FORMAT
+    ),
     "sparsegpt": Method("second-order mask with an update of the kept weights", "gram", None, _by_sparsegpt),
     "admm": Method("mask and kept weights in turn, against the dense model's outputs", "drift", None, _by_admm),
 }

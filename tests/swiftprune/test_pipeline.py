@@ -380,6 +380,7 @@ def test_settings_that_clash_are_refused() -> None:
         ({"minutes": 1}, "add --refine distill"),
         ({"minutes": 1, "method": "magnitude"}, "add --refine distill"),
         ({"refine": ("blocks",), "one_pass": True}, "leave out --one-pass"),
+        ({"method": "swiftprune-pairs", "pattern": "4:8"}, "swiftprune-pairs prunes to --format 2:4 only"),
     ]
     for refused, message in clashes:
         with pytest.raises(SettingsError, match=message):
