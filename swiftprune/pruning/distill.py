@@ -38,7 +38,7 @@ BATCH_TOKENS = 512
 SEQLEN = 256
 # Of the windows, the last ones, held back; at most so many.
 VALIDATION_SHARE = 0.03
-VALIDATION_WINDOWS = 32
+VALIDATION_WINDOWS = 8
 VALIDATIONS = 10
 # Validations in a row without a new lowest divergence, after which it stops.
 PATIENCE = 3
@@ -104,6 +104,7 @@ class Distillation:
         self._steps = 0
         self._minutes = 0.0
         self._best: dict[str, Tensor] = {}
+        self._targets: list[Tensor] = []
         self.validations: list[Validation] = []
         self._load()
 
@@ -119,11 +120,12 @@ class Distillation:
 
     def run(self, budget: Budget) -> list[Validation]:
         """Trains until `budget` is used up or validation stops falling, and leaves the best weights in the student."""
+        start = saved = time.monotonic()
+        before = self._minutes
+        self._targets = [self._hidden(self._teacher, window[None]) for window in self._held_back]
         if not self.validations:
             self._check_head()
             self._validate()
-        start = saved = time.monotonic()
-        before = self._minutes
         batches = self._batches()
         while (used := budget.share(self._minutes, self._steps)) < 1 and not self._stagnates():
             self._progress(STAGE, round(used * 1000), 1000)
@@ -208,8 +210,8 @@ class Distillation:
     @torch.no_grad()
     def _validate(self) -> None:
         divergence = likelihood = 0.0
-        for window in self._held_back:
-            hidden, target = self._hidden(self._student, window[None]), self._hidden(self._teacher, window[None])
+        for window, target in zip(self._held_back, self._targets, strict=True):
+            hidden = self._hidden(self._student, window[None])
             following = window[1:].to(hidden.device)
             for rows in self._chunks(len(hidden) - 1):
                 log_probabilities = self._log_probabilities(self._student, hidden[:-1][rows])
