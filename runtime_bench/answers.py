@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 from pydantic import BaseModel
-from transformers import AutoModelForCausalLM
 
-import swiftprune.serve.transformers  # noqa: F401 - registers the packed format
+from runtime_bench.quality import load_model
 from runtime_bench.results import SIDES
 from swiftprune.pruning.calibration_text import load_tokenizer, read_text
 from swiftprune.pruning.progress import Progress, silent
@@ -44,7 +43,7 @@ def compare(
     tokenizer = load_tokenizer(sides["dense"])
     given: dict[str, list[str]] = {}
     for side in SIDES:
-        model: Any = AutoModelForCausalLM.from_pretrained(sides[side], dtype=torch.float32).eval()
+        model = load_model(sides[side], "float32")
         given[side] = []
         for index, question in enumerate(questions):
             progress(f"answer, {side}", index, len(questions))

@@ -150,9 +150,7 @@ def answers_command(
     """Text: greedy answers of two models to plain questions, side by side."""
     asked = answers.read_questions(questions) if questions else answers.QUESTIONS
     with ProgressBars(Console(stderr=True)) as progress:
-        given = answers.compare(
-            {"dense": dense, "sparse": sparse}, asked, new_tokens=new_tokens, progress=progress
-        )  # fmt: skip
+        given = answers.compare({"dense": dense, "sparse": sparse}, asked, new_tokens=new_tokens, progress=progress)
     _show(answers.markdown(given))
 
 

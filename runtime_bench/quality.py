@@ -30,7 +30,7 @@ def perplexity(
     if windows and windows < len(taken):
         taken = taken[torch.linspace(0, len(taken) - 1, windows).round().long()]
     values = {
-        side: evaluate.perplexity(_load(sides[side], dtype), taken, stage=f"perplexity, {side}", progress=progress)
+        side: evaluate.perplexity(load_model(sides[side], dtype), taken, stage=f"perplexity, {side}", progress=progress)
         for side in SIDES
     }
     return Quality(
@@ -61,7 +61,7 @@ def tasks(
     better: dict[str, dict[str, bool]] = {}
     for index, side in enumerate(SIDES):
         progress("tasks", index, len(SIDES))
-        model = HFLM(pretrained=_load(sides[side], dtype), tokenizer=AutoTokenizer.from_pretrained(sides["dense"]))
+        model = HFLM(pretrained=load_model(sides[side], dtype), tokenizer=AutoTokenizer.from_pretrained(sides["dense"]))
         answer: Any = lm_eval.simple_evaluate(
             model=model, tasks=list(names), limit=limit, task_manager=manager, bootstrap_iters=0
         )
@@ -78,5 +78,6 @@ def tasks(
     ]  # fmt: skip
 
 
-def _load(folder: Path, dtype: str) -> Any:
+def load_model(folder: Path, dtype: str) -> Any:
+    """A model in transformers, packed or not."""
     return AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()

@@ -104,7 +104,6 @@ class Distillation:
         self._steps = 0
         self._minutes = 0.0
         self._best: dict[str, Tensor] = {}
-        self._targets: list[Tensor] = []
         self.validations: list[Validation] = []
         self._load()
 
@@ -122,7 +121,6 @@ class Distillation:
         """Trains until `budget` is used up or validation stops falling, and leaves the best weights in the student."""
         start = saved = time.monotonic()
         before = self._minutes
-        self._targets = [self._hidden(self._teacher, window[None]) for window in self._held_back]
         if not self.validations:
             self._check_head()
             self._validate()
@@ -207,6 +205,11 @@ class Distillation:
         size = max(1, _CHUNK_LOGITS // self._student.config.vocab_size)
         return (slice(start, start + size) for start in range(0, tokens, size))
 
+    @functools.cached_property
+    def _targets(self) -> list[Tensor]:
+        """What enters the teacher's head, for each window that is held back."""
+        return [self._hidden(self._teacher, window[None]) for window in self._held_back]
+
     @torch.no_grad()
     def _validate(self) -> None:
         divergence = likelihood = 0.0
@@ -230,7 +233,7 @@ class Distillation:
         window = self._held_back[:1]
         with self._autocast():
             logits = self._teacher(input_ids=window.to(self._teacher.device), use_cache=False).logits[0].float()
-        ours = self._log_probabilities(self._teacher, self._hidden(self._teacher, window))
+        ours = self._log_probabilities(self._teacher, self._targets[0])
         if not torch.allclose(logits.log_softmax(-1), ours, atol=0.05, rtol=0.05):
             raise SettingsError(f"--refine distill: {type(self._teacher).__name__} changes its logits after the head, "
                                 "which distillation does not support; use other refinements")  # fmt: skip
