@@ -206,6 +206,13 @@ class _Weights:
         return [reorder(weight, tokens) for weight in self.plain]
 
 
+def _onednn_takes(dtype: torch.dtype) -> bool:
+    """Whether oneDNN prepacks weights of that type on this machine: for bfloat16 it wants AVX-512 at least."""
+    if dtype == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
+
+
 def _cell(weights: _Weights, dtype: str, tokens: int, threads: int, memory: Tensor, seconds: float) -> Cell:
     x = torch.randn(tokens, weights.shape[1]).to(DTYPES[dtype])
     # Each contestant has weights of its own, so that none finds in the cache what another one has read.
@@ -214,7 +221,7 @@ def _cell(weights: _Weights, dtype: str, tokens: int, threads: int, memory: Tens
         "sparse": _turn(lambda layer: layer(x), weights.sparse, calls),
         "torch F.linear": _turn(lambda weight: F.linear(x, weight), weights.plain, calls),
     }
-    if torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+    if _onednn_takes(weights.dense.dtype):
         product: Any = torch.ops.mkldnn._linear_pointwise
         contestants["oneDNN prepacked"] = _turn(
             lambda weight: product(x, weight, None, "none", [], ""), weights.prepacked(tokens), calls
