@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from runtime_bench import onednn
 from runtime_bench.conditions import judged, watch
 from runtime_bench.machine import this_machine
 from runtime_bench.measure import Timing, interleaved
@@ -202,15 +203,7 @@ class _Weights:
 
     def prepacked(self, tokens: int) -> list[Tensor]:
         """In oneDNN's layout for so many tokens."""
-        reorder: Any = torch.ops.mkldnn._reorder_linear_weight
-        return [reorder(weight, tokens) for weight in self.plain]
-
-
-def _onednn_takes(dtype: torch.dtype) -> bool:
-    """Whether oneDNN prepacks weights of that type on this machine: for bfloat16 it wants AVX-512 at least."""
-    if dtype == torch.bfloat16:
-        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    return bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
+        return [onednn.prepack(weight, tokens) for weight in self.plain]
 
 
 def _cell(weights: _Weights, dtype: str, tokens: int, threads: int, memory: Tensor, seconds: float) -> Cell:
@@ -221,10 +214,9 @@ def _cell(weights: _Weights, dtype: str, tokens: int, threads: int, memory: Tens
         "sparse": _turn(lambda layer: layer(x), weights.sparse, calls),
         "torch F.linear": _turn(lambda weight: F.linear(x, weight), weights.plain, calls),
     }
-    if _onednn_takes(weights.dense.dtype):
-        product: Any = torch.ops.mkldnn._linear_pointwise
+    if onednn.takes(weights.dense.dtype):
         contestants["oneDNN prepacked"] = _turn(
-            lambda weight: product(x, weight, None, "none", [], ""), weights.prepacked(tokens), calls
+            lambda weight: onednn.linear(x, weight, None), weights.prepacked(tokens), calls
         )
     expected = contestants["torch F.linear"]()
     for name, run in contestants.items():

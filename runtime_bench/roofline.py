@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ from swiftprune.sparse24.format import GROUP, KEPT, QUANT_METHOD, metadata_width
 from swiftprune.sparse24.kernels import native
 
 _READ_BYTES = 512 << 20
-_GEMM = 2048
+_GEMM_SIZES = (128, 256, 512, 1024, 2048)
+_LONG_ENOUGH = 0.05  # seconds of a product: no larger one is tried
 _REPEATS = 5
 
 
@@ -35,7 +37,7 @@ class Peaks(Stored):
     read_gb_per_s: float | None
     """Reading a buffer larger than any cache; None without native kernels."""
     gemm_gflop_per_s: float
-    """torch.mm of two square matrices."""
+    """torch.mm of two square matrices in `dtype` or in float32, which `dtype` can be widened to: the faster."""
 
     def seconds(self, matrices: Matrices, tokens: int, head_tokens: int) -> float:
         """The least that a pass of `tokens` through the blocks and of `head_tokens` through the head can take."""
@@ -48,9 +50,7 @@ def measure(dtype: torch.dtype, threads: int) -> Peaks:
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        a = torch.randn(_GEMM, _GEMM).to(dtype)
-        out = torch.empty_like(a)
-        gemm = _median_seconds(lambda: torch.mm(a, a, out=out))
+        gemm = max(_gemm_flop_per_s(each) for each in {dtype, torch.float32})
         read = None
         if native.supported_isas():
             memory = torch.empty(_READ_BYTES, dtype=torch.uint8).random_()
@@ -59,8 +59,21 @@ def measure(dtype: torch.dtype, threads: int) -> Peaks:
         torch.set_num_threads(before)
     return Peaks(
         threads=threads, dtype=str(dtype).removeprefix("torch."), read_gb_per_s=read,
-        gemm_gflop_per_s=2 * _GEMM**3 / gemm / 1e9,
+        gemm_gflop_per_s=gemm / 1e9,
     )  # fmt: skip
+
+
+def _gemm_flop_per_s(dtype: torch.dtype) -> float:
+    """The best of several sizes. A CPU without instructions for `dtype` may run it at a hundredth of float32's rate."""
+    reached = 0.0
+    for size in _GEMM_SIZES:
+        a = torch.randn(size, size).to(dtype)
+        out = torch.empty_like(a)
+        seconds = _median_seconds(partial(torch.mm, a, a, out=out))
+        reached = max(reached, 2 * size**3 / seconds)
+        if seconds > _LONG_ENOUGH:
+            break
+    return reached
 
 
 def best(a: Peaks, b: Peaks) -> Peaks:

@@ -24,7 +24,7 @@ from transformers import AutoConfig
 
 from exporters import export
 from exporters.onnx.decoder import build_decoder
-from runtime_bench import check, conditions, demo_data, gpu, known_models, roofline
+from runtime_bench import check, conditions, demo_data, gpu, known_models, onednn, roofline
 from runtime_bench.engines import UNITS, VLLM_WORKLOADS, Contender, Engine, Job, Options, Round, Workload, contender
 from runtime_bench.engines.vllm_engine import ENVIRONMENT
 from runtime_bench.machine import PACKAGES, this_machine
@@ -67,6 +67,11 @@ class RunSettings:
             raise SettingsError("ONNX Runtime computes in float32 on CPUs; the type of packed values is the file's own")
         if self.dense_linears == "onednn" and self.engine != "transformers":
             raise SettingsError("--dense-linears onednn is for --engine transformers; other engines have their own")
+        if self.dense_linears == "onednn" and not onednn.takes(getattr(torch, self.dtype)):
+            raise SettingsError(
+                f"--dense-linears onednn: oneDNN cannot lay out {self.dtype} weights on this CPU; "
+                "take --dtype float32, or --dense-linears torch"
+            )
         if min(self.new_tokens) < 2:
             raise SettingsError("--new-tokens must be 2 or more: the time between tokens is what is measured")
         if not 1 <= self.starts <= self.rounds:

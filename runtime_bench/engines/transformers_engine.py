@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from transformers.generation.streamers import BaseStreamer
 
 import swiftprune.serve.transformers  # noqa: F401 - registers the packed format
+from runtime_bench import onednn
 from runtime_bench.engines import Options
 from swiftprune.sparse24.dispatch import DENSE
 from swiftprune.sparse24.linear import Linear24
@@ -54,15 +55,12 @@ class _Prepacked(nn.Module):
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
-        reorder: Any = torch.ops.mkldnn._reorder_linear_weight
-        self.weight = reorder(linear.weight.detach().contiguous(), 1)
+        self.weight = onednn.prepack(linear.weight, tokens=1)
         self.bias = linear.bias
         self.in_features = linear.in_features
 
     def forward(self, x: Tensor) -> Tensor:
-        product: Any = torch.ops.mkldnn._linear_pointwise
-        y: Tensor = product(x, self.weight, self.bias, "none", [], "")
-        return y
+        return onednn.linear(x, self.weight, self.bias)
 
 
 class _Clock(BaseStreamer):  # type: ignore[misc]

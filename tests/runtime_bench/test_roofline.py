@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -42,10 +43,29 @@ def test_the_best_of_each_is_kept() -> None:
 
 def test_this_machine_has_peaks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("runtime_bench.roofline._READ_BYTES", 1 << 22)
-    monkeypatch.setattr("runtime_bench.roofline._GEMM", 128)
+    monkeypatch.setattr("runtime_bench.roofline._GEMM_SIZES", (128,))
     before = torch.get_num_threads()
     found = measure(torch.float32, 1)
     assert torch.get_num_threads() == before
     assert (found.threads, found.dtype) == (1, "float32")
     assert found.read_gb_per_s
     assert found.gemm_gflop_per_s > 0
+
+
+def test_a_type_that_the_machine_is_slow_in_does_not_bound_it_nor_hold_it_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Like bfloat16 without AVX-512: 2048 x 2048 took half a minute a product there, and float32 is open to kernels."""
+    monkeypatch.setattr("runtime_bench.roofline._READ_BYTES", 1 << 22)
+    product = torch.mm
+    sizes: dict[torch.dtype, list[int]] = {torch.bfloat16: [], torch.float32: []}
+
+    def slow_in_bfloat16(a: torch.Tensor, b: torch.Tensor, *, out: torch.Tensor) -> torch.Tensor:
+        sizes[a.dtype].append(len(a))
+        if a.dtype == torch.float32:
+            return product(a, b, out=out)
+        time.sleep(len(a) / 4000)
+        return out
+
+    monkeypatch.setattr(torch, "mm", slow_in_bfloat16)
+    found = measure(torch.bfloat16, 1)
+    assert set(sizes[torch.bfloat16]) == {128, 256}
+    assert found.gemm_gflop_per_s > 2 * 256**3 / 0.064 / 1e9

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from exporters import export
-from runtime_bench import check, cli, engines, report, results, roofline, run
+from runtime_bench import check, cli, engines, onednn, report, results, roofline, run
 from runtime_bench.engines import Job, Loaded, Options, Round
 from runtime_bench.engines.worker import Worker
 from runtime_bench.results import Check, RunResult
@@ -47,7 +47,8 @@ def test_transformers_end_to_end(sides: dict[str, Path], tmp_path: Path, dense_l
         "8",
     ]
     command += ["--new-tokens", "4", "--rounds", "3", "--starts", str(starts), "--threads", "1", "--out", str(tmp_path)]
-    outcome = CliRunner().invoke(cli.app, [*command, "--dense-linears", dense_linears])
+    dtype = "float32" if dense_linears == "onednn" and not onednn.takes(torch.bfloat16) else "bfloat16"
+    outcome = CliRunner().invoke(cli.app, [*command, "--dense-linears", dense_linears, "--dtype", dtype])
     assert outcome.exit_code == 0, outcome.output
     found = results.load(tmp_path / "transformers-tiny-2of4.json")
     assert isinstance(found, RunResult)
@@ -367,6 +368,13 @@ def test_mistakes_are_answered(options: list[str], message: str, sides: dict[str
     outcome = CliRunner().invoke(cli.app, ["run", str(sides["sparse"]), "--baseline", str(sides["dense"]), *options])
     assert isinstance(outcome.exception, SettingsError)
     assert message in str(outcome.exception)
+
+
+def test_onednn_is_refused_where_it_cannot_take_the_type(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onednn, "takes", lambda dtype: dtype == torch.float32)
+    RunSettings(dense_linears="onednn", dtype="float32")
+    with pytest.raises(SettingsError, match="cannot lay out bfloat16 weights on this CPU; take --dtype float32"):
+        RunSettings(dense_linears="onednn")
 
 
 def test_folders_are_checked(sides: dict[str, Path], tmp_path: Path) -> None:
