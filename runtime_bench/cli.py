@@ -137,7 +137,7 @@ def trade_off_command(
         result = trade_off.measure(data, names, out, keep=keep, progress=progress)
     if plot:
         plots.trade_off(result, plot)
-    _show(trade_off.markdown(result))
+    _finish(result, report.markdown([result]), out)
 
 
 @app.command("answers", no_args_is_help=True)
@@ -340,7 +340,9 @@ def gate_command(
 
 @app.command("report", no_args_is_help=True)
 def report_command(
-    files: Annotated[list[Path], typer.Argument(metavar="FILES", help="Results of run, layers and gpu-suite.")],
+    files: Annotated[
+        list[Path], typer.Argument(metavar="FILES", help="Results of run, layers, gpu-suite and trade-off.")
+    ],
     html: Annotated[Path | None, typer.Option(help="One page with everything, that needs no network.")] = None,
     markdown: Annotated[Path | None, typer.Option(help="The table for a pull request.")] = None,
     picture: Annotated[Path | None, typer.Option(help="A PNG of the speedups.")] = None,

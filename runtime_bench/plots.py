@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from runtime_bench.layers import BYTE_BOUND, LayersResult
-from runtime_bench.trade_off import DENSE, TradeOff
+from runtime_bench.trade_off import TradeOff
 
 
 def layers(bench: LayersResult, path: Path) -> None:
@@ -58,18 +58,12 @@ def trade_off(result: TradeOff, path: Path) -> None:
     """Perplexity over minutes, a panel a text, both on logarithmic scales; the line joins the best for its time."""
     from matplotlib.figure import Figure
 
-    dense = result.row(DENSE)
-    assert dense is not None
+    dense = result.rows[0]
     figure = Figure(figsize=(6.5 * len(result.tokens), 5), layout="constrained")
     for panel, text in zip(figure.subplots(1, len(result.tokens), squeeze=False)[0], result.tokens, strict=True):
-        rows = sorted((row for row in result.rows if row is not dense), key=lambda row: row.minutes)
-        best, front = float("inf"), []
-        for row in rows:
-            if row.perplexity[text] < best:
-                best = row.perplexity[text]
-                front.append(row)
+        front = result.front(text)
         panel.plot([row.minutes for row in front], [row.perplexity[text] for row in front], color="C0", linewidth=1)
-        for row in rows:
+        for row in result.pruned:
             chosen = row in front
             panel.plot(row.minutes, row.perplexity[text], "o", color="C0" if chosen else "gray", markersize=5)
             panel.annotate(

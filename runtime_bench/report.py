@@ -29,6 +29,7 @@ from swiftprune.errors import SettingsError
 
 if TYPE_CHECKING:
     from runtime_bench.gpu import GpuResult
+    from runtime_bench.trade_off import Row, TradeOff
 
 TEMPLATES = Path(__file__).parent / "templates"
 TABLE_METRICS = ("tpot", "ttft", "latency", "tokens_per_s")
@@ -45,13 +46,14 @@ METRIC_NAMES = {
     "disk": "size on disk",
 }
 SHORT_NAMES = {"ttft": "TTFT", "tpot": "TPOT", "tokens_per_s": "tokens/s"}
-KIND_NAMES = {"layers": "linear layers", "gpu": "GPU kernels"}
+KIND_NAMES = {"layers": "linear layers", "gpu": "GPU kernels", "trade-off": "quality over time"}
 SIDE_COLOURS: dict[Literal["dense", "sparse"], str] = {"dense": "#7d8590", "sparse": "#2178c9"}
 LINE_COLOURS = (SIDE_COLOURS["sparse"], "#cf5a1d", "#15906c", "#9159cf", "#c8417b", "#857b10", "#108a9c", "#a0674b")
 """Their contrast is at least 3 to the backgrounds of both themes, so figures need no second set."""
 _SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "cross", "triangle-down", "star")
 _FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif"
 _ECDF_STEPS = 200
+_NOT_RECORDED = "the state of the machine was not recorded"
 _FACTS: tuple[Callable[[Any], str], ...] = (
     lambda result: getattr(result, "dtype", ""),
     lambda result: f"{result.machine.threads} threads",
@@ -95,6 +97,12 @@ class View:
         return cells, Interval(value=statistics.median(speedups), low=min(speedups), high=max(speedups), confidence=1)
 
     @property
+    def best_recipe(self) -> Row | None:
+        """The one of the lowest perplexity on the first text."""
+        result: TradeOff = self.result
+        return min(result.pruned, key=lambda row: row.perplexity[next(iter(result.tokens))], default=None)
+
+    @property
     def warnings(self) -> list[str]:
         return warnings(self.result)
 
@@ -131,12 +139,14 @@ def html(results: Sequence[Any], sources: Sequence[str]) -> str:
     _some(results)
     jinja2, plotly = _needed("jinja2"), _needed("plotly.offline")
     views = [View(*each) for each in zip(results, labels(results), sources, strict=True)]
-    runs, layer_views, gpu_views = ([v for v in views if v.result.kind == kind] for kind in ("run", "layers", "gpu"))
+    runs, layer_views, gpu_views, trade_offs = (
+        [view for view in views if view.result.kind == kind] for kind in ("run", "layers", "gpu", "trade-off")
+    )
     charts = {
         chart.name: chart
         for chart in (
             _speedup_chart(runs, "at_once"), _speedup_chart(runs, "prompt_tokens"), _latency_chart(runs),
-            _bound_chart(runs), _layers_chart(layer_views), _gpu_chart(gpu_views),
+            _bound_chart(runs), _layers_chart(layer_views), _gpu_chart(gpu_views), _trade_off_chart(trade_offs),
         )
         if chart.choices
     }  # fmt: skip
@@ -154,7 +164,8 @@ def html(results: Sequence[Any], sources: Sequence[str]) -> str:
         "gigabytes": lambda count: f"{count / 1e9:,.3g} GB", "csp_hash": _csp_hash,
     }  # fmt: skip
     page = environment.get_template("report.html.j2").render(
-        views=views, runs=runs, layers=layer_views, gpus=gpu_views, charts=charts, machines=list(machines.values()),
+        views=views, runs=runs, layers=layer_views, gpus=gpu_views, trade_offs=trade_offs, charts=charts,
+        machines=list(machines.values()),
         figures={f"{c.name}-{i}": figure for c in charts.values() for i, (_, figure) in enumerate(c.choices)},
         plotly_js=_script(plotly.get_plotlyjs()), byte_bound=BYTE_BOUND, sides=SIDES,
     )  # fmt: skip
@@ -172,6 +183,7 @@ def markdown(results: Sequence[Any]) -> str:
     parts = [_runs_table([view.result for view in runs])] if runs else []
     parts += [layers.at_a_glance(view.result) for view in views if view.result.kind == "layers"]
     parts += [_gpu_table(view.result) for view in views if view.result.kind == "gpu"]
+    parts += [_trade_off_table(view.result) for view in views if view.result.kind == "trade-off"]
     notes = [f"- **{_cell(view.label)}**: {_cell(warning)}" for view in views for warning in view.warnings]
     for view in runs:
         if view.result.check:
@@ -232,7 +244,10 @@ def picture(results: Sequence[Any], path: Path) -> None:
 
 def labels(results: Sequence[Any]) -> list[str]:
     """Model and engine of each result, or its kind, and whatever else it takes to tell it from the others."""
-    found = [f"{r.model}, {r.engine}" if r.kind == "run" else KIND_NAMES[r.kind] for r in results]
+    found = [
+        ", ".join(filter(None, (getattr(r, "model", ""), getattr(r, "engine", ""), KIND_NAMES.get(r.kind))))
+        for r in results
+    ]
     for fact in _FACTS:
         for same in _alike(found):
             values = {index: fact(results[index]) for index in same}
@@ -257,7 +272,9 @@ def headline(run: RunResult) -> Headline:
 
 def warnings(result: Any) -> list[str]:
     """All that weakens the figures of a result of any kind, in words."""
-    found = list(result.conditions.warnings) if result.conditions else ["the state of the machine was not recorded"]
+    if result.kind == "trade-off":
+        return _trade_off_warnings(result)
+    found = list(result.conditions.warnings) if result.conditions else [_NOT_RECORDED]
     if result.kind == "run":
         if result.check is None:
             found.append("the tokens of the sparse side were not checked")
@@ -285,6 +302,14 @@ def warnings(result: Any) -> list[str]:
         if not result.graph_capture:
             found.append("not every time is of a CUDA graph: of small products, some measure the host")
     return found
+
+
+def _trade_off_warnings(result: TradeOff) -> list[str]:
+    found = defaultdict(list)
+    for row in result.rows:
+        for warning in row.conditions.warnings if row.conditions else [_NOT_RECORDED]:
+            found[warning].append(row.recipe)
+    return [f"{warning}: {', '.join(recipes)}" for warning, recipes in found.items()]
 
 
 def verdict(speedup: Interval) -> str:
@@ -398,6 +423,18 @@ def _gpu_table(result: GpuResult) -> str:
         found |= {name: f"{interval.value:.2f}x" for name, interval in cell.speedups.items()}
         row = (found.get(name, "-") for name in backends)
         lines.append(f"| {cell.rows}x{cell.cols} | {_cell(cell.dtype)} | {cell.tokens} | {' | '.join(row)} |")
+    return "\n".join(lines)
+
+
+def _trade_off_table(result: TradeOff) -> str:
+    """A row a recipe: minutes, and perplexity on each text with its ratio to the dense model's."""
+    lines = [
+        f"| {_cell(result.model)} | minutes |{''.join(f' {_cell(text)} | x dense |' for text in result.tokens)}",
+        f"| --- | ---: |{' ---: | ---: |' * len(result.tokens)}",
+    ]
+    for row in result.rows:
+        cells = [f"{quantity(row.perplexity[text])} | {result.ratio(row, text):.2f}" for text in result.tokens]
+        lines.append(f"| {_cell(row.recipe)} | {row.minutes:.1f} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -560,6 +597,51 @@ def _bound_chart(runs: Sequence[View]) -> Chart:
         if rows:
             chart.choices.append((view.label, _bars_figure(rows)))
     return chart
+
+
+def _trade_off_chart(views: Sequence[View]) -> Chart:
+    chart = Chart(
+        "trade-off", "Quality over time",
+        "Perplexity on text that no stage has seen, over the minutes that pruning took, both on logarithmic axes. The "
+        "line joins the recipes that no faster one is as good as; dashed: the dense model.",
+    )  # fmt: skip
+    for view in views:
+        result: TradeOff = view.result
+        for text in result.tokens if result.pruned else ():
+            name = f"{text}, {result.tokens[text]:,} tokens"
+            chart.choices.append((f"{view.label}: {name}" if len(views) > 1 else name, _trade_off_figure(result, text)))
+    return chart
+
+
+def _trade_off_figure(result: TradeOff, text: str) -> dict[str, Any]:
+    front = result.front(text)
+    others = [row for row in result.pruned if row not in front]
+    traces = [
+        {
+            "type": "scatter", "mode": f"{lines}markers+text", "name": name, "textposition": "top right",
+            "line": {"color": colour, "width": 2}, "marker": {"color": colour, "size": 8},
+            "x": [row.minutes for row in rows], "y": [row.perplexity[text] for row in rows],
+            "text": [html_text.escape(row.recipe) for row in rows], "hoverinfo": "text",
+            "hovertext": [
+                f"{html_text.escape(row.recipe)}<br>{row.minutes:.1f} minutes<br>perplexity "
+                f"{quantity(row.perplexity[text])}, {result.ratio(row, text):.2f}× dense"
+                for row in rows
+            ],
+        }
+        for name, lines, colour, rows in (
+            ("best for its time", "lines+", SIDE_COLOURS["sparse"], front),
+            ("others", "", SIDE_COLOURS["dense"], others),
+        )
+        if rows
+    ]  # fmt: skip
+    minutes = [row.minutes for row in result.pruned]
+    perplexities = [row.perplexity[text] for row in result.rows]
+    spans = {"minutes": (min(minutes), 2 * max(minutes)), "perplexity": (min(perplexities), max(perplexities))}
+    axes = {title: {"title": title, **_log_axis(*span, _round_numbers(*span))} for title, span in spans.items()}
+    return _figure(
+        traces, height=440, shapes=[_rule(y=result.rows[0].perplexity[text])],
+        xaxis=axes["minutes"], yaxis=axes["perplexity"],
+    )  # fmt: skip
 
 
 def _bars_figure(rows: Sequence[tuple[str, Metric]]) -> dict[str, Any]:

@@ -179,12 +179,13 @@ def any_result() -> TypeAdapter[Any]:
     """Of all kinds, told apart by `kind`."""
     from runtime_bench.gpu import GpuResult
     from runtime_bench.layers import LayersResult
+    from runtime_bench.trade_off import TradeOff
 
-    return TypeAdapter(Annotated[RunResult | LayersResult | GpuResult, Field(discriminator="kind")])
+    return TypeAdapter(Annotated[RunResult | LayersResult | GpuResult | TradeOff, Field(discriminator="kind")])
 
 
 def load(path: Path) -> Any:
-    """The RunResult, LayersResult or GpuResult in `path`. Raises ResultError, naming the file and what is wrong."""
+    """The result in `path`, of whatever kind. Raises ResultError, naming the file and what is wrong."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Self
 
 import torch
-from pydantic import BaseModel
+from pydantic import Field, model_validator
 from transformers import AutoModelForCausalLM
 
 from exporters import export
 from runtime_bench import results
+from runtime_bench.conditions import Conditions, judged, watch
 from runtime_bench.demo_data import DemoData
-from runtime_bench.machine import Machine, this_machine
+from runtime_bench.machine import this_machine
+from runtime_bench.stored import Stored
 from swiftprune.errors import ResultError, SettingsError
 from swiftprune.pruning.calibration_text import load_tokenizer, read_text, token_windows
 from swiftprune.pruning.compute import autocast, faster_type
@@ -53,7 +56,7 @@ RECIPES: dict[str, tuple[QualityName | None, dict[str, Any]]] = {
 }
 
 
-class Row(BaseModel):
+class Row(Stored):
     """One recipe."""
 
     recipe: str
@@ -63,21 +66,54 @@ class Row(BaseModel):
     perplexity: dict[str, float]
     """By text."""
     validations: list[Validation]
+    conditions: Conditions | None = None
+    """While it was made and measured."""
 
     @property
     def minutes(self) -> float:
         return sum(self.seconds.values()) / 60
 
 
-class TradeOff(BaseModel):
-    machine: Machine
+class TradeOff(results.Result):
+    """`swiftprune-bench trade-off`: perplexity of one model after each recipe, and the time that each took."""
+
+    kind: Literal["trade-off"] = "trade-off"
     model: str
-    tokens: dict[str, int]
+    tokens: dict[str, int] = Field(min_length=1)
     """Evaluated, by text."""
     rows: list[Row]
+    """The dense model's first."""
+
+    @model_validator(mode="after")
+    def _is_complete(self) -> Self:
+        if self.rows and self.rows[0].recipe != DENSE:
+            raise ValueError(f"the first row is of {self.rows[0].recipe!r}, not of the dense model")
+        for row in self.rows:
+            if missing := self.tokens.keys() - row.perplexity.keys():
+                raise ValueError(f"{row.recipe}: no perplexity on {min(missing)}")
+            if not all(1 <= value < math.inf for value in row.perplexity.values()):
+                raise ValueError(f"{row.recipe}: a perplexity must be finite and at least 1")
+        return self
+
+    @property
+    def pruned(self) -> list[Row]:
+        """By time."""
+        return sorted(self.rows[1:], key=lambda row: row.minutes)
 
     def row(self, recipe: str) -> Row | None:
         return next((row for row in self.rows if row.recipe == recipe), None)
+
+    def ratio(self, row: Row, text: str) -> float:
+        """Its perplexity over the dense model's."""
+        return row.perplexity[text] / self.rows[0].perplexity[text]
+
+    def front(self, text: str) -> list[Row]:
+        """The recipes that no faster one is as good as, by time."""
+        found: list[Row] = []
+        for row in self.pruned:
+            if not found or row.perplexity[text] < found[-1].perplexity[text]:
+                found.append(row)
+        return found
 
 
 def measure(
@@ -98,7 +134,10 @@ def measure(
     result = _load(out, data, windows)
     for name in (DENSE, *recipes):
         if result.row(name) is None:
-            result.rows.append(_run(data, name, windows, keep, progress))
+            with watch() as seen:
+                row = _run(data, name, windows, keep, progress)
+            assert seen.result
+            result.rows.append(row.model_copy(update={"conditions": judged(seen.result)}))
             results.save(result, out)
     return result
 
@@ -108,7 +147,9 @@ def _load(out: Path, data: DemoData, windows: dict[str, torch.Tensor]) -> TradeO
     if not out.exists():
         tokens = {name: taken.numel() for name, taken in windows.items()}
         return TradeOff(machine=machine, model=data.model.name, tokens=tokens, rows=[])
-    stored = TradeOff.model_validate_json(out.read_text())
+    stored = results.load(out)
+    if not isinstance(stored, TradeOff):
+        raise ResultError(f"{out}: is a result of kind {stored.kind!r}, not of trade-off; give another --out")
     if stored.machine.cpu != machine.cpu:
         raise ResultError(f"{out}: was measured on {stored.machine.cpu}, this is {machine.cpu}; give another --out")
     return stored
@@ -145,20 +186,3 @@ def _perplexities(folder: Path, windows: dict[str, torch.Tensor], progress: Prog
             name: perplexity(model, taken, stage=f"evaluate on {name}", progress=progress)
             for name, taken in windows.items()
         }
-
-
-def markdown(result: TradeOff) -> str:
-    """A row a recipe: minutes, and perplexity on each text with its ratio to the dense model's."""
-    dense = result.row(DENSE)
-    assert dense is not None
-    lines = [
-        "| recipe | minutes | " + " | ".join(f"{text} | x dense" for text in result.tokens) + " |",
-        "| --- | ---: |" + " ---: | ---: |" * len(result.tokens),
-    ]
-    for row in result.rows:
-        cells = [
-            f"{row.perplexity[text]:.1f} | {row.perplexity[text] / dense.perplexity[text]:.2f}"
-            for text in result.tokens
-        ]
-        lines.append(f"| {row.recipe} | {row.minutes:.1f} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)

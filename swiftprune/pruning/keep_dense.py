@@ -20,9 +20,8 @@ from swiftprune.pruning.evaluate import perplexity
 from swiftprune.pruning.progress import Progress, silent
 
 STAGE = "keep dense"
-WINDOWS = 16  # to measure perplexity on
-SEQLEN = 512
-GRADIENT_WINDOWS = 8
+WINDOWS = 32  # to measure perplexity on, as long as those of distillation
+GRADIENT_WINDOWS = 16
 
 
 def find_dense(

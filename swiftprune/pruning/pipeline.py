@@ -290,7 +290,7 @@ class Pipeline:
         pruned one in float32.
         """
         with self.clock("distill"):
-            tokens = self._windows(SEQLEN)
+            tokens, _ = self._windows_to_train_and_to_judge()
             count = self.checkpoint.parameter_count
             teacher = load_whole_model(self.checkpoint.folder, count, DTYPES[self.settings.compute])
             student = load_whole_model(self.checkpoint.folder, count, torch.float32)
@@ -311,7 +311,7 @@ class Pipeline:
         assert self.settings.max_perplexity_ratio is not None
         linears = {linear.name: linear.tensor for block in self.targets.blocks for linear in block.linears}
         with self.clock("keep dense"), autocast(DTYPES[self.settings.compute]):
-            windows = self._windows(keep_dense.SEQLEN)[-keep_dense.WINDOWS :]
+            _, windows = self._windows_to_train_and_to_judge()
             model = load_whole_model(self.checkpoint.folder, self.checkpoint.parameter_count, torch.float32)
             dense_perplexity = perplexity(model, windows)
             self._put_pruned(model, finished)
@@ -341,6 +341,12 @@ class Pipeline:
         if minutes is not None:
             minutes = max(0.0, minutes - (time.monotonic() - self._started) / 60)
         return Budget(minutes, self.settings.steps)
+
+    def _windows_to_train_and_to_judge(self) -> tuple[Tensor, Tensor]:
+        """Of one text: distillation learns from the first, and a perplexity budget, if any, holds on the second."""
+        windows = self._windows(SEQLEN)
+        judged = 0 if self.settings.max_perplexity_ratio is None else min(keep_dense.WINDOWS, (len(windows) + 1) // 2)
+        return windows[: len(windows) - judged], windows[len(windows) - judged :]
 
     def _windows(self, seqlen: int) -> Tensor:
         """(W, seqlen) or narrower: all there is of the calibration text, or what the model sampled."""

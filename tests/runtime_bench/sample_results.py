@@ -12,6 +12,7 @@ from runtime_bench.layers import CallOverhead, CallTime, Cell, LayersResult
 from runtime_bench.machine import Gpu, Machine
 from runtime_bench.results import Case, Check, Metric, Quality, RunResult, SideFacts
 from runtime_bench.roofline import Peaks
+from runtime_bench.trade_off import Row, TradeOff
 
 ROUNDS = 10
 CASES = ((1, 64), (2, 64), (4, 64), (8, 64), (1, 256), (1, 1024))
@@ -175,6 +176,29 @@ def gpu_result() -> GpuResult:
             GpuCheck(name="cutlass layout", passed=False, detail="relative error 0.31 at 256x512, M=7"),
         ],
         peaks=GpuPeaks(read_gb_per_s=2950.0, gemm_tflop_per_s={"bf16": 710.0}), left_out=2, stopped="the time was up",
+    )  # fmt: skip
+
+
+def trade_off_result() -> TradeOff:
+    """Five recipes on two texts, not in the order of their time."""
+    rows = [Row(recipe="dense", settings=None, seconds={}, perplexity={"wikipedia": 20, "news": 25}, validations=[])]
+    for recipe, mask, distill, wikipedia, news in (
+        ("wanda", 90, 0, 190.0, 260.0),
+        ("fast", 9, 0, 180.0, 270.0),
+        ("best", 300, 3200, 30.0, 40.0),
+        ("sparsegpt", 120, 0, 180.0, 250.0),
+        ("admm", 150, 0, 60.0, 80.0),
+    ):
+        seconds = {"calibrate": 3.0, "mask": mask, "distill": distill}
+        rows.append(
+            Row(
+                recipe=recipe, settings=None, seconds=seconds, perplexity={"wikipedia": wikipedia, "news": news},
+                validations=[], conditions=conditions(["the machine was busy"] * (recipe == "admm")),
+            )
+        )  # fmt: skip
+    return TradeOff(
+        machine=machine(), command="swiftprune-bench trade-off", model="SmolLM2-135M-Instruct",
+        tokens={"wikipedia": 30720, "news": 30720}, rows=rows,
     )  # fmt: skip
 
 

@@ -18,7 +18,7 @@ import pytest
 from runtime_bench import report
 from runtime_bench.results import Check
 from swiftprune.errors import SettingsError
-from tests.runtime_bench.sample_results import case, gpu_result, layers_result, metric, run_result
+from tests.runtime_bench.sample_results import case, gpu_result, layers_result, metric, run_result, trade_off_result
 
 HOSTILE = "<script>alert(1)</script>"
 REASON = "wrong answers</script><img src=x onerror=alert(2)>"
@@ -60,6 +60,7 @@ def everything() -> list[Any]:
         ]),
         layers_result(),
         gpu_result(),
+        trade_off_result(),
     ]  # fmt: skip
 
 
@@ -79,7 +80,7 @@ def test_without_the_extra_it_says_what_to_install(missing: str, monkeypatch: py
         page(run_result())
 
 
-@pytest.mark.parametrize("make", [run_result, layers_result, gpu_result])
+@pytest.mark.parametrize("make", [run_result, layers_result, gpu_result, trade_off_result])
 def test_one_result_of_any_kind_is_enough(make: Any) -> None:
     result = make()
     seen = page(result)
@@ -123,6 +124,25 @@ def test_every_cell_of_layers_and_gpus_is_in_the_tables() -> None:
                 assert f"{time.backend} {report.quantity(statistics.median(time.us))}" in text
             else:
                 assert f"{time.backend} {time.status.capitalize()}: {time.reason}" in text
+
+
+def test_quality_over_time() -> None:
+    found = trade_off_result()
+    for text in (page(found).text, report.markdown([found])):
+        assert "the machine was busy: admm" in text
+        assert "the state of the machine was not recorded: dense" in text
+    seen = page(found).text
+    assert "SmolLM2-135M-Instruct, quality over time 1.50× the perplexity of dense at best, of 5 recipes" in seen
+    assert "20.0 → 30.0 best, in 58.4 minutes" in seen
+    assert "best 58.4 30.0 1.50× 40.0 1.60× calibrate 3.00, mask 300.0, distill 3,200" in seen
+    assert report.markdown([found]).splitlines()[:3] == [
+        "| SmolLM2-135M-Instruct | minutes | wikipedia | x dense | news | x dense |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+        "| dense | 0.0 | 20.0 | 1.00 | 25.0 | 1.00 |",
+    ]
+    assert "| admm | 2.5 | 60.0 | 3.00 | 80.0 | 3.20 |" in report.markdown([found])
+    unpruned = found.model_copy(update={"rows": found.rows[:1]})
+    assert "void nothing was pruned" in page(unpruned).text
 
 
 def test_the_headline_is_the_case_with_the_fewest_at_once() -> None:
@@ -185,7 +205,9 @@ def test_doubts_are_shown() -> None:
 def test_text_of_others_is_only_text() -> None:
     result = run_result(HOSTILE, cases=[case(1), case(2), case(4, void=REASON)], warnings=[HOSTILE])
     result.command = "swiftprune-bench run '</code></script><b>'"
-    html = report.html([result, layers_result()], [HOSTILE, "b.json"])
+    hostile = trade_off_result().model_copy(update={"model": HOSTILE})
+    hostile.rows[1].recipe = HOSTILE
+    html = report.html([result, layers_result(), hostile], [HOSTILE, "b.json", "c.json"])
     seen = _Page(html)
     assert HOSTILE in seen.text
     assert REASON in seen.text

@@ -10,17 +10,19 @@ import pytest
 
 from runtime_bench import results
 from swiftprune.errors import OutputError, ResultError
-from tests.runtime_bench.sample_results import layers_result, run_result
+from tests.runtime_bench.sample_results import layers_result, run_result, trade_off_result
 
 
-@pytest.mark.parametrize("result", [run_result(), layers_result()], ids=["run", "layers"])
+@pytest.mark.parametrize(
+    "result", [run_result(), layers_result(), trade_off_result()], ids=["run", "layers", "trade-off"]
+)
 def test_round_trip_keeps_fields_that_are_not_known(result: Any, tmp_path: Path) -> None:
     path = tmp_path / "new folder" / "a.json"
     results.save(result, path)
     data = json.loads(path.read_text())
     data["later"] = {"a": [1]}
     data["machine"]["later"] = 2
-    (data.get("cases") or data["cells"])[0]["later"] = 3
+    (data.get("cases") or data.get("cells") or data["rows"])[0]["later"] = 3
     path.write_text(json.dumps(data))
     loaded = results.load(path)
     assert type(loaded) is type(result)
@@ -62,6 +64,23 @@ def test_unusable_files_are_answered(change: Any, message: str, tmp_path: Path) 
     assert str(path) in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda data: data["rows"].pop(0), "the first row is of 'wanda', not of the dense model"),
+        (lambda data: data["rows"][1]["perplexity"].pop("news"), "wanda: no perplexity on news"),
+        (lambda data: data["rows"][1]["perplexity"].update(news=0), "wanda: a perplexity must be finite and at least"),
+        (lambda data: data.update(tokens={}), "trade-off.tokens: Dictionary should have at least 1 item"),
+    ],
+)
+def test_unusable_trade_offs_are_answered(change: Any, message: str, tmp_path: Path) -> None:
+    data = trade_off_result().model_dump(mode="json")
+    change(data)
+    (tmp_path / "a.json").write_text(json.dumps(data))
+    with pytest.raises(ResultError, match=message):
+        results.load(tmp_path / "a.json")
+
+
 @pytest.mark.parametrize("text", ["", "[1, 2]", '{"schema_version": 1', "\x00"])
 def test_what_is_no_result_at_all(text: str, tmp_path: Path) -> None:
     path = tmp_path / "a.json"
@@ -88,7 +107,7 @@ def test_the_schema_in_the_repository_is_up_to_date() -> None:
 def test_results_fit_the_schema() -> None:
     jsonschema = pytest.importorskip("jsonschema")
     schema = json.loads(results.SCHEMA_FILE.read_text())
-    for result in (run_result(), layers_result()):
+    for result in (run_result(), layers_result(), trade_off_result()):
         jsonschema.validate(result.model_dump(mode="json"), schema)
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate({**run_result().model_dump(mode="json"), "rounds": "many"}, schema)

@@ -11,13 +11,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from runtime_bench import plots, trade_off
+from runtime_bench import plots, report, results, trade_off
 from runtime_bench.demo_data import DemoData
 from runtime_bench.trade_off import measure
 from swiftprune.errors import ResultError, SettingsError
 from swiftprune.pruning.calibration_text import load_tokenizer, token_windows
 from swiftprune.pruning.evaluate import perplexity
 from tests import models
+from tests.runtime_bench.sample_results import layers_result, trade_off_result
 
 
 @pytest.fixture
@@ -58,8 +59,7 @@ def test_recipes_are_measured_once_and_drawn(data: DemoData, tmp_path: Path) -> 
         row = both.row(name)
         assert row is not None
         assert row.perplexity["news"] == pytest.approx(perplexity(model, windows), rel=0.02)  # in either arithmetic
-    lines = trade_off.markdown(both).splitlines()
-    assert len(lines) == 2 + 3
+    lines = report.markdown([both]).splitlines()
     assert lines[2].startswith("| dense | 0.0 |")
     assert lines[2].endswith(" 1.00 |")
     plots.trade_off(both, tmp_path / "plot.png")
@@ -70,9 +70,23 @@ def test_what_cannot_be_measured_together_is_refused(data: DemoData, tmp_path: P
     out = tmp_path / "result.json"
     with pytest.raises(SettingsError, match="no recipe 'wnada'; known: wanda, balanced"):
         measure(data, ["wnada"], out)
+    results.save(layers_result(), out)
+    with pytest.raises(ResultError, match="is a result of kind 'layers', not of trade-off"):
+        measure(data, ["wanda"], out)
+    out.unlink()
     measure(data, [], out)
     stored = json.loads(out.read_text())
     stored["machine"]["cpu"] = "another"
     out.write_text(json.dumps(stored))
     with pytest.raises(ResultError, match="was measured on another"):
         measure(data, ["wanda"], out)
+
+
+def test_the_front_is_what_no_faster_recipe_is_as_good_as() -> None:
+    found = trade_off_result()
+    assert [row.recipe for row in found.pruned] == ["fast", "wanda", "sparsegpt", "admm", "best"]
+    assert [row.recipe for row in found.front("wikipedia")] == ["fast", "admm", "best"]
+    assert [row.recipe for row in found.front("news")] == ["fast", "wanda", "sparsegpt", "admm", "best"]
+    best = found.row("best")
+    assert best is not None
+    assert found.ratio(best, "wikipedia") == 1.5

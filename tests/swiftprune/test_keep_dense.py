@@ -17,6 +17,7 @@ from exporters import export
 from exporters.workspace import Workspace
 from swiftprune.errors import SettingsError
 from swiftprune.pruning import keep_dense
+from swiftprune.pruning.distill import Distillation
 from swiftprune.pruning.evaluate import perplexity
 from swiftprune.pruning.keep_dense import find_dense
 from swiftprune.pruning.mask import n_of_m
@@ -105,7 +106,6 @@ def test_a_budget_that_cannot_be_met(tiny_models: Callable[[str], Path]) -> None
 def test_an_export_keeps_linears_dense_and_resumes(
     refine: Any, tiny_models: Callable[[str], Path], text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(keep_dense, "SEQLEN", 64)
     model, out = tiny_models("llama-gqa-tied"), tmp_path / "out"
     settings = PruneSettings(
         method="magnitude", calibration="self", samples=16, seqlen=64, permute=True, max_perplexity_ratio=1.3,
@@ -147,3 +147,30 @@ def test_an_export_keeps_linears_dense_and_resumes(
     assert keep_dense.STAGE not in stages
     for path in sorted((tmp_path / "whole").iterdir()):
         assert path.read_bytes() == (out / path.name).read_bytes(), path.name
+
+
+def test_what_the_budget_is_measured_on_is_not_learnt_from(
+    tiny_models: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learnt: list[Tensor] = []
+    judged: list[Tensor] = []
+    step = Distillation._step
+
+    def noting(self: Distillation, batch: Tensor, learning_rate: float) -> None:
+        learnt.extend(batch)
+        step(self, batch, learning_rate)
+
+    def stop(model: Any, dense: Any, sets: Any, windows: Tensor, **_: Any) -> list[str]:
+        judged.extend(windows)
+        return []
+
+    monkeypatch.setattr(Distillation, "_step", noting)
+    monkeypatch.setattr(keep_dense, "find_dense", stop)
+    settings = PruneSettings(
+        method="magnitude", calibration="self", samples=4, seqlen=32, max_perplexity_ratio=1.3, refine=("distill",),
+        steps=8,
+    )  # fmt: skip
+    export(tiny_models("llama-gqa-tied"), tmp_path / "out", settings)
+    assert len(judged) == 6  # half of three times four windows
+    assert learnt
+    assert not any(torch.equal(one, other) for one in learnt for other in judged)
