@@ -40,6 +40,8 @@ SEQLEN = 256
 VALIDATION_SHARE = 0.03
 VALIDATION_WINDOWS = 8
 VALIDATIONS = 10
+# One takes about as long as a step, so a short run has fewer of them.
+STEPS_BETWEEN = 8
 # Validations in a row without a new lowest divergence, after which it stops.
 PATIENCE = 3
 # Logits in memory at a time: 16 MiB in fp32, which caches hold, and the same again for the teacher's.
@@ -121,16 +123,22 @@ class Distillation:
         """Trains until `budget` is used up or validation stops falling, and leaves the best weights in the student."""
         start = saved = time.monotonic()
         before = self._minutes
+        pace = 0.0  # minutes of a step
         if not self.validations:
             self._check_head()
             self._validate()
         batches = self._batches()
-        while (used := budget.share(self._minutes, self._steps)) < 1 and not self._stagnates():
+        # A step must fit into the minutes, and so must the validation after it.
+        while (used := budget.share(self._minutes + 2 * pace, self._steps)) < 1 and not self._stagnates():
             self._progress(STAGE, round(used * 1000), 1000)
+            begun = time.monotonic()
             self._step(next(batches), _learning_rate(used))
+            pace = (time.monotonic() - begun) / 60
             self._steps += 1
             self._minutes = before + (time.monotonic() - start) / 60
-            if budget.share(self._minutes, self._steps) * VALIDATIONS >= len(self.validations):
+            used = budget.share(self._minutes + 2 * pace, self._steps)
+            due = used * VALIDATIONS >= len(self.validations)
+            if used == 1 or (due and self._steps - self.validations[-1].step >= STEPS_BETWEEN):
                 self._validate()
             if self._file and time.monotonic() - saved > _SAVE_SECONDS:
                 self.save(self._file)

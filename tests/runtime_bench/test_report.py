@@ -362,7 +362,7 @@ def test_in_a_browser(browser: Any, file: Path, width: int, height: int, theme: 
     tab.goto(file.as_uri())
 
     figures = tab.locator("[data-figure]")
-    assert tab.locator(".js-plotly-plot .main-svg .cartesianlayer").count() == figures.count() == 6
+    assert tab.locator(".js-plotly-plot .main-svg .cartesianlayer").count() == figures.count() == 7
     for index in range(figures.count()):
         assert figures.nth(index).bounding_box()["width"] <= width
         assert figures.nth(index).locator(".trace path").count()

@@ -154,6 +154,13 @@ def test_it_stops_when_validation_rises_and_keeps_the_best(
         assert torch.equal(parameter, before[name])
 
 
+def test_short_runs_validate_less_often(tiny_models: Callable[[str], Path]) -> None:
+    """As a validation takes as long as a step, ten of them would take half of twenty steps."""
+    student, teacher, masks = pair(tiny_models("llama-gqa-tied"), "llama-gqa-tied")
+    validations = Distillation(student, teacher, masks, "model.layers.", windows()).run(Budget(steps=20))
+    assert [point.step for point in validations] == [0, 8, 16, 20]
+
+
 def test_what_cannot_be_distilled_says_why(tiny_models: Callable[[str], Path], monkeypatch: Any) -> None:
     student, teacher, masks = pair(tiny_models("llama-gqa-tied"), "llama-gqa-tied")
     with pytest.raises(SettingsError, match="at least two windows of 40 tokens"):
@@ -181,5 +188,6 @@ def test_minutes_are_kept_to(tiny_models: Callable[[str], Path]) -> None:
     student, teacher, masks = pair(tiny_models("llama-gqa-tied"), "llama-gqa-tied")
     validations = Distillation(student, teacher, masks, "model.layers.", windows()).run(Budget(minutes=0.05))
     assert validations[-1].step > 0
+    assert validations[-1].minutes < 0.05
     student, teacher, masks = pair(tiny_models("llama-gqa-tied"), "llama-gqa-tied")
     assert len(Distillation(student, teacher, masks, "model.layers.", windows()).run(Budget(minutes=0.0))) == 1
