@@ -57,6 +57,7 @@ def layers(bench: LayersResult, path: Path) -> None:
 def trade_off(result: TradeOff, path: Path) -> None:
     """Perplexity over minutes, a panel a text, both on logarithmic scales; the line joins the best for its time."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     dense = result.rows[0]
     figure = Figure(figsize=(6.5 * len(result.tokens), 5), layout="constrained")
@@ -75,8 +76,11 @@ def trade_off(result: TradeOff, path: Path) -> None:
                        textcoords="offset points", ha="right", fontsize=8)  # fmt: skip
         panel.set_xscale("log")
         panel.set_yscale("log")
-        panel.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        panel.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        for axis in (panel.xaxis, panel.yaxis):
+            axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.set_major_formatter(lambda value, _: f"{value:g}")
+            axis.set_minor_formatter(NullFormatter())
+        panel.set_xlim(right=2 * panel.get_xlim()[1])  # for the last name
         panel.set_xlabel("minutes")
         panel.set_title(f"{text}, {result.tokens[text]:,} tokens", fontsize=10)
         panel.grid(alpha=0.25, which="both")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import tempfile
 import time
 from collections.abc import Sequence
@@ -132,12 +133,14 @@ def measure(
         for path in (data.held_out, data.news)
     }
     result = _load(out, data, windows)
+    load = round(os.getloadavg()[0], 2)  # later it is that of the recipe before
     for name in (DENSE, *recipes):
         if result.row(name) is None:
             with watch() as seen:
                 row = _run(data, name, windows, keep, progress)
             assert seen.result
-            result.rows.append(row.model_copy(update={"conditions": judged(seen.result)}))
+            conditions = judged(seen.result.model_copy(update={"load_before": load}))
+            result.rows.append(row.model_copy(update={"conditions": conditions}))
             results.save(result, out)
     return result
 
