@@ -169,6 +169,15 @@ def export_command(
     ] = None,
     samples: Annotated[int | None, typer.Option(min=1, help="Calibration sequences.", show_default="32")] = None,
     seqlen: Annotated[int | None, typer.Option(min=1, help="Tokens in each of them.", show_default="512")] = None,
+    conversations: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Sequences more that a model with a chat template samples as conversations: a quarter of what is "
+            "calibrated and trained on, so that it can still hold them.",
+            show_default="0; --quality sets it",
+        ),
+    ] = None,
     sparsity: Annotated[
         SparsityChoice,
         typer.Option(
@@ -236,6 +245,7 @@ def export_command(
     given = {
         "max_perplexity_ratio": max_perplexity_ratio,
         "method": method, "samples": samples, "seqlen": seqlen, "one_pass": one_pass, "permute": permute,
+        "conversations": conversations,
         "minutes": minutes, "steps": steps, "dtype": dtype.value if dtype else None,
         "refine": tuple(filter(None, refine.split(","))) if refine is not None else None,
         "compute": faster_type() if compute is ComputeChoice.AUTO else compute.value if compute else None,

@@ -18,6 +18,10 @@ from swiftprune.pruning.whole_model import load_whole_model
 logger = logging.getLogger(__name__)
 
 _SELF_BATCH = 32
+# Of conversations: at 1 small models soon ramble, and then no question is answered.
+_TEMPERATURE = 0.7
+# Where a user speaks, in a chat template: nothing that a template could hold by itself.
+_SPEAKS = "\N{SYMBOL FOR NULL}swiftprune\N{SYMBOL FOR NULL}"
 
 
 def calibration_tokens(
@@ -105,7 +109,7 @@ def _dataset_text(source: str, needed: int) -> str:
 def self_sampled(checkpoint: Checkpoint, *, samples: int, seqlen: int, seed: int, progress: Progress) -> Tensor:
     """Text that the dense model itself samples (temperature 1, from its start token): no data set is needed.
 
-    Deterministic for a seed on one machine. Needs memory for the whole model.
+    A text that ends is followed by the next. Deterministic for a seed on one machine. Needs memory for the whole model.
     """
     model = load_whole_model(checkpoint.folder, checkpoint.parameter_count)
     tokenizer = load_tokenizer(checkpoint.folder)
@@ -117,21 +121,52 @@ def self_sampled(checkpoint: Checkpoint, *, samples: int, seqlen: int, seed: int
         ),
         0,
     )
+    return _sampled(model, torch.tensor([start]), samples, seqlen, seed, 1.0, "sample calibration text", progress)
+
+
+def has_conversations(checkpoint: Checkpoint) -> bool:
+    """Whether the model has a chat template, and so conversations to sample."""
+    return bool(load_tokenizer(checkpoint.folder).chat_template)
+
+
+def sampled_conversations(
+    checkpoint: Checkpoint, *, samples: int, seqlen: int, seed: int, progress: Progress
+) -> Tensor:  # fmt: skip
+    """(samples, seqlen) int64: conversations that the dense model samples, the questions included.
+
+    It gets its chat template up to where a user begins to speak and goes on from there (Magpie, arXiv 2406.08464).
+    Raises SettingsError when that takes all of `seqlen`.
+    """
+    tokenizer = load_tokenizer(checkpoint.folder)
+    written: str = tokenizer.apply_chat_template([{"role": "user", "content": _SPEAKS}], tokenize=False)
+    before = tokenizer(written.partition(_SPEAKS)[0], add_special_tokens=False, return_tensors="pt").input_ids[0]
+    if len(before) >= seqlen:
+        raise SettingsError(
+            f"--conversations: the chat template takes {len(before)} tokens, and --seqlen is {seqlen}; make it longer"
+        )
+    model = load_whole_model(checkpoint.folder, checkpoint.parameter_count)
+    return _sampled(model, before, samples, seqlen, seed, _TEMPERATURE, "sample conversations", progress)
+
+
+def _sampled(
+    model: Any, begin: Tensor, samples: int, seqlen: int, seed: int, temperature: float, stage: str, progress: Progress
+) -> Tensor:  # fmt: skip
+    """(samples, seqlen) int64: what `model` samples after `begin`, past any end of text."""
+    model.generation_config.eos_token_id = None
     torch.manual_seed(seed)
     batches = []
-    for begin in range(0, samples, _SELF_BATCH):
-        size = min(_SELF_BATCH, samples - begin)
+    for done in range(0, samples, _SELF_BATCH):
+        prompt = begin.repeat(min(_SELF_BATCH, samples - done), 1)
         batch = model.generate(
-            torch.full((size, 1), start),
-            attention_mask=torch.ones(size, 1, dtype=torch.long),
+            prompt,
+            attention_mask=torch.ones_like(prompt),
             do_sample=True,
-            temperature=1.0,
+            temperature=temperature,
             top_k=0,
             top_p=1.0,
-            min_new_tokens=seqlen - 1,
-            max_new_tokens=seqlen - 1,
-            pad_token_id=start,
-            stopping_criteria=StoppingCriteriaList([_Tick(progress, begin, size, samples, seqlen)]),
+            max_new_tokens=seqlen - len(begin),
+            pad_token_id=int(begin[0]),
+            stopping_criteria=StoppingCriteriaList([_Tick(stage, progress, done, samples, seqlen)]),
         )
         batches.append(batch)
     return torch.cat(batches)
@@ -140,10 +175,10 @@ def self_sampled(checkpoint: Checkpoint, *, samples: int, seqlen: int, seed: int
 class _Tick(StoppingCriteria):  # type: ignore[misc]
     """Reports each sampled token; never stops."""
 
-    def __init__(self, progress: Progress, begin: int, size: int, samples: int, seqlen: int) -> None:
-        self.progress, self.begin, self.size, self.samples, self.seqlen = progress, begin, size, samples, seqlen
+    def __init__(self, stage: str, progress: Progress, done: int, samples: int, seqlen: int) -> None:
+        self.stage, self.progress, self.done, self.samples, self.seqlen = stage, progress, done, samples, seqlen
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
-        done = self.begin * self.seqlen + self.size * input_ids.shape[1]
-        self.progress("sample calibration text", done, self.samples * self.seqlen)
+        done = self.done * self.seqlen + input_ids.numel()
+        self.progress(self.stage, done, self.samples * self.seqlen)
         return torch.zeros(len(input_ids), dtype=torch.bool)

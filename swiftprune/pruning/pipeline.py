@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -17,7 +18,12 @@ from torch import Tensor, nn
 from swiftprune.errors import CheckpointError, FormatError, SettingsError
 from swiftprune.pruning import keep_dense, refine_blocks
 from swiftprune.pruning.calibrate import BlockRunner
-from swiftprune.pruning.calibration_text import calibration_tokens, shuffled_windows
+from swiftprune.pruning.calibration_text import (
+    calibration_tokens,
+    has_conversations,
+    sampled_conversations,
+    shuffled_windows,
+)
 from swiftprune.pruning.checkpoint import Checkpoint, Orders
 from swiftprune.pruning.compute import ComputeName, autocast
 from swiftprune.pruning.distill import SEQLEN, Budget, Distillation, Validation
@@ -51,6 +57,8 @@ _TRAINING_WINDOWS = 4096
 _ORDER_TOKENS = 4096
 # Where the model samples its own text, it samples so many times more when it is distilled on as well.
 _TRAINING_SAMPLES = 3
+# Of calibration, and of what is trained on, every so many windows is a conversation, if there are any.
+_EVERY_CONVERSATION = 4
 
 PrunedWeight = Packed24 | Tensor
 """A pruned weight: packed when the pattern is 2:4, else dense (N, K) with zeros."""
@@ -68,6 +76,8 @@ class PruneSettings(BaseModel):
     """`none`, `self`, a text file, or a data set id."""
     samples: int = Field(default=32, ge=1)
     seqlen: int = Field(default=512, ge=1)
+    conversations: int = Field(default=0, ge=0)
+    """Sequences more that a model with a chat template samples as conversations, to keep it able to hold them."""
     seed: int = 0
     ignore: str = DEFAULT_IGNORE
     dtype: DtypeName | None = None
@@ -197,7 +207,8 @@ class Pipeline:
     def load_tokens(self) -> Tensor | None:
         """The (samples, seqlen) calibration tokens, made on the first call; None when the method needs none.
 
-        Where the model samples them and is distilled, more follow, which are only for training.
+        Conversations stand at the end of these, and those that are too many for calibration follow. Where the model
+        samples all of its text and is distilled, more of it comes last. What follows is only for training.
         """
         if self.tokens is None and self.settings.calibration != "none":
             with self.clock("calibration text"):
@@ -207,7 +218,27 @@ class Pipeline:
                     s.calibration, self.checkpoint,
                     samples=s.samples * more, seqlen=s.seqlen, seed=s.seed, progress=self._progress,
                 )  # fmt: skip
+                if count := self._conversation_count:
+                    found = sampled_conversations(
+                        self.checkpoint, samples=count, seqlen=s.seqlen, seed=s.seed, progress=self._progress
+                    )
+                    start = self._conversation_rows(len(self.tokens) + count).start
+                    self.tokens = torch.cat([self.tokens[:start], found, self.tokens[start:]])
         return self.tokens
+
+    @functools.cached_property
+    def _conversation_count(self) -> int:
+        if self.settings.conversations and not has_conversations(self.checkpoint):
+            self._announce("The model has no chat template, so no conversations are sampled.")
+            return 0
+        return self.settings.conversations
+
+    def _conversation_rows(self, rows: int) -> slice:
+        """Where conversations are, of so many rows of tokens."""
+        count = self._conversation_count
+        calibration = min(self.settings.samples, rows - count)
+        start = calibration - min(count, calibration // _EVERY_CONVERSATION)
+        return slice(start, start + count)
 
     def _calibration_tokens(self) -> Tensor | None:
         tokens = self.load_tokens()
@@ -355,9 +386,22 @@ class Pipeline:
             assert tokens is not None
             width = min(seqlen, tokens.shape[1])
             return tokens[:, : tokens.shape[1] // width * width].reshape(-1, width)
-        return shuffled_windows(
-            self.settings.calibration, self.checkpoint, seqlen=seqlen, seed=self.settings.seed, needed=_TRAINING_WINDOWS
+        conversations = self._conversations()
+        width = min(seqlen, conversations.shape[1]) if len(conversations) else seqlen
+        text = shuffled_windows(
+            self.settings.calibration, self.checkpoint, seqlen=width, seed=self.settings.seed, needed=_TRAINING_WINDOWS
         )
+        if not len(conversations):
+            return text
+        conversations = conversations[:, : conversations.shape[1] // width * width].reshape(-1, width)
+        often = max(1, len(text) // (_EVERY_CONVERSATION - 1) // len(conversations))
+        # Text comes last, since that is what is held back: conversations are there several times.
+        return torch.cat([conversations.repeat(often, 1), text])
+
+    def _conversations(self) -> Tensor:
+        tokens = self.load_tokens()
+        assert tokens is not None
+        return tokens[self._conversation_rows(len(tokens))]
 
     def _put_pruned(self, student: nn.Module, finished: Callable[[Block], Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """Puts the tensors of all blocks into `student`; returns the keep_masks by parameter."""

@@ -33,11 +33,11 @@ QUALITIES: dict[QualityName, Quality] = {
     ),
     "balanced": Quality(
         "ten minutes: mask and weights solved for, then distilled from the dense model",
-        _SOLVED | {"samples": 96, "minutes": 10.0},
+        _SOLVED | {"samples": 96, "conversations": 32, "minutes": 10.0},
     ),
     "best": Quality(
         "an hour: the same on more text, in a better order of channels, distilled for longer",
-        _SOLVED | {"samples": 256, "permute": True, "minutes": 60.0},
+        _SOLVED | {"samples": 256, "conversations": 128, "permute": True, "minutes": 60.0},
     ),
 }
 

@@ -1,0 +1,106 @@
+"""Conversations that the model samples itself, in what it is calibrated and trained on."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from exporters import export
+from swiftprune.errors import SettingsError
+from swiftprune.pruning.calibration_text import load_tokenizer, sampled_conversations
+from swiftprune.pruning.checkpoint import Checkpoint
+from swiftprune.pruning.distill import Distillation
+from swiftprune.pruning.pipeline import Pipeline, PruneSettings
+from swiftprune.pruning.progress import silent
+
+TEMPLATE = "{% for message in messages %}<s>{{ message['role'] }}: {{ message['content'] }}</s>{% endfor %}"
+
+
+@pytest.fixture
+def chatty(tiny_models: Callable[[str], Path], tmp_path: Path) -> Path:
+    folder = tmp_path / "chatty"
+    shutil.copytree(tiny_models("llama-gqa-tied"), folder)
+    tokenizer = load_tokenizer(folder)
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def begins(folder: Path) -> Tensor:
+    """What the template writes before a user's words."""
+    ids: Tensor = load_tokenizer(folder)("<s>user: ", add_special_tokens=False, return_tensors="pt").input_ids[0]
+    return ids
+
+
+def are_conversations(windows: Tensor, begin: Tensor) -> Tensor:
+    return (windows[:, : len(begin)] == begin).all(1)
+
+
+def test_they_begin_as_the_template_does_and_go_on_after_an_end(chatty: Path) -> None:
+    begin = begins(chatty)
+    tokens = sampled_conversations(Checkpoint(chatty), samples=40, seqlen=64, seed=0, progress=silent)
+    assert tokens.shape == (40, 64)
+    assert are_conversations(tokens, begin).all()
+    assert len({tuple(row) for row in tokens.tolist()}) == 40
+    ends = (tokens[:, len(begin) : -1] == load_tokenizer(chatty).eos_token_id).nonzero()
+    assert len(ends)
+    after = tokens[ends[:, 0], ends[:, 1] + len(begin) + 1]
+    assert len(set(after.tolist())) > 1  # no padding
+    with pytest.raises(SettingsError, match=f"the chat template takes {len(begin)} tokens, and --seqlen is 3"):
+        sampled_conversations(Checkpoint(chatty), samples=1, seqlen=3, seed=0, progress=silent)
+
+
+@pytest.mark.parametrize("source", ["file", "self"])
+def test_a_quarter_of_the_text_is_conversations(
+    source: str, chatty: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, Tensor] = {}
+    begin = begins(chatty)
+
+    class Noting(Distillation):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            seen["trained"] = arguments[4]
+            super().__init__(*arguments, **options)
+
+    monkeypatch.setattr("swiftprune.pruning.pipeline.Distillation", Noting)
+    settings = PruneSettings(
+        method="wanda", calibration=str(text_file) if source == "file" else "self", samples=8, seqlen=32,
+        conversations=3, refine=("distill",), steps=1,
+    )  # fmt: skip
+    calibrated = Pipeline(Checkpoint(chatty), settings)._calibration_tokens()
+    assert calibrated is not None
+    assert are_conversations(calibrated, begin).sum() == 2
+    export(chatty, tmp_path / "out", settings)
+    windows = seen["trained"]
+    chosen = are_conversations(windows, begin)
+    assert len({tuple(row) for row in windows[chosen].tolist()}) == 3
+    if source == "file":
+        assert 0.15 < chosen.float().mean() <= 0.25
+        assert not chosen[-len(windows) // 2 :].any()  # so none is held back that is trained on as well
+    again = Pipeline(Checkpoint(chatty), settings)._calibration_tokens()
+    assert again is not None
+    assert torch.equal(calibrated, again)
+
+
+def test_a_model_without_a_chat_template_has_none(
+    tiny_models: Callable[[str], Path], text_file: Path, tmp_path: Path
+) -> None:
+    said: list[str] = []
+
+    def announce(text: str) -> None:
+        said.append(text)
+
+    plain = PruneSettings(method="wanda", calibration=str(text_file), samples=4, seqlen=32)
+    asked = plain.model_copy(update={"conversations": 2})
+    model = tiny_models("llama-gqa-tied")
+    export(model, tmp_path / "plain", plain)
+    export(model, tmp_path / "asked", asked, announce=announce)
+    assert "The model has no chat template, so no conversations are sampled." in said
+    for path in (tmp_path / "plain").glob("*.safetensors"):
+        assert path.read_bytes() == (tmp_path / "asked" / path.name).read_bytes()
