@@ -515,7 +515,7 @@ def _layers_chart(views: Sequence[View]) -> Chart:
             ]  # fmt: skip
             name = f"{dtype}, {threads} thread{'s' * (threads > 1)}"
             figure = _line_figure(lines, "tokens (M)", bound=BYTE_BOUND.get(dtype))
-            chart.choices.append((f"{view.label}: {name}" if len(views) > 1 else name, figure))
+            chart.choices.append((_choice(view, name, views), figure))
     return chart
 
 
@@ -543,7 +543,7 @@ def _gpu_chart(views: Sequence[View]) -> Chart:
             if lines:
                 name = f"{rows} × {cols}, {dtype}"
                 figure = _line_figure(lines, "tokens (M)")
-                chart.choices.append((f"{view.label}: {name}" if len(views) > 1 else name, figure))
+                chart.choices.append((_choice(view, name, views), figure))
     return chart
 
 
@@ -599,6 +599,11 @@ def _bound_chart(runs: Sequence[View]) -> Chart:
     return chart
 
 
+def _choice(view: View, name: str, views: Sequence[View]) -> str:
+    """What the reader chooses by: the name, after its result's label where there are several results."""
+    return f"{view.label}: {name}" if len(views) > 1 else name
+
+
 def _trade_off_chart(views: Sequence[View]) -> Chart:
     chart = Chart(
         "trade-off", "Quality over time",
@@ -609,7 +614,7 @@ def _trade_off_chart(views: Sequence[View]) -> Chart:
         result: TradeOff = view.result
         for text in result.tokens if result.pruned else ():
             name = f"{text}, {result.tokens[text]:,} tokens"
-            chart.choices.append((f"{view.label}: {name}" if len(views) > 1 else name, _trade_off_figure(result, text)))
+            chart.choices.append((_choice(view, name, views), _trade_off_figure(result, text)))
     return chart
 
 

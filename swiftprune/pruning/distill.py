@@ -123,19 +123,19 @@ class Distillation:
         """Trains until `budget` is used up or validation stops falling, and leaves the best weights in the student."""
         start = saved = time.monotonic()
         before = self._minutes
-        pace = 0.0  # minutes of a step
         if not self.validations:
             self._check_head()
             self._validate()
         batches = self._batches()
-        # A step must fit into the minutes, and so must the validation after it.
-        while (used := budget.share(self._minutes + 2 * pace, self._steps)) < 1 and not self._stagnates():
+        used = budget.share(self._minutes, self._steps)
+        while used < 1 and not self._stagnates():
             self._progress(STAGE, round(used * 1000), 1000)
             begun = time.monotonic()
             self._step(next(batches), _learning_rate(used))
-            pace = (time.monotonic() - begun) / 60
+            pace = (time.monotonic() - begun) / 60  # minutes of a step
             self._steps += 1
             self._minutes = before + (time.monotonic() - start) / 60
+            # Another step must fit into the minutes, and so must the validation after it.
             used = budget.share(self._minutes + 2 * pace, self._steps)
             due = used * VALIDATIONS >= len(self.validations)
             if used == 1 or (due and self._steps - self.validations[-1].step >= STEPS_BETWEEN):

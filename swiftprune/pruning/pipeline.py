@@ -375,33 +375,27 @@ class Pipeline:
 
     def _windows_to_train_and_to_judge(self) -> tuple[Tensor, Tensor]:
         """Of one text: distillation learns from the first, and a perplexity budget, if any, holds on the second."""
-        windows = self._windows(SEQLEN)
+        windows = self._windows()
         judged = 0 if self.settings.max_perplexity_ratio is None else min(keep_dense.WINDOWS, (len(windows) + 1) // 2)
         return windows[: len(windows) - judged], windows[len(windows) - judged :]
 
-    def _windows(self, seqlen: int) -> Tensor:
-        """(W, seqlen) or narrower: all there is of the calibration text, or what the model sampled."""
+    def _windows(self) -> Tensor:
+        """(W, SEQLEN) or narrower: all there is of the calibration text, or what the model sampled."""
+        tokens = self.load_tokens()
+        assert tokens is not None
+        sampled = tokens if self.settings.calibration == "self" else tokens[self._conversation_rows(len(tokens))]
+        width = min(SEQLEN, tokens.shape[1]) if len(sampled) else SEQLEN
+        sampled = sampled[:, : tokens.shape[1] // width * width].reshape(-1, width)
         if self.settings.calibration == "self":
-            tokens = self.load_tokens()
-            assert tokens is not None
-            width = min(seqlen, tokens.shape[1])
-            return tokens[:, : tokens.shape[1] // width * width].reshape(-1, width)
-        conversations = self._conversations()
-        width = min(seqlen, conversations.shape[1]) if len(conversations) else seqlen
+            return sampled
         text = shuffled_windows(
             self.settings.calibration, self.checkpoint, seqlen=width, seed=self.settings.seed, needed=_TRAINING_WINDOWS
         )
-        if not len(conversations):
+        if not len(sampled):
             return text
-        conversations = conversations[:, : conversations.shape[1] // width * width].reshape(-1, width)
-        often = max(1, len(text) // (_EVERY_CONVERSATION - 1) // len(conversations))
+        often = max(1, len(text) // (_EVERY_CONVERSATION - 1) // len(sampled))
         # Text comes last, since that is what is held back: conversations are there several times.
-        return torch.cat([conversations.repeat(often, 1), text])
-
-    def _conversations(self) -> Tensor:
-        tokens = self.load_tokens()
-        assert tokens is not None
-        return tokens[self._conversation_rows(len(tokens))]
+        return torch.cat([sampled.repeat(often, 1), text])
 
     def _put_pruned(self, student: nn.Module, finished: Callable[[Block], Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """Puts the tensors of all blocks into `student`; returns the keep_masks by parameter."""
