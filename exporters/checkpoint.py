@@ -29,6 +29,7 @@ from swiftprune.pruning.whole_model import load_whole_model
 from swiftprune.sparse24 import bitmask
 from swiftprune.sparse24 import format as format24
 from swiftprune.sparse24.format import METADATA_SUFFIX, Packed24
+from swiftprune.sparse24.kernels import semi_structured
 
 Target = Literal["packed", "dense", "torch", "sparse24-bitmask", "onnx", "onnx-dense"]
 _ONNX: tuple[Target, ...] = ("onnx", "onnx-dense")
@@ -242,7 +243,7 @@ class _ShardWriter:
         if metadata is None:
             return tensors[name]
         if metadata.dtype == torch.int16:
-            return format24.unpack(torch_sparse.from_cutlass(tensors[name], metadata), name)
+            return format24.unpack(Packed24(*semi_structured.from_cutlass(tensors[name], metadata)), name)
         return format24.unpack(Packed24(tensors[name], metadata), name)
 
     def write_block(self, done: PrunedBlock) -> None:
@@ -266,7 +267,7 @@ class _ShardWriter:
         if self._target == "sparse24-bitmask":
             stored = bitmask.names(name)
             return {stored[part]: tensor for part, tensor in bitmask.to_bitmask(weight).items()}
-        values, metadata = torch_sparse.to_cutlass(weight, name)
+        values, metadata = semi_structured.to_cutlass(weight.values, weight.metadata, name)
         return {name: values, name + METADATA_SUFFIX: metadata}
 
     def _unpruned(self, names: list[str]) -> dict[str, Tensor]:

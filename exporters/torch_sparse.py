@@ -19,50 +19,15 @@ from torch.sparse import SparseSemiStructuredTensorCUTLASS
 
 from swiftprune.errors import FormatError
 from swiftprune.pruning.checkpoint import Checkpoint
-from swiftprune.sparse24.format import METADATA_SUFFIX, Packed24
+from swiftprune.sparse24.format import METADATA_SUFFIX
+from swiftprune.sparse24.kernels import semi_structured
 
 FORMAT = "2:4-cutlass"
-_ROWS, _COLUMNS = 32, 64
 
 
 def unsuitable_reason(shape: tuple[int, int], dtype: torch.dtype) -> str | None:
     """Why CUTLASS cannot take a weight of this shape (N, K) and dtype, or None when it can."""
-    if dtype not in (torch.float16, torch.bfloat16):
-        return f"CUTLASS 2:4 takes float16 or bfloat16, not {dtype}"
-    if shape[0] % _ROWS or shape[1] % _COLUMNS:
-        return f"CUTLASS 2:4 needs a shape in multiples of ({_ROWS}, {_COLUMNS}), not {shape}"
-    return None
-
-
-def to_cutlass(packed: Packed24, name: str = "weight") -> tuple[Tensor, Tensor]:
-    """(values (N, K/2), metadata (N, K/16) int16 in CUTLASS order). Raises FormatError for unsuitable shapes."""
-    if reason := unsuitable_reason(packed.shape, packed.values.dtype):
-        raise FormatError(f"{name}: {reason}")
-    # Two bytes of the canonical metadata, low nibble first, are one little-endian word of four groups.
-    words = packed.metadata.contiguous().view(torch.int16)
-    return packed.values, words.flatten().index_select(0, _cutlass_order(*words.shape)).view(words.shape)
-
-
-def from_cutlass(values: Tensor, metadata: Tensor) -> Packed24:
-    """The inverse of `to_cutlass`."""
-    words = torch.empty_like(metadata).flatten()
-    words[_cutlass_order(*metadata.shape)] = metadata.flatten()
-    return Packed24(values, words.view(metadata.shape).view(torch.uint8))
-
-
-def _cutlass_order(rows: int, words: int) -> Tensor:
-    """For each word in CUTLASS' order, its index in row-major order.
-
-    CUTLASS keeps metadata column-major in columns of two words. Within 32 rows, row 8 a + b goes to 4 b + a; then in
-    every 2 x 2 block of words the two off the diagonal change places.
-    """
-    position = torch.arange(rows * words)
-    pair, within = position // (2 * rows), position % (2 * rows)
-    row, column = within // 2, 2 * pair + within % 2
-    swap = (row % 2) != (column % 2)
-    row, column = torch.where(swap, row ^ 1, row), torch.where(swap, column ^ 1, column)
-    tile, inside = row // 32, row % 32
-    return (tile * 32 + inside % 4 * 8 + inside // 4) * words + column
+    return semi_structured.unsuitable_reason("cutlass", shape, dtype)
 
 
 def load(folder: str | Path) -> dict[str, Tensor]:

@@ -5,10 +5,8 @@ Unmeasured: written against the sources of torch 2.13, checked on CPU tensors on
 A weight is (N, K), inputs are (M, K) and outputs (M, N), for M tokens. 16-bit floats give their own type, int8 gives
 int32 and float8_e4m3fn gives bfloat16, with all scales 1.
 
-The sparse ones call torch's operators over the compressed weight by name instead of handing the weight to F.linear, so
-there is no dispatch in which a dense product could take their place. What F.linear does around the operator (filling
-up tokens with zeros, turning the output around) is done here too. cuSPARSELt runs its default algorithm, as it does
-for everybody who does not search for a better one.
+All but the dense one are the backends of `Linear24`: what is measured is what serves, with whatever it does around the
+operators (filling up tokens with zeros, turning outputs around). `unpack` expands the weight and multiplies densely.
 """
 
 from __future__ import annotations
@@ -21,26 +19,20 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.sparse import (
-    SparseSemiStructuredTensor,
-    SparseSemiStructuredTensorCUSPARSELT,
-    SparseSemiStructuredTensorCUTLASS,
-)
+from torch.sparse import SparseSemiStructuredTensorCUTLASS
 
-from exporters.torch_sparse import to_cutlass
 from swiftprune.sparse24 import dispatch
 from swiftprune.sparse24.format import pack, unpack, unpackable_reason
-from swiftprune.sparse24.kernels import reference
+from swiftprune.sparse24.kernels import reference, semi_structured, triton_linear
+from swiftprune.sparse24.kernels.gpu import CAPABILITY
+from swiftprune.sparse24.kernels.semi_structured import ACCUMULATED
 from swiftprune.sparse24.linear import Linear24
 
 DENSE = "cublas"
 DTYPES = {name: getattr(torch, name) for name in ("bfloat16", "float16", "int8", "float8_e4m3fn")}
 """By their names in results; the most informative first."""
-CAPABILITY = {torch.bfloat16: (8, 0), torch.float16: (8, 0), torch.int8: (8, 0), torch.float8_e4m3fn: (8, 9)}
-"""The least compute capability that multiplies the type 2:4 (fp8: that has it at all)."""
 TOLERANCE = {torch.bfloat16: 5e-3, torch.float16: 2e-3, torch.int8: 0.0, torch.float8_e4m3fn: 2e-2}
 """Of the relative Frobenius error. int8 is exact in int32; Hopper adds fp8 products up in less than fp32."""
-_ACCUMULATED = {torch.int8: torch.int32, torch.float8_e4m3fn: torch.bfloat16}
 _CUBLAS_MULTIPLE = {torch.int8: 8, torch.float8_e4m3fn: 16}  # of N and K
 _INT_MM_ROWS = 32  # torch._int_mm refuses up to 16 tokens
 _CHUNK = 512  # tokens
@@ -50,7 +42,6 @@ ODD_SHAPE = (24, 132)  # 33 groups in a row
 CHECKED_TOKENS = (1, 7, 16, 33)
 
 Run = Callable[[Tensor], Tensor]
-_Multiply = Callable[[SparseSemiStructuredTensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -58,8 +49,8 @@ class Backend:
     """One way to multiply by a weight that is 2:4 with its zeros in place."""
 
     name: str
-    limits: Callable[[torch.dtype, tuple[int, int]], str | None]
-    """Why a weight of this dtype and shape (N, K) is refused, or None."""
+    limits: Callable[[tuple[int, int], torch.dtype], str | None]
+    """Why a weight of this shape (N, K) and dtype is refused, or None."""
     prepare: Callable[[Tensor], Run]
     """Lays out the weight, on its device, and returns what multiplies inputs by it. May raise anything."""
     major: int | None = None
@@ -71,7 +62,7 @@ class Backend:
             return f"{short(dtype)} needs compute capability {version(least)}, and this is {version(capability)}"
         if self.major not in (None, capability[0]):
             return f"{self.name} needs compute capability {self.major}.x, and this is {version(capability)}"
-        return self.limits(dtype, shape)
+        return self.limits(shape, dtype)
 
 
 def short(dtype: torch.dtype) -> str:
@@ -130,36 +121,19 @@ def fault(y: Tensor, expected: Tensor, dtype: torch.dtype) -> tuple[float | None
     return error, None
 
 
-def from_packed_cutlass(weight: Tensor) -> SparseSemiStructuredTensorCUTLASS:
-    """The masked `weight` in the layout that `swiftprune-export --target torch` writes, on the device of `weight`."""
-    values, metadata = to_cutlass(pack(weight.cpu()))
-    place = weight.device
-    return SparseSemiStructuredTensorCUTLASS(weight.shape, values.to(place), metadata.to(place), None, None, None)
+def _pair(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The packed pair of a masked weight of any dtype (float32 holds them all), on its device."""
+    packed = pack(weight.cpu().float())
+    return packed.values.to(weight.dtype).to(weight.device), packed.metadata.to(weight.device)
 
 
-def multiply_cutlass(sparse: SparseSemiStructuredTensor, x: Tensor) -> Tensor:
-    """x W^T by torch's CUTLASS operator."""
-    assert sparse.packed is not None
-    assert sparse.meta is not None
-    filled = _filled(x, _dense_rows(type(sparse), x.dtype))
-    y = torch._sparse_semi_structured_mm(sparse.packed, sparse.meta, filled.t(), out_dtype=_ACCUMULATED.get(x.dtype))
-    return y[:, : x.shape[0]].t().contiguous()
+def _cutlass(weight: Tensor) -> Run:
+    values, metadata = semi_structured.to_cutlass(*_pair(weight))
+    return partial(semi_structured.cutlass_linear, values=values, metadata=metadata)
 
 
-def multiply_cusparselt(sparse: SparseSemiStructuredTensor, x: Tensor) -> Tensor:
-    """x W^T by torch's cuSPARSELt operator."""
-    assert sparse.packed is not None
-    filled = _filled(x, _dense_rows(type(sparse), x.dtype))
-    # A scale would go into `alpha`, which the host reads from the device in every call: no graph could hold that.
-    y = torch._cslt_sparse_mm(sparse.packed, filled.t(), out_dtype=_ACCUMULATED.get(x.dtype), transpose_result=True)
-    return y[: x.shape[0]]
-
-
-def _compressed(kind: type[SparseSemiStructuredTensor], multiply: _Multiply, weight: Tensor) -> Run:
-    sparse = kind.from_dense(weight)
-    if type(sparse) is not kind:
-        raise TypeError(f"torch made a {type(sparse).__name__}, not a {kind.__name__}")
-    return partial(multiply, sparse)
+def _cusparselt(weight: Tensor) -> Run:
+    return partial(semi_structured.cusparselt_linear, compressed=semi_structured.compress_cusparselt(*_pair(weight)))
 
 
 def _cublas(weight: Tensor) -> Run:
@@ -168,54 +142,34 @@ def _cublas(weight: Tensor) -> Run:
         return lambda x: torch._int_mm(_filled(x, _INT_MM_ROWS) if x.shape[0] <= 16 else x, transposed)[: x.shape[0]]
     if weight.dtype == torch.float8_e4m3fn:
         one = torch.ones((), device=weight.device)
-        return lambda x: torch._scaled_mm(x, transposed, one, one, out_dtype=_ACCUMULATED[x.dtype])
+        return lambda x: torch._scaled_mm(x, transposed, one, one, out_dtype=ACCUMULATED[x.dtype])
     return lambda x: F.linear(x, weight)
 
 
-def _linear24(choose: Callable[[torch.dtype], str | None], weight: Tensor) -> Run:
+def _linear24(backend: str, weight: Tensor) -> Run:
     packed = pack(weight.cpu())
-    chosen = choose(weight.dtype)
-    layer = Linear24.from_packed(packed, backend=dispatch.REFERENCE).to(weight.device).use_backend(chosen)
-    if layer.backend != chosen:
-        raise TypeError(f"Linear24 runs {layer.backend}, not {chosen}")
-    return layer
+    return Linear24.from_packed(packed, backend=dispatch.REFERENCE).to(weight.device).use_backend(backend)
 
 
-def _own(dtype: torch.dtype) -> str | None:
-    """Linear24's fastest backend on CUDA, other than the one that unpacks for every call."""
-    return next((name for name in dispatch.linear_backends(dtype, "cuda") if name != dispatch.REFERENCE), None)
+def _triton_limits(shape: tuple[int, int], dtype: torch.dtype) -> str | None:
+    if not triton_linear.installed():
+        return "Triton is not installed"
+    return _packed_limits(shape, dtype) or triton_linear.unsuitable_reason(shape, dtype)
 
 
-def _own_limits(dtype: torch.dtype, shape: tuple[int, int]) -> str | None:
-    return _packed_limits(dtype, shape) or (None if _own(dtype) else "no Triton backend in this version")
-
-
-def _packed_limits(dtype: torch.dtype, shape: tuple[int, int]) -> str | None:
+def _packed_limits(shape: tuple[int, int], dtype: torch.dtype) -> str | None:
     reason = unpackable_reason(shape, dtype)
     return f"Linear24 cannot hold it: {reason}" if reason else None
 
 
-def _cublas_limits(dtype: torch.dtype, shape: tuple[int, int]) -> str | None:
+def _cublas_limits(shape: tuple[int, int], dtype: torch.dtype) -> str | None:
     return _multiples("cuBLAS", dtype, shape, (_CUBLAS_MULTIPLE.get(dtype, 1),) * 2)
-
-
-def _torch_limits(kind: type[SparseSemiStructuredTensor], dtype: torch.dtype, shape: tuple[int, int]) -> str | None:
-    """As the installed torch has them."""
-    limits = kind._DTYPE_SHAPE_CONSTRAINTS.get(dtype)
-    if limits is None:
-        return f"torch's {kind.BACKEND} does not take {short(dtype)}"
-    return _multiples(f"torch's {kind.BACKEND}", dtype, shape, (limits.sparse_min_rows, limits.sparse_min_cols))
 
 
 def _multiples(name: str, dtype: torch.dtype, shape: tuple[int, int], of: tuple[int, int]) -> str | None:
     if shape[0] % of[0] or shape[1] % of[1]:
         return f"{name} needs {short(dtype)} weights in multiples of {of}, not {shape}"
     return None
-
-
-def _dense_rows(kind: type[SparseSemiStructuredTensor], dtype: torch.dtype) -> int:
-    """What the number of tokens must be a multiple of."""
-    return int(kind._DTYPE_SHAPE_CONSTRAINTS[dtype].dense_min_rows)
 
 
 def _filled(x: Tensor, multiple: int) -> Tensor:
@@ -226,19 +180,13 @@ def _filled(x: Tensor, multiple: int) -> Tensor:
 
 BACKENDS = (
     Backend(DENSE, _cublas_limits, _cublas),
+    Backend("cusparselt", partial(semi_structured.unsuitable_reason, "cusparselt"), _cusparselt),
     Backend(
-        "cusparselt",
-        partial(_torch_limits, SparseSemiStructuredTensorCUSPARSELT),
-        partial(_compressed, SparseSemiStructuredTensorCUSPARSELT, multiply_cusparselt),
+        "cutlass", partial(semi_structured.unsuitable_reason, "cutlass"), _cutlass, major=semi_structured.CUTLASS_MAJOR
     ),
-    Backend(
-        "cutlass",
-        partial(_torch_limits, SparseSemiStructuredTensorCUTLASS),
-        partial(_compressed, SparseSemiStructuredTensorCUTLASS, multiply_cutlass),
-        major=8,  # torch's operator refuses all others
-    ),
-    Backend("triton", _own_limits, partial(_linear24, _own)),
-    Backend(dispatch.REFERENCE, _packed_limits, partial(_linear24, lambda _: dispatch.REFERENCE)),
+    Backend("triton", _triton_limits, partial(_linear24, "triton")),
+    Backend("unpack", _triton_limits, partial(_linear24, "unpack")),
+    Backend(dispatch.REFERENCE, _packed_limits, partial(_linear24, dispatch.REFERENCE)),
 )
 """The dense one first; it multiplies the zeros too."""
 
@@ -263,7 +211,7 @@ def checks(
         if not backend.refusal(torch.bfloat16, CHECKED_SHAPES[0], capability):
             yield f"{backend.name}: -0.0 and groups of zeros", partial(_check_zeros, place, backend)
         if backend.name == "cutlass" and not backend.refusal(torch.bfloat16, CHECKED_SHAPES[0], capability):
-            yield "exported CUTLASS layout: the products of torch's", lambda: _check_cutlass_export(place)
+            yield "CUTLASS layout: the products of torch's own", lambda: _check_cutlass_layout(place)
 
 
 def _check_linear24(place: torch.device) -> str:
@@ -315,14 +263,16 @@ def _check_zeros(place: torch.device, backend: Backend) -> str:
     return f"relative error {error:.1e}"
 
 
-def _check_cutlass_export(place: torch.device) -> str:
+def _check_cutlass_layout(place: torch.device) -> str:
     """The same kernel over the same bits gives the same bits."""
     for dtype in (torch.bfloat16, torch.float16):
         for rows, cols in CHECKED_SHAPES:
             weight = masked_weight(rows, cols, dtype, place)
-            exported, own = from_packed_cutlass(weight), SparseSemiStructuredTensorCUTLASS.from_dense(weight)
+            own = SparseSemiStructuredTensorCUTLASS.from_dense(weight)
+            assert own.packed is not None
+            assert own.meta is not None
             x = inputs(7, cols, dtype, place)
-            if not torch.equal(multiply_cutlass(exported, x), multiply_cutlass(own, x)):
+            if not torch.equal(_cutlass(weight)(x), semi_structured.cutlass_linear(x, own.packed, own.meta)):
                 raise MismatchError(f"({rows}, {cols}) {short(dtype)}: not the product of torch's own layout")
     return "bit for bit the same products"
 

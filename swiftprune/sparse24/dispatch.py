@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -13,12 +13,16 @@ from torch import Tensor
 from swiftprune.errors import SettingsError
 from swiftprune.sparse24.score_factors import EwmaGains, ScoreFactors
 
+if TYPE_CHECKING:
+    from swiftprune.sparse24.plan import Plan
+
 logger = logging.getLogger(__name__)
 
 REFERENCE = "reference"
 DENSE = "dense"  # what a checkpoint holds dense
 BACKENDS = ("avx512_bf16", "avx512", "avx2", "neon", "generic", REFERENCE)
 BACKEND_VARIABLE = "SWIFTPRUNE_BACKEND"
+_GOOD_SHAPE = (256, 256)  # which every backend takes
 
 
 class Kernels(Protocol):
@@ -49,28 +53,89 @@ def kernels() -> Kernels:
     return reference.ReferenceKernels()
 
 
-def linear_backends(dtype: torch.dtype, device: str = "cpu") -> list[str]:
-    """Backends of `Linear24` that run weights of `dtype` on `device`, fastest first; the last is `reference`."""
-    from swiftprune.sparse24.kernels import native
+def linear_backends(dtype: torch.dtype, device: torch.device | str = "cpu") -> list[str]:
+    """Backends of `Linear24` that run weights of `dtype` on `device`, at least of some shapes; the last is `reference`.
 
-    return [*(native.linear_isas(dtype) if device == "cpu" else ()), REFERENCE]
+    On a CPU the fastest is first.
+    """
+    from swiftprune.sparse24.kernels import gpu, native
+
+    device = torch.device(device)
+    if device.type == "cuda":
+        reasons = gpu.refusals(dtype, _GOOD_SHAPE, torch.cuda.get_device_capability(device))
+        return [*(name for name, reason in reasons.items() if reason is None), REFERENCE]
+    return [*(native.linear_isas(dtype) if device.type == "cpu" else ()), REFERENCE]
 
 
-def linear_backend(dtype: torch.dtype, requested: str | None = None, device: str = "cpu") -> str:
-    """The backend asked for, else the one that SWIFTPRUNE_BACKEND names, else the fastest.
+def linear_backend(
+    dtype: torch.dtype, requested: str | None = None, device: torch.device | str = "cpu",
+    shape: tuple[int, int] = _GOOD_SHAPE,
+) -> str:  # fmt: skip
+    """The backend asked for, else the one that SWIFTPRUNE_BACKEND names, else the fastest for a weight of `shape`.
 
-    Raises SettingsError when it is unknown or cannot run here: another one never takes its place in silence.
+    On a GPU it may be a plan, as `triton<=64,unpack` (see `plan`). Triton interprets its kernels on a CPU when
+    TRITON_INTERPRET=1 is set and they are asked for. Raises SettingsError when the backend is unknown or cannot run
+    here: another one never takes its place in silence.
     """
     kernels()  # says so when there are no native ones
-    available = linear_backends(dtype, device)
+    device = torch.device(device)
     asked = requested or os.environ.get(BACKEND_VARIABLE)
+    by = f" (asked for by {BACKEND_VARIABLE})" if asked and requested is None else ""
+    if device.type == "cuda":
+        facts = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
+        return gpu_backend(dtype, shape, *facts, asked, by)
+    if asked not in (None, *BACKENDS) and os.environ.get("TRITON_INTERPRET") == "1":
+        return gpu_backend(dtype, shape, "Triton's interpreter", (8, 0), asked, by)
+    available = linear_backends(dtype, device)
     if asked is None:
         return available[0]
     if asked not in BACKENDS:
-        raise SettingsError(f"unknown backend {asked!r}; known: {', '.join(BACKENDS)}")
+        _parsed(asked, by)
     if asked not in available:
         raise SettingsError(
-            f"backend {asked!r} cannot run {dtype} on this machine's {device}; available: {', '.join(available)}"
-            + (f" (asked for by {BACKEND_VARIABLE})" if requested is None else "")
+            f"backend {asked!r} cannot run {dtype} on this machine's {device}{by}; available: {', '.join(available)}"
         )
     return asked
+
+
+@functools.cache
+def gpu_backend(
+    dtype: torch.dtype, shape: tuple[int, int], name: str, capability: tuple[int, int], asked: str | None = None,
+    by: str = "",
+) -> str:  # fmt: skip
+    """The backend or plan for a weight of `shape` (N, K) on a GPU of this name: what is asked for, or what is best.
+
+    It is logged once. Raises SettingsError when what is asked for is unknown or cannot run; `by` tells who asked.
+    """
+    from swiftprune.sparse24 import plan
+    from swiftprune.sparse24.kernels import gpu
+
+    reasons = gpu.refusals(dtype, shape, capability)
+    where = f"{shape[0]}x{shape[1]} {str(dtype).removeprefix('torch.')} on {name}"
+    if asked is None:
+        if chosen := plan.plan(
+            name, capability, dtype, shape, [able for able, reason in reasons.items() if not reason]
+        ):
+            logger.info("swiftprune: %s: %s (%s)", where, *chosen)
+            return str(chosen[0])
+        why = "; ".join(sorted({reason for reason in reasons.values() if reason}))
+        logger.warning("swiftprune: %s: no GPU backend takes it, so it is unpacked for every call: %s", where, why)
+        return REFERENCE
+    if asked != REFERENCE:
+        for backend in _parsed(asked, by).backends:
+            if reason := reasons[backend]:
+                raise SettingsError(f"backend {backend!r} cannot run {where}{by}: {reason}")
+    logger.info("swiftprune: %s: %s (asked for)", where, asked)
+    return asked
+
+
+def _parsed(text: str, by: str) -> Plan:
+    """Raises SettingsError, with all that is known, when it is neither a backend of GPUs nor a plan of some."""
+    from swiftprune.sparse24.kernels import gpu
+    from swiftprune.sparse24.plan import Plan
+
+    try:
+        return Plan.parse(text)
+    except SettingsError as error:
+        known = ", ".join((*BACKENDS, *gpu.BACKENDS))
+        raise SettingsError(f"unknown backend {text!r}{by}; known: {known}") from error

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from swiftprune.sparse24 import dispatch
 from swiftprune.sparse24 import format as format24
 from swiftprune.sparse24.format import GROUP, KEPT, METADATA_SUFFIX, Packed24, metadata_width
-from swiftprune.sparse24.kernels import native, reference
+from swiftprune.sparse24.kernels import gpu, native, reference
+from swiftprune.sparse24.plan import Plan
 
 
 class Linear24(nn.Module):
@@ -20,8 +21,9 @@ class Linear24(nn.Module):
 
     It starts on the backend `reference`, holding the packed pair as the parameters `weight` (N, K/2) and `weight_meta`
     (N, ceil(K/8)), ready to be filled by a loader: the weight is unpacked for every call and multiplied densely, so
-    this is right everywhere and faster nowhere. `use_backend` moves the weight into the layout of a fast backend and
-    drops the pair; `packed` and `state_dict` still give it, bit for bit.
+    this is right everywhere and faster nowhere. `use_backend` moves the weight into the layout of a fast backend, or
+    those of a plan for GPUs, and drops the pair; `packed` and `state_dict` still give it, bit for bit, unless the
+    backend holds 8-bit values.
     """
 
     weight: nn.Parameter
@@ -36,6 +38,8 @@ class Linear24(nn.Module):
         self.out_features = out_features
         self.dtype = dtype
         self.backend = dispatch.REFERENCE
+        self._laid_out: tuple[str, ...] = ()
+        """Names of the buffers that a plan for GPUs holds."""
         values = torch.empty(out_features, in_features // GROUP * KEPT, dtype=dtype, device=device)
         metadata = torch.empty(out_features, metadata_width(in_features), dtype=torch.uint8, device=device)
         self._hold_pair(Packed24(values, metadata))
@@ -61,23 +65,41 @@ class Linear24(nn.Module):
         """The weight in the canonical format."""
         if self.backend == dispatch.REFERENCE:
             return Packed24(self.weight, self.weight_meta)
+        if self._laid_out:
+            found = gpu.pair_of(self._gpu_tensors(), self.out_features, self.in_features)
+            if isinstance(found, Tensor):
+                packed = format24.pack(found.cpu())
+                return Packed24(packed.values.to(found.device), packed.metadata.to(found.device))
+            return Packed24(*found)
         return Packed24(*native.from_stream(self.stream, self.dtype, self.out_features, self.in_features))
 
     def use_backend(self, backend: str | None = None) -> Linear24:
         """Repacks the weight for `backend`, by default the fastest on this machine. Returns the layer itself.
 
-        Raises SettingsError when the backend is unknown or cannot run here (see `dispatch.linear_backend`).
+        Raises SettingsError when the backend is unknown or cannot run here (see `dispatch.linear_backend`), and when
+        the present one holds 8-bit values, from which no other can be filled.
         """
-        backend = dispatch.linear_backend(self.dtype, backend, self._held().device.type)
-        if dispatch.REFERENCE in (backend, self.backend) and backend != self.backend:
-            if backend == dispatch.REFERENCE:
-                self._hold_pair(self.packed)
-                del self.stream
-            else:
-                stream = native.to_stream(self.weight, self.weight_meta)
-                del self.weight, self.weight_meta
-                self.register_buffer("stream", stream, persistent=False)
+        shape = (self.out_features, self.in_features)
+        backend = dispatch.linear_backend(self.dtype, backend, self._held().device, shape)
+        native_before = self.backend != dispatch.REFERENCE and not self._laid_out
+        if backend == self.backend or (native_before and backend in dispatch.BACKENDS[:-1]):
+            self.backend = backend  # all native ones have one layout
+            return self
+        packed = self.packed
+        for name in ("weight", "weight_meta", "stream", *self._laid_out):
+            if name in self._parameters or name in self._buffers:
+                delattr(self, name)
+        self._laid_out = ()
         self.backend = backend
+        if backend == dispatch.REFERENCE:
+            self._hold_pair(packed)
+        elif backend in dispatch.BACKENDS:
+            self.register_buffer("stream", native.to_stream(packed.values, packed.metadata), persistent=False)
+        else:
+            held = gpu.lay_out(Plan.parse(backend).backends, packed.values.detach(), packed.metadata.detach())
+            for name, tensor in held.items():
+                self.register_buffer(name, tensor, persistent=False)
+            self._laid_out = tuple(held)
         return self
 
     def forward(self, x: Tensor) -> Tensor:
@@ -91,6 +113,10 @@ class Linear24(nn.Module):
             )
         if self.backend == dispatch.REFERENCE:
             return F.linear(x, torch.ops.swiftprune.unpack24(self.weight, self.weight_meta), bias)
+        if self._laid_out:
+            held = [self._buffers[name] for name in self._laid_out]
+            product: Tensor = torch.ops.swiftprune.linear24_gpu(x, held, bias, self.out_features, self.backend)
+            return product
         # Dispatch costs as much as a small layer, so it is paid only where something needs it.
         if torch.compiler.is_compiling() or (x.requires_grad and torch.is_grad_enabled()):
             y: Tensor = torch.ops.swiftprune.linear24(x, self.stream, bias, self.out_features, self.backend)
@@ -115,16 +141,21 @@ class Linear24(nn.Module):
         if (after.dtype, after.device) == (before.dtype, before.device):
             super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
             return self
-        streams = self.backend != dispatch.REFERENCE
+        laid_out = self.backend != dispatch.REFERENCE
         self.use_backend(dispatch.REFERENCE)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.dtype = self.weight.dtype
-        if streams:
+        if laid_out:
             self.use_backend()
         return self
 
     def _held(self) -> Tensor:
+        if self._laid_out:
+            return self.get_buffer(self._laid_out[0])
         return self.weight if self.backend == dispatch.REFERENCE else self.stream
+
+    def _gpu_tensors(self) -> dict[str, Tensor]:
+        return {name: self.get_buffer(name) for name in self._laid_out}
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -144,6 +175,8 @@ class Linear24(nn.Module):
 _library = torch.library.Library("swiftprune", "DEF")  # type: ignore[no-untyped-call]
 _library.define("unpack24(Tensor values, Tensor metadata) -> Tensor")  # type: ignore[no-untyped-call]
 _library.define("linear24(Tensor x, Tensor stream, Tensor? bias, int out_features, str backend) -> Tensor")  # type: ignore[no-untyped-call]
+_library.define("linear24_gpu(Tensor x, Tensor[] held, Tensor? bias, int out_features, str plan) -> Tensor")  # type: ignore[no-untyped-call]
+_library.define("unpack24_gpu(Tensor[] held, int rows, int cols, str plan) -> Tensor")  # type: ignore[no-untyped-call]
 _library.define("unpack24_stream(Tensor stream, ScalarType dtype, int rows, int cols) -> Tensor")  # type: ignore[no-untyped-call]
 
 
@@ -173,6 +206,35 @@ def _linear24_fake(x: Tensor, stream: Tensor, bias: Tensor | None, out_features:
     return x.new_empty((*x.shape[:-1], out_features))
 
 
+def _linear24_gpu(x: Tensor, held: list[Tensor], bias: Tensor | None, out_features: int, plan: str) -> Tensor:
+    """Chooses by the number of tokens, which under a compiler is known here only. On a CPU for Triton's interpreter."""
+    if not x.numel():
+        return x.new_empty((*x.shape[:-1], out_features))
+    parsed = Plan.parse(plan)
+    backend = parsed.backend(x.numel() // x.shape[-1])
+    return gpu.multiply(backend, x, dict(zip(gpu.held_names(parsed.backends), held, strict=True)), bias)
+
+
+def _unpack24_gpu(held: list[Tensor], rows: int, cols: int, plan: str) -> Tensor:
+    found = gpu.pair_of(dict(zip(gpu.held_names(Plan.parse(plan).backends), held, strict=True)), rows, cols)
+    return found if isinstance(found, Tensor) else reference.scatter(found[0], reference.stored_positions(*found))
+
+
+for _device in ("CPU", "CUDA"):
+    torch.library.impl(_library, "linear24_gpu", _device)(_linear24_gpu)
+    torch.library.impl(_library, "unpack24_gpu", _device)(_unpack24_gpu)
+
+
+@torch.library.register_fake("swiftprune::linear24_gpu")  # type: ignore[untyped-decorator]
+def _linear24_gpu_fake(x: Tensor, held: list[Tensor], bias: Tensor | None, out_features: int, plan: str) -> Tensor:
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
+@torch.library.register_fake("swiftprune::unpack24_gpu")  # type: ignore[untyped-decorator]
+def _unpack24_gpu_fake(held: list[Tensor], rows: int, cols: int, plan: str) -> Tensor:
+    return held[0].new_empty(rows, cols)
+
+
 @torch.library.impl(_library, "unpack24_stream", "CPU")
 def _unpack24_stream(stream: Tensor, dtype: torch.dtype, rows: int, cols: int) -> Tensor:
     return format24.unpack(Packed24(*native.from_stream(stream, dtype, rows, cols)))
@@ -195,3 +257,18 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
 
 
 torch.library.register_autograd("swiftprune::linear24", _backward, setup_context=_remember)
+
+
+def _remember_gpu(ctx: Any, inputs: tuple[Tensor, list[Tensor], Tensor | None, int, str], output: Tensor) -> None:
+    x, held, _, ctx.out_features, ctx.plan = inputs
+    ctx.in_features = x.shape[-1]
+    ctx.save_for_backward(*held)
+
+
+def _backward_gpu(ctx: Any, gradient: Tensor) -> tuple[Tensor | list[None] | None, ...]:
+    held = list(ctx.saved_tensors)
+    weight = torch.ops.swiftprune.unpack24_gpu(held, ctx.out_features, ctx.in_features, ctx.plan)
+    return gradient @ weight, [None] * len(held), None, None, None
+
+
+torch.library.register_autograd("swiftprune::linear24_gpu", _backward_gpu, setup_context=_remember_gpu)

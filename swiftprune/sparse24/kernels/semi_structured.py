@@ -1,0 +1,162 @@
+"""The backends `cutlass` and `cusparselt`: 2:4 tensor cores through torch's own operators.
+
+Both operators take the weight as the first factor, so inputs go in transposed and outputs come out transposed, and both
+want the number of tokens in multiples: inputs are filled up with zeros, outputs cut. They are called by name and not
+through F.linear of torch's tensor subclasses, so no dense product can take their place.
+
+8-bit weights and inputs have a scale for each row, `quantize_rows`, which is multiplied in after the sum. cuSPARSELt
+could scale only by one number, which it reads on the host: no CUDA graph could hold that.
+
+Packing is checked bit for bit against torch's converter on the CPU; the products have not run on a GPU yet.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.sparse import (
+    SparseSemiStructuredTensor,
+    SparseSemiStructuredTensorCUSPARSELT,
+    SparseSemiStructuredTensorCUTLASS,
+)
+
+from swiftprune.errors import FormatError
+from swiftprune.sparse24.kernels import reference
+
+CUTLASS_MAJOR = 8
+"""torch's operator has kernels for this major compute capability only."""
+ACCUMULATED = {torch.int8: torch.int32, torch.float8_e4m3fn: torch.bfloat16}
+"""What products of 8-bit numbers come out as."""
+_LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
+_METADATA_WORD = {1: torch.int32, 2: torch.int16}  # of CUTLASS, by bytes of a value
+_BITS = {1: torch.int8, 2: torch.int16}
+_ROWS_APART = 8  # rows 8 apart stand next to each other in CUTLASS' metadata
+
+
+def unsuitable_reason(backend: str, shape: tuple[int, int], dtype: torch.dtype) -> str | None:
+    """Why torch's operator of this name cannot take a weight of this shape (N, K) and dtype, or None when it can.
+
+    The limits are those of the installed torch.
+    """
+    limits = _kind(backend)._DTYPE_SHAPE_CONSTRAINTS.get(dtype)
+    named = str(dtype).removeprefix("torch.")
+    if limits is None or dtype == torch.float32:  # of which these operators keep one of two
+        return f"torch's {backend} does not take {named}"
+    rows, cols = limits.sparse_min_rows, limits.sparse_min_cols
+    if shape[0] % rows or shape[1] % cols:
+        return f"torch's {backend} needs {named} weights in multiples of ({rows}, {cols}), not {shape}"
+    return None
+
+
+def to_cutlass(values: Tensor, metadata: Tensor, name: str = "weight") -> tuple[Tensor, Tensor]:
+    """The packed pair as CUTLASS takes it: values (N, K/2), and metadata (N, K/16) int16 or, of int8, (N, K/32) int32.
+
+    CUTLASS keeps words column-major in columns of two. Rows 8 apart come to stand side by side, and every 2 x 2 block
+    of words is transposed (reorder_meta of CUTLASS' host_reorder.h). Raises FormatError for unsuitable shapes.
+    """
+    if reason := unsuitable_reason("cutlass", (values.shape[0], 2 * values.shape[1]), values.dtype):
+        raise FormatError(f"{name}: {reason}")
+    # Bytes of the canonical metadata, low nibble first, are little-endian words.
+    words = metadata.contiguous().view(_METADATA_WORD[values.dtype.itemsize])
+    tile, high, low, row, pair, column = range(6)
+    split = words.view(*_cutlass_blocks(words))
+    return values, split.permute(pair, tile, row, high, column, low).reshape(words.shape)
+
+
+def from_cutlass(values: Tensor, metadata: Tensor) -> tuple[Tensor, Tensor]:
+    """The inverse of `to_cutlass`: the canonical pair."""
+    tiles, high, low, rows, pairs, columns = _cutlass_blocks(metadata)
+    split = metadata.view(pairs, tiles, rows, high, columns, low)
+    words = split.permute(1, 3, 5, 2, 0, 4).reshape(metadata.shape)
+    return values, words.view(torch.uint8)
+
+
+def _cutlass_blocks(words: Tensor) -> tuple[int, int, int, int, int, int]:
+    """Sizes that (N, words) splits into: tiles of rows, which multiple of 8 (two bits), row, pair of words, which."""
+    rows, count = words.shape
+    high = 2 if words.dtype == torch.int16 else 1
+    return rows // (high * 2 * _ROWS_APART), high, 2, _ROWS_APART, count // 2, 2
+
+
+def cutlass_linear(x: Tensor, values: Tensor, metadata: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x W^T + bias for x (M, K): (M, N) in the dtype of x, or what it is summed in for 8 bits (then without a bias)."""
+    filled = _filled(x, "cutlass").t()
+    out_dtype = ACCUMULATED.get(x.dtype)
+    if bias is None:
+        y = torch._sparse_semi_structured_mm(values, metadata, filled, out_dtype=out_dtype)
+    else:
+        y = torch._sparse_semi_structured_addmm(bias, values, metadata, filled, out_dtype=out_dtype)
+    return y[:, : x.shape[0]].t().contiguous()
+
+
+def compress_cusparselt(values: Tensor, metadata: Tensor, name: str = "weight") -> Tensor:
+    """The packed pair as cuSPARSELt takes it, on the device, which must be a GPU. Raises FormatError if unsuitable."""
+    if reason := unsuitable_reason("cusparselt", (values.shape[0], 2 * values.shape[1]), values.dtype):
+        raise FormatError(f"{name}: {reason}")
+    # As bits, since not every torch scatters 8-bit floats; the bits of +0 are zeros.
+    bits = values.view(_BITS[values.dtype.itemsize])
+    dense = reference.scatter(bits, reference.stored_positions(values, metadata)).view(values.dtype)
+    compressed: Tensor = torch._cslt_compress(dense)
+    return compressed
+
+
+def cusparselt_linear(x: Tensor, compressed: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x W^T + bias for x (M, K), as `cutlass_linear`; the bias is added within the product."""
+    filled = _filled(x, "cusparselt").t()
+    out_dtype = ACCUMULATED.get(x.dtype)
+    y: Tensor = torch._cslt_sparse_mm(
+        compressed, filled, bias, out_dtype=out_dtype, transpose_result=True,
+        alg_id=_algorithm(compressed, filled, out_dtype),
+    )  # fmt: skip
+    return y[: x.shape[0]]
+
+
+_algorithms: dict[tuple[object, ...], int] = {}
+
+
+def _algorithm(compressed: Tensor, dense: Tensor, out_dtype: torch.dtype | None) -> int:
+    """cuSPARSELt's fastest algorithm for a shape and tokens up to a power of two: searched once, and never in a graph.
+
+    A search runs every algorithm and waits for the device; where that may not be, the default, 0, is used.
+    """
+    tokens = 1 << (dense.shape[1] - 1).bit_length()
+    key = (compressed.device, compressed.dtype, compressed.shape, dense.shape[0], tokens)
+    if key not in _algorithms:
+        if compressed.device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+            return 0
+        _algorithms[key] = int(
+            torch._cslt_sparse_mm_search(compressed, dense, out_dtype=out_dtype, transpose_result=True)
+        )
+    return _algorithms[key]
+
+
+def quantize_rows(numbers: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(rows in int8 or float8_e4m3fn, scale (rows,) float32): a row is about its numbers times its scale.
+
+    The largest number of a row becomes the largest of the type; a row of zeros has the scale 1.
+    """
+    numbers = numbers.float()
+    largest = numbers.abs().amax(1)
+    scale = torch.where(largest > 0, largest / _LARGEST[dtype], 1.0)
+    divided = numbers / scale[:, None]
+    return (divided.round() if dtype == torch.int8 else divided).to(dtype), scale
+
+
+def scaled(sums: Tensor, x_scale: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """What the sums (M, N) of two factors that were quantized by rows stand for, with the bias, in `dtype`."""
+    y = sums.float() * x_scale[:, None] * weight_scale
+    return (y if bias is None else y + bias.float()).to(dtype)
+
+
+@functools.cache
+def _kind(backend: str) -> type[SparseSemiStructuredTensor]:
+    return {"cutlass": SparseSemiStructuredTensorCUTLASS, "cusparselt": SparseSemiStructuredTensorCUSPARSELT}[backend]
+
+
+def _filled(x: Tensor, backend: str) -> Tensor:
+    """`x` (M, K) with rows of zeros after it, up to what the operator takes."""
+    missing = -x.shape[0] % int(_kind(backend)._DTYPE_SHAPE_CONSTRAINTS[x.dtype].dense_min_rows)
+    return F.pad(x, (0, 0, 0, missing)) if missing else x
