@@ -22,6 +22,7 @@ from runtime_bench import (
     demo_data,
     gate,
     gpu,
+    gpu_tables,
     known_models,
     layers,
     methods,
@@ -39,6 +40,8 @@ from runtime_bench.engines import VLLM_WORKLOADS, Engine, Workload
 from runtime_bench.run import RunSettings
 from swiftprune.errors import SettingsError, SwiftpruneError
 from swiftprune.pruning.score import METHODS, find_method
+from swiftprune.sparse24.kernels.triton_linear import CONFIGS_VARIABLE
+from swiftprune.sparse24.plan import TABLE_VARIABLE
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -303,6 +306,36 @@ def gpu_suite_command(
     _finish(result, gpu.markdown(result), out / "gpu-suite.json")
     if not all(check.passed for check in result.checks):
         sys.exit(1)
+
+
+@app.command("gpu-table", no_args_is_help=True)
+def gpu_table_command(
+    files: Annotated[list[Path], typer.Argument(metavar="FILES", help="What gpu-suite wrote, of one GPU or several.")],
+    out: Annotated[Path, typer.Option(help="The table, for SWIFTPRUNE_GPU_TABLE.")] = Path("gpu-table.json"),
+) -> None:
+    """Which GPU backend for which weight and how many tokens, from measurements instead of a model.
+
+    For example: swiftprune-bench gpu-table results/gpu-suite.json && SWIFTPRUNE_GPU_TABLE=gpu-table.json vllm serve ...
+    """
+    found = [results.load(path) for path in files]
+    for path, result in zip(files, found, strict=True):
+        if not isinstance(result, gpu.GpuResult):
+            raise SettingsError(f"{path}: is a result of another command than gpu-suite")
+    results.write_text(out, gpu_tables.table_text(gpu_tables.backend_table(found)))
+    typer.echo(f"wrote {out}; set {TABLE_VARIABLE}={out} to use it")
+
+
+@app.command("tune-triton")
+def tune_triton_command(
+    out: Annotated[Path, typer.Option(help="The table, for SWIFTPRUNE_TRITON_CONFIGS.")] = Path("triton_configs.toml"),
+    tokens: Annotated[str, typer.Option(help="Numbers of tokens to tune for.")] = "1,2,4,8,16,32,64,128",
+) -> None:
+    """How to launch the Triton kernels on this GPU: measures what is promising, for the shapes of Llama-3-8B."""
+    gpu.require()
+    with ProgressBars(Console(stderr=True)) as progress:
+        tuned = gpu_tables.tune(gpu.CudaDevice(), _numbers(tokens, "--tokens"), progress=progress)
+    results.write_text(out, gpu_tables.configs_text(tuned))
+    typer.echo(f"wrote {out}; set {CONFIGS_VARIABLE}={out} to use it")
 
 
 @app.command("gate", no_args_is_help=True)

@@ -92,20 +92,38 @@ COMPILED = [
 ]  # fmt: skip
 
 
-def compiled(kernel: Any, constants: dict[str, Any], values: str, target: Any, config: Config) -> Any:
-    """As a launch with bf16 inputs, K a multiple of 128 and 16-byte aligned tensors would compile it."""
+def compiled(
+    kernel: Any, constants: dict[str, Any], target: Any, warps: int = 4, stages: int = 2, bits: int = 16
+) -> Any:
+    """As a launch with bfloat16 inputs and aligned tensors would compile it; a bias or scale of None is a constant."""
     from triton.compiler import ASTSource
 
     pointers = {
-        "x_ptr": "*bf16", "values_ptr": values, "metadata_ptr": "*u8", "scale_ptr": "*fp32", "bias_ptr": "*bf16",
-        "out_ptr": "*bf16",
+        "x_ptr": "*bf16", "values_ptr": "*bf16" if bits == 16 else "*i8", "metadata_ptr": "*u8", "scale_ptr": "*fp32",
+        "bias_ptr": "*bf16", "out_ptr": "*bf16", "sums_ptr": "*fp32",
     }  # fmt: skip
     names = kernel.arg_names
+    assert constants.keys() <= set(names)
     signature = {name: "constexpr" if name in constants else pointers.get(name, "i32") for name in names}
-    aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in names if name in pointers}
+    aligned = {
+        (index,): [["tt.divisibility", 16]]
+        for index, name in enumerate(names)
+        if name in pointers and name not in constants
+    }
     constexprs = {(names.index(name),): value for name, value in constants.items()}
     source = ASTSource(kernel, signature, constexprs, aligned)
-    return triton.compile(source, target=target, options={"num_warps": config.warps, "num_stages": config.stages})
+    return triton.compile(source, target=target, options={"num_warps": warps, "num_stages": stages})
+
+
+def constants_for(config: Config, tokens: int, bits: int) -> dict[str, Any]:
+    """Triton also takes an argument that is 1 for a constant."""
+    from swiftprune.sparse24.kernels import triton_kernels
+
+    constants: dict[str, Any] = {"ALIGN": 16, "SCALED": bits == 8, "BIASED": tokens > 1}
+    constants |= dict(zip(("BM", "BN", "BYTES"), config.tile, strict=True))
+    constants |= {"BITS": bits} if config.kernel == "vector" else {"DTYPE": triton_kernels.dot_type(torch.bfloat16)}
+    constants |= {} if constants["SCALED"] else {"scale_ptr": None}
+    return constants | ({} if constants["BIASED"] else {"bias_ptr": None, "tokens": 1})
 
 
 @pytest.mark.parametrize(("capability", "tokens", "bits"), COMPILED)
@@ -117,33 +135,48 @@ def test_compiled_for(capability: int, tokens: int, bits: int, tmp_path: Path) -
 
     config = triton_linear.config_for("", tokens)
     kernel = getattr(triton_kernels, config.kernel)
-    constants: dict[str, Any] = {"ALIGN": 16, "SCALED": bits == 8, "BIASED": True}
-    constants |= dict(zip(("BM", "BN", "BYTES"), config.tile, strict=True))
-    constants |= {"BITS": bits} if config.kernel == "vector" else {"DTYPE": triton_kernels.dot_type(torch.bfloat16)}
-    values = "*bf16" if bits == 16 else "*i8"
-    found = compiled(kernel, constants, values, GPUTarget("cuda", capability, 32), config)
+    target = GPUTarget("cuda", capability, 32)
+    found = compiled(kernel, constants_for(config, tokens, bits), target, config.warps, config.stages, bits)
     ptx = found.asm["ptx"]
-    instructions = collections.Counter(re.findall(r"^\s*(?:@!?%p\d+\s+)?([a-z][\w.]*)", ptx, re.MULTILINE))
-    dense = {name for name in instructions if name.startswith(("mma.", "wgmma.mma_async", "tcgen05.mma."))}
+    instructions = collections.Counter(re.findall(r"^\s*(?:@!?%p\d+\s+)?([a-z][\w.:]*)", ptx, re.MULTILINE))
+    dense = {name for name in instructions if re.match(r"mma\.|wgmma\.mma|tcgen05\.mma", name)}
     assert bool(dense) == (config.kernel == "dot")
     assert all(name.startswith(TARGETS[capability]) for name in dense)
-    wide = [name for name in instructions if re.match(r"ld\.global.*\.v(4\.b32|2\.b64)|cp\.async\.c[ga]", name)]
-    assert wide, sorted(name for name in instructions if "global" in name)
-    if config.kernel == "vector":  # nothing is passed between threads but the sums at the end
-        loop = ptx[ptx.index("$L__BB") : ptx.rindex("bra")]
-        assert not re.search(r"bar\.sync|st\.shared", loop[: loop.rindex("$L__BB")] if loop.count("$L__BB") > 1 else "")
+    # 16 bytes at a time, into registers or on the way to the tensor cores.
+    assert any(re.match(r"ld\.global.*\.v(4\.b32|2\.b64)|cp\.async\.cg", name) for name in instructions), instructions
+    if config.kernel == "vector":  # nothing but the sums is passed between threads, once the loop is over
+        loop = ptx[ptx.index("ld.global") : ptx.index("shfl.sync")]
+        assert not re.search(r"bar\.sync|st\.shared", loop)
     usage = resources(found.asm["cubin"], tmp_path)
-    assert usage["LOCAL"] == 0, usage
-    assert usage["REG"] <= 255 // (1 if config.warps <= 8 else 2)
+    assert usage["LOCAL"] == 0, usage  # where registers are spilled
+    assert usage["REG"] * 32 * config.warps <= 65536, usage  # of a multiprocessor
+
+
+@pytest.mark.parametrize("capability", [80, 100])
+def test_the_smaller_kernels_compile(capability: int, tmp_path: Path) -> None:
+    from triton.backends.compiler import GPUTarget
+
+    from swiftprune.sparse24.kernels import triton_kernels
+
+    target = GPUTarget("cuda", capability, 32)
+    for constants in (
+        {"scale_ptr": None, "bias_ptr": None, "SCALED": False, "BIASED": False},
+        {"SCALED": True, "BIASED": True},
+    ):
+        found = compiled(triton_kernels.finish, constants | {"BN": 256}, target)
+        assert resources(found.asm["cubin"], tmp_path)["LOCAL"] == 0
+    found = compiled(triton_kernels.unpack, {"ALIGN": 16, "BN": 16, "BYTES": 64}, target)
+    assert resources(found.asm["cubin"], tmp_path)["LOCAL"] == 0
+    assert re.search(r"st\.global.*\.v(4\.b32|2\.b64)", found.asm["ptx"])
 
 
 def resources(cubin: bytes, folder: Path) -> dict[str, int]:
-    """Registers, bytes of stack and local memory (which spilling needs), as cuobjdump has them."""
+    """Registers of a thread, and bytes of local memory, as cuobjdump has them."""
     (folder / "kernel.cubin").write_bytes(cubin)
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     command = [str(tool), "--dump-resource-usage", str(folder / "kernel.cubin")]
     said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", said)}
+    return {name: int(value) for name, value in re.findall(r"(REG|LOCAL):(\d+)", said)}
 
 
 def test_compiled_for_amd() -> None:
@@ -153,7 +186,6 @@ def test_compiled_for_amd() -> None:
     from swiftprune.sparse24.kernels import triton_kernels
 
     config = triton_linear.config_for("", 16)
-    constants = {"ALIGN": 16, "SCALED": False, "BIASED": False, "DTYPE": triton_kernels.dot_type(torch.bfloat16)}
-    constants |= dict(zip(("BM", "BN", "BYTES"), config.tile, strict=True))
-    found = compiled(triton_kernels.dot, constants, "*bf16", GPUTarget("hip", "gfx942", 64), config)
+    target = GPUTarget("hip", "gfx942", 64)
+    found = compiled(triton_kernels.dot, constants_for(config, 16, 16), target, config.warps)
     assert "v_mfma_" in found.asm["amdgcn"]

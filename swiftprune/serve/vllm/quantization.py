@@ -236,4 +236,5 @@ def _why(dtype: torch.dtype, device: str) -> str:
     available = ", ".join(dispatch.linear_backends(dtype, device))
     if asked := os.environ.get(dispatch.BACKEND_VARIABLE):
         return f"{dispatch.BACKEND_VARIABLE}={asked} asks for it; for {dtype} on {device} there are: {available}."
-    return f"For {dtype} on {device} there are, fastest first: {available}; {dispatch.BACKEND_VARIABLE} chooses."
+    order = ", fastest first" if device == "cpu" else ""
+    return f"For {dtype} on {device} there are{order}: {available}; {dispatch.BACKEND_VARIABLE} chooses."

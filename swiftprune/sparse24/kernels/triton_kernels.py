@@ -153,15 +153,16 @@ def dot(
 
 @triton.jit
 def finish(
-    sums_ptr, scale_ptr, bias_ptr, out_ptr, tokens, rows, shares,
+    sums_ptr, scale_ptr, bias_ptr, out_ptr, rows, shares,
     SCALED: tl.constexpr, BIASED: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Out (tokens, rows): the sums (shares, tokens, rows) added up in order, scaled, with the bias."""
     row = tl.program_id(0) * BN + tl.arange(0, BN)
     at = tl.program_id(1).to(tl.int64) * rows + row
+    apart = tl.num_programs(1).to(tl.int64) * rows
     y = tl.zeros((BN,), tl.float32)
     for share in range(shares):
-        y += tl.load(sums_ptr + share * tokens.to(tl.int64) * rows + at, mask=row < rows, other=0.0)
+        y += tl.load(sums_ptr + share * apart + at, mask=row < rows, other=0.0)
     if SCALED:
         y *= tl.load(scale_ptr + row, mask=row < rows)
     if BIASED:

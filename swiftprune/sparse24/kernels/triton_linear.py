@@ -21,8 +21,9 @@ from torch import Tensor
 from swiftprune.errors import SettingsError
 
 WEIGHTS_PER_BYTE = 8  # of metadata
+CONFIGS_VARIABLE = "SWIFTPRUNE_TRITON_CONFIGS"
 _ALIGNMENT = 16  # bytes, of the widest loads
-_TABLE = Path(__file__).with_name("triton_configs.toml")
+BUILT_IN = Path(__file__).with_name("triton_configs.toml")
 _FEWEST_STEPS = 4  # of a program; below, splitting K further costs more than it spreads
 _FINISHED_ROWS = 256
 _UNPACKED_TILE = (16, 64)
@@ -41,18 +42,19 @@ class Config:
     programs: int
 
 
-@functools.cache
-def table() -> tuple[Config, ...]:
-    """The entries of triton_configs.toml, or of the file that SWIFTPRUNE_TRITON_CONFIGS names, in order.
-
-    Raises SettingsError when that file is missing or is no such table.
-    """
-    path = Path(os.environ.get("SWIFTPRUNE_TRITON_CONFIGS") or _TABLE)
+def read(path: Path) -> tuple[Config, ...]:
+    """The entries of a table, in order. Raises SettingsError when the file is missing or is no such table."""
     try:
         entries = tomllib.loads(path.read_text())["config"]
         return tuple(Config(**{**entry, "tile": tuple(entry["tile"])}) for entry in entries)
     except (OSError, tomllib.TOMLDecodeError, KeyError, TypeError) as error:
         raise SettingsError(f"{path}: not a table of Triton configurations: {error}") from error
+
+
+@functools.cache
+def table() -> tuple[Config, ...]:
+    """The entries of triton_configs.toml, or of the file that SWIFTPRUNE_TRITON_CONFIGS names."""
+    return read(Path(os.environ.get(CONFIGS_VARIABLE) or BUILT_IN))
 
 
 def config_for(device: str, tokens: int) -> Config:
@@ -132,7 +134,7 @@ def linear24(
     )  # fmt: skip
     if shares > 1:
         kernels.finish[-(-rows // _FINISHED_ROWS), tokens](
-            out, scale, bias, y, tokens, rows, shares, **given, BN=_FINISHED_ROWS
+            out, scale, bias, y, rows, shares, **given, BN=_FINISHED_ROWS
         )
     return y
 
