@@ -212,7 +212,8 @@ def _linear24_gpu(x: Tensor, held: list[Tensor], bias: Tensor | None, out_featur
         return x.new_empty((*x.shape[:-1], out_features))
     parsed = Plan.parse(plan)
     backend = parsed.backend(x.numel() // x.shape[-1])
-    with torch.cuda.device_of(x):  # Triton launches on the current device, whatever that of its tensors is
+    # Triton launches on the current device, whatever that of its tensors is.
+    with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
         return gpu.multiply(backend, x, dict(zip(gpu.held_names(parsed.backends), held, strict=True)), bias)
 
 

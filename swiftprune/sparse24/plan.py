@@ -163,20 +163,20 @@ def _measured(name: str, dtype: torch.dtype, shape: tuple[int, int]) -> tuple[di
     path = os.environ.get(TABLE_VARIABLE)
     if not path:
         return None
-    near = []
+    near: list[tuple[float, dict[str, Any]]] = []
     for cell in _table(path).get(name, ()):
         away = [abs(math.log(have / want)) for have, want in zip((cell["rows"], cell["cols"]), shape, strict=True)]
         if cell["dtype"] == str(dtype).removeprefix("torch.") and max(away) <= math.log(_NEAR):
             near.append((sum(away), cell))
     if not near:
         return None
-    away, cell = min(near, key=lambda pair: pair[0])
+    cell = min(near, key=lambda pair: pair[0])[1]
     return cell, f"measured in {path} for {cell['rows']}x{cell['cols']}"
 
 
 @functools.cache
 def _table(path: str) -> dict[str, list[dict[str, Any]]]:
-    """Cells by device name of a table, as `runtime_bench.gpu_table` writes it."""
+    """Cells by device name of a table, as `swiftprune-bench gpu-table` writes it."""
     try:
         table = json.loads(Path(path).read_text())
         if table["version"] != TABLE_VERSION:

@@ -91,7 +91,7 @@ def test_tuning_takes_the_fastest_right_configuration() -> None:
         device.ran = names[config.warps]
         if device.ran == "fails":
             raise RuntimeError("out of shared memory")
-        weight = torch.ops.swiftprune.unpack24(values, metadata)
+        weight: Tensor = torch.ops.swiftprune.unpack24(values, metadata)
         return x @ weight.T * (2 if device.ran == "fast and wrong" else 1)
 
     tuned = gpu_tables.tune(device, [1, 8], [(64, 128)], multiply=multiply, configs=configs)

@@ -123,7 +123,7 @@ def linear24(
         out = torch.empty(shares, tokens, rows, dtype=torch.float32, device=x.device)
         now = {"SCALED": False, "BIASED": False}
     if config.kernel == "vector":
-        kernel, grid, how = kernels.vector, (-(-rows // tile_rows), shares), {"BITS": 8 * values.dtype.itemsize}
+        kernel, grid, how = kernels.vector, (-(-rows // tile_rows), shares, 1), {"BITS": 8 * values.dtype.itemsize}
     else:
         kernel, grid = kernels.dot, (-(-rows // tile_rows), shares, -(-tokens // tile_tokens))
         how = {"DTYPE": kernels.dot_type(x.dtype)}
