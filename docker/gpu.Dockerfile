@@ -7,7 +7,7 @@ FROM vllm/vllm-openai:v0.32.0
 
 WORKDIR /swiftprune
 COPY . .
-RUN python3 -m pip install --no-cache-dir '.[report]'
+RUN python3 -m pip install --no-cache-dir .
 WORKDIR /
 
 # Exit code 1 when a check fails. Anything after the image's name replaces it: `vllm serve /model`, say.

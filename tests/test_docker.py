@@ -16,8 +16,9 @@ def pinned(name: str) -> str:
 
 
 def test_one_version_of_vllm() -> None:
-    image = (ROOT / "docker" / "serve.Dockerfile").read_text()
-    assert f"\nFROM vllm/vllm-openai:v{pinned('vllm')}\n" in image
+    for name in ("serve", "gpu"):
+        image = (ROOT / "docker" / f"{name}.Dockerfile").read_text()
+        assert f"\nFROM vllm/vllm-openai:v{pinned('vllm')}\n" in image
     assert f"| {pinned('vllm')} | tested" in (ROOT / "docs" / "serving.md").read_text()
     assert pinned("torch").removesuffix("+cpu") in (ROOT / "Makefile").read_text()
 

@@ -73,14 +73,16 @@ def test_the_table_covers_all_tokens_and_devices_of_its_own(tmp_path: Path, monk
 
 
 @pytest.mark.parametrize(
-    ("tokens", "rows", "width", "multiprocessors"), [(1, 14336, 512, 132), (1, 256, 64, 132), (64, 4096, 1792, 108)]
+    ("tokens", "rows", "width", "multiprocessors"),
+    [(1, 14336, 512, 132), (1, 256, 64, 132), (64, 4096, 1792, 108), (300, 128, 8208, 132), (1, 64, 4104, 132)],
 )
 def test_k_is_split_until_all_multiprocessors_work(tokens: int, rows: int, width: int, multiprocessors: int) -> None:
     config = triton_linear.config_for("", tokens)
     shares, share = triton_linear.shares_of(config, rows, width, tokens, multiprocessors)
     assert (shares - 1) * share < width <= shares * share
-    assert share % config.tile[2] == 0
-    programs = shares * math.ceil(rows / config.tile[1])
+    assert share % config.tile[2] == share % math.gcd(width, 16) == 0
+    together = 1 if config.kernel == "vector" else math.ceil(tokens / config.tile[0])
+    programs = shares * math.ceil(rows / config.tile[1]) * together
     assert programs >= config.programs * multiprocessors / 2 or share <= 8 * config.tile[2]
 
 

@@ -82,14 +82,21 @@ def installed() -> bool:
 def shares_of(config: Config, rows: int, width: int, tokens: int, multiprocessors: int) -> tuple[int, int]:
     """(shares, bytes): into how many parts K is split, of how many bytes of metadata each but the last.
 
-    So many that every multiprocessor has its `programs`, as long as each has `_FEWEST_STEPS` tiles to go.
+    So many that every multiprocessor has its `programs`, as long as each has `_FEWEST_STEPS` tiles to go. All begin
+    where the row is aligned as it is at its start.
     """
     tile_tokens, tile_rows, tile_bytes = config.tile
     programs = -(-rows // tile_rows) * (1 if config.kernel == "vector" else -(-tokens // tile_tokens))
     tiles = -(-width // tile_bytes)
     wanted = min(-(-config.programs * multiprocessors // programs), max(1, tiles // _FEWEST_STEPS))
-    share = -(-tiles // wanted) * tile_bytes
+    whole = math.lcm(tile_bytes, _alignment(width))
+    share = -(-(-(-tiles // wanted) * tile_bytes) // whole) * whole
     return -(-width // share), share
+
+
+def _alignment(width: int) -> int:
+    """Bytes of metadata that rows of `width` of them are a multiple of, as far as that widens loads."""
+    return math.gcd(width, _ALIGNMENT)
 
 
 def linear24(
@@ -112,10 +119,8 @@ def linear24(
     y = torch.empty(*x.shape[:-1], rows, dtype=x.dtype, device=x.device)
     config = config or config_for(_device_name(x.device), tokens)
     width = columns // WEIGHTS_PER_BYTE
-    align = math.gcd(width, _ALIGNMENT)
+    align = _alignment(width)
     shares, share = shares_of(config, rows, width, tokens, _multiprocessors(x.device))
-    if share % align:  # the last tile ends beyond the row
-        share = width
     tile_tokens, tile_rows, tile_bytes = config.tile
     given: dict[str, Any] = {"SCALED": scale is not None, "BIASED": bias is not None}
     out, now = y, given
@@ -145,7 +150,7 @@ def unpack24(values: Tensor, metadata: Tensor) -> Tensor:
 
     rows, half = values.shape
     width = 2 * half // WEIGHTS_PER_BYTE
-    align = math.gcd(width, _ALIGNMENT)
+    align = _alignment(width)
     weight = torch.empty(rows, 2 * half, dtype=values.dtype, device=values.device)
     tile_rows, tile_bytes = _UNPACKED_TILE
     kernels.unpack[-(-rows // tile_rows), -(-width // tile_bytes)](
