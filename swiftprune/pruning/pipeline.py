@@ -218,12 +218,13 @@ class Pipeline:
                     s.calibration, self.checkpoint,
                     samples=s.samples * more, seqlen=s.seqlen, seed=s.seed, progress=self._progress,
                 )  # fmt: skip
-                if count := self._conversation_count:
+            if count := self._conversation_count:
+                with self.clock("sample conversations"):
                     found = sampled_conversations(
                         self.checkpoint, samples=count, seqlen=s.seqlen, seed=s.seed, progress=self._progress
                     )
-                    start = self._conversation_rows(len(self.tokens) + count).start
-                    self.tokens = torch.cat([self.tokens[:start], found, self.tokens[start:]])
+                start = self._conversation_rows(len(self.tokens) + count).start
+                self.tokens = torch.cat([self.tokens[:start], found, self.tokens[start:]])
         return self.tokens
 
     @functools.cached_property
