@@ -276,7 +276,8 @@ def test_backends_are_chosen_by_name_and_never_replaced_in_silence(monkeypatch: 
     assert layer.use_backend().backend == "generic"
     assert layer.use_backend("reference").backend == "reference"
     monkeypatch.setenv("SWIFTPRUNE_BACKEND", "sse9")
-    with pytest.raises(SettingsError, match=r"unknown backend 'sse9'; known: avx512_bf16.*reference"):
+    said = r"unknown backend 'sse9' \(asked for by SWIFTPRUNE_BACKEND\); known: avx512_bf16.*reference"
+    with pytest.raises(SettingsError, match=said):
         layer.use_backend()
     monkeypatch.setenv("SWIFTPRUNE_BACKEND", "avx512_bf16")
     with pytest.raises(SettingsError, match=r"'avx512_bf16' cannot run torch.float32 .*SWIFTPRUNE_BACKEND"):
