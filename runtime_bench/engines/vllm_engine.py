@@ -96,7 +96,7 @@ class Server(AbstractContextManager["Server"]):
                 yield
                 self._peak = _tree_peak_bytes(process.pid)
             finally:
-                process.send_signal(signal.SIGINT)
+                process.terminate()  # not SIGINT, which jobs in the background ignore
                 try:
                     process.wait(STOP_SECONDS)
                 except subprocess.TimeoutExpired:

@@ -176,7 +176,10 @@ def test_ctrl_c_stops_with_130_and_resumes(text_file: Path, tmp_path: Path) -> N
         EXPORT, str(model), "--out", str(out), "--calibration", str(text_file),
         "--samples", "96", "--seqlen", "128",
     ]  # fmt: skip
-    run = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    run = subprocess.Popen(
+        command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which jobs in the background do not have
+    )  # fmt: skip
     while run.poll() is None and not list((tmp_path / "out.partial").glob("*.done.json")):
         time.sleep(0.005)
     run.send_signal(signal.SIGINT)
