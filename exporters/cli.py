@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import enum
 import logging
+import signal
 import sys
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Annotated
 
 import typer
@@ -258,7 +261,7 @@ def export_command(
     destination = out or Path(f"{Path(model).resolve().name}-{_path_word(format)}")
     console = Console(stderr=json)
     try:
-        with ProgressBars(Console(stderr=True)) as progress:
+        with _heard_interruptions(), ProgressBars(Console(stderr=True)) as progress:
             report = export(
                 model, destination, settings, target=target.value, resume=resume, overwrite=overwrite,
                 evaluate=evaluate, progress=progress, announce=progress.announce,
@@ -270,6 +273,31 @@ def export_command(
     print_report(report, console)
     if json:
         print(report.model_dump_json())
+
+
+@contextmanager
+def _heard_interruptions() -> Iterator[None]:
+    """KeyboardInterrupt on Ctrl-C even where C code, in which it came, made another exception of it (torch does)."""
+    came = False
+
+    def note(number: int, frame: FrameType | None) -> None:
+        nonlocal came
+        came = True
+        signal.default_int_handler(number, frame)
+
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.default_int_handler:  # ignored in the background, or of a program that runs this
+        yield
+        return
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    except Exception as error:
+        if came:
+            raise KeyboardInterrupt from error
+        raise
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _path_word(pattern: str) -> str:

@@ -193,6 +193,31 @@ def test_ctrl_c_stops_with_130_and_resumes(text_file: Path, tmp_path: Path) -> N
     assert (out / "config.json").exists()
 
 
+LOST = """
+import os, signal, sys, time
+import exporters.cli
+
+def export(*_, **__):
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(10)
+    except KeyboardInterrupt:
+        raise ValueError("could not determine the shape of object type")  # what torch made of one
+
+exporters.cli.export = export
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.argv[1:] = ["model", "--out", "out"]
+exporters.cli.main()
+"""
+
+
+def test_ctrl_c_that_became_another_exception_is_still_one(tmp_path: Path) -> None:
+    run = subprocess.run([sys.executable, "-c", LOST], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert run.returncode == 130, run.stderr
+    assert "--resume" in run.stderr
+    assert "Traceback" not in run.stderr
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 1 MB."""
