@@ -25,7 +25,7 @@ from swiftprune.sparse24 import dispatch
 from swiftprune.sparse24.format import pack, unpack, unpackable_reason
 from swiftprune.sparse24.kernels import reference, semi_structured, triton_linear
 from swiftprune.sparse24.kernels.gpu import CAPABILITY
-from swiftprune.sparse24.kernels.semi_structured import ACCUMULATED
+from swiftprune.sparse24.kernels.semi_structured import ACCUMULATED, filled
 from swiftprune.sparse24.linear import Linear24
 
 DENSE = "cublas"
@@ -139,7 +139,7 @@ def _cusparselt(weight: Tensor) -> Run:
 def _cublas(weight: Tensor) -> Run:
     transposed = weight.t()
     if weight.dtype == torch.int8:
-        return lambda x: torch._int_mm(_filled(x, _INT_MM_ROWS) if x.shape[0] <= 16 else x, transposed)[: x.shape[0]]
+        return lambda x: torch._int_mm(filled(x, _INT_MM_ROWS) if x.shape[0] <= 16 else x, transposed)[: x.shape[0]]
     if weight.dtype == torch.float8_e4m3fn:
         one = torch.ones((), device=weight.device)
         return lambda x: torch._scaled_mm(x, transposed, one, one, out_dtype=ACCUMULATED[x.dtype])
@@ -152,8 +152,6 @@ def _linear24(backend: str, weight: Tensor) -> Run:
 
 
 def _triton_limits(shape: tuple[int, int], dtype: torch.dtype) -> str | None:
-    if not triton_linear.installed():
-        return "Triton is not installed"
     return _packed_limits(shape, dtype) or triton_linear.unsuitable_reason(shape, dtype)
 
 
@@ -170,12 +168,6 @@ def _multiples(name: str, dtype: torch.dtype, shape: tuple[int, int], of: tuple[
     if shape[0] % of[0] or shape[1] % of[1]:
         return f"{name} needs {short(dtype)} weights in multiples of {of}, not {shape}"
     return None
-
-
-def _filled(x: Tensor, multiple: int) -> Tensor:
-    """`x` with rows of zeros after it, up to a multiple."""
-    missing = -x.shape[0] % multiple
-    return F.pad(x, (0, 0, 0, missing)) if missing else x
 
 
 BACKENDS = (

@@ -99,8 +99,6 @@ def _refusal(backend: str, dtype: torch.dtype, shape: tuple[int, int], capabilit
     if capability < (least := CAPABILITY[quantized or dtype]):
         return f"{backend} needs compute capability {least[0]}.{least[1]}, and this is {capability[0]}.{capability[1]}"
     if kind in (TRITON, UNPACK):
-        if not triton_linear.installed():
-            return "Triton is not installed: pip install 'swiftprune[gpu]'"
         return triton_linear.unsuitable_reason(shape, dtype)
     if kind == CUTLASS and capability[0] != semi_structured.CUTLASS_MAJOR:
         return f"torch's cutlass needs compute capability {semi_structured.CUTLASS_MAJOR}.x"

@@ -83,12 +83,12 @@ def _cutlass_blocks(words: Tensor) -> tuple[int, int, int, int, int, int]:
 
 def cutlass_linear(x: Tensor, values: Tensor, metadata: Tensor, bias: Tensor | None = None) -> Tensor:
     """x W^T + bias for x (M, K): (M, N) in the dtype of x, or what it is summed in for 8 bits (then without a bias)."""
-    filled = _filled(x, "cutlass").t()
+    dense = filled(x, _tokens_multiple("cutlass", x.dtype)).t()
     out_dtype = ACCUMULATED.get(x.dtype)
     if bias is None:
-        y = torch._sparse_semi_structured_mm(values, metadata, filled, out_dtype=out_dtype)
+        y = torch._sparse_semi_structured_mm(values, metadata, dense, out_dtype=out_dtype)
     else:
-        y = torch._sparse_semi_structured_addmm(bias, values, metadata, filled, out_dtype=out_dtype)
+        y = torch._sparse_semi_structured_addmm(bias, values, metadata, dense, out_dtype=out_dtype)
     return y[:, : x.shape[0]].t().contiguous()
 
 
@@ -105,11 +105,11 @@ def compress_cusparselt(values: Tensor, metadata: Tensor, name: str = "weight") 
 
 def cusparselt_linear(x: Tensor, compressed: Tensor, bias: Tensor | None = None) -> Tensor:
     """x W^T + bias for x (M, K), as `cutlass_linear`; the bias is added within the product."""
-    filled = _filled(x, "cusparselt").t()
+    dense = filled(x, _tokens_multiple("cusparselt", x.dtype)).t()
     out_dtype = ACCUMULATED.get(x.dtype)
     y: Tensor = torch._cslt_sparse_mm(
-        compressed, filled, bias, out_dtype=out_dtype, transpose_result=True,
-        alg_id=_algorithm(compressed, filled, out_dtype),
+        compressed, dense, bias, out_dtype=out_dtype, transpose_result=True,
+        alg_id=_algorithm(compressed, dense, out_dtype),
     )  # fmt: skip
     return y[: x.shape[0]]
 
@@ -156,7 +156,12 @@ def _kind(backend: str) -> type[SparseSemiStructuredTensor]:
     return {"cutlass": SparseSemiStructuredTensorCUTLASS, "cusparselt": SparseSemiStructuredTensorCUSPARSELT}[backend]
 
 
-def _filled(x: Tensor, backend: str) -> Tensor:
-    """`x` (M, K) with rows of zeros after it, up to what the operator takes."""
-    missing = -x.shape[0] % int(_kind(backend)._DTYPE_SHAPE_CONSTRAINTS[x.dtype].dense_min_rows)
+def _tokens_multiple(backend: str, dtype: torch.dtype) -> int:
+    """What the operator wants the number of tokens to be a multiple of."""
+    return int(_kind(backend)._DTYPE_SHAPE_CONSTRAINTS[dtype].dense_min_rows)
+
+
+def filled(x: Tensor, multiple: int) -> Tensor:
+    """`x` (M, K) with rows of zeros after it, up to a multiple."""
+    missing = -x.shape[0] % multiple
     return F.pad(x, (0, 0, 0, missing)) if missing else x

@@ -1,4 +1,4 @@
-"""The Triton programs behind `triton.py`: products by a packed pair, expanded in registers.
+"""The Triton programs behind `triton_linear.py`: products by a packed pair, expanded in registers.
 
 One byte of metadata stands for two groups: four values and eight weights. K is a multiple of 8, so a row is a whole
 number of such bytes; it is given as `units` of ALIGN bytes, from which the compiler knows how far it may widen loads.

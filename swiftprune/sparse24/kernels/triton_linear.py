@@ -66,7 +66,9 @@ def config_for(device: str, tokens: int) -> Config:
 
 
 def unsuitable_reason(shape: tuple[int, int], dtype: torch.dtype) -> str | None:
-    """Why these kernels cannot take a weight of this shape (N, K) and dtype, or None when they can."""
+    """Why these kernels cannot take a weight of this shape (N, K) and dtype here, or None when they can."""
+    if not installed():
+        return "Triton is not installed: pip install 'swiftprune[gpu]'"
     if dtype not in (torch.float16, torch.bfloat16):
         return f"the Triton kernels take float16 or bfloat16, not {dtype}"
     if shape[1] % WEIGHTS_PER_BYTE:
