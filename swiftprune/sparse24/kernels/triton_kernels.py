@@ -42,6 +42,23 @@ def _input(word, shift, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def _share(length, width):
+    """First byte of metadata that this program sums up, and the one after its last."""
+    begin = tl.program_id(1) * length
+    return begin, tl.minimum(begin + length, width)
+
+
+@triton.jit
+def _completed(y, scale_ptr, bias_ptr, row, rows, SCALED: tl.constexpr, BIASED: tl.constexpr):
+    """One token's sums of `row`, scaled, with the bias."""
+    if SCALED:
+        y *= tl.load(scale_ptr + row, mask=row < rows)
+    if BIASED:
+        y += tl.load(bias_ptr + row, mask=row < rows).to(tl.float32)
+    return y
+
+
+@triton.jit
 def vector(
     x_ptr, values_ptr, metadata_ptr, scale_ptr, bias_ptr, out_ptr, tokens, rows, units, share,
     ALIGN: tl.constexpr, SCALED: tl.constexpr, BIASED: tl.constexpr, BITS: tl.constexpr,
@@ -51,8 +68,7 @@ def vector(
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     row = tl.program_id(0) * BN + tl.arange(0, BN)
     width = units * ALIGN
-    begin = tl.program_id(1) * share * ALIGN
-    end = tl.minimum(begin + share * ALIGN, width)
+    begin, end = _share(share * ALIGN, width)
     kept_ptr = values_ptr.to(tl.pointer_type(tl.uint64 if BITS == 16 else tl.uint32))
     group_ptr = x_ptr.to(tl.pointer_type(tl.uint64))
     start = row.to(tl.int64)[:, None] * width
@@ -86,10 +102,7 @@ def vector(
         sums = added
     for token in tl.static_range(BM):
         y = tl.sum(sums[token], 1)
-        if SCALED:
-            y *= tl.load(scale_ptr + row, mask=row < rows)
-        if BIASED:
-            y += tl.load(bias_ptr + row, mask=row < rows).to(tl.float32)
+        y = _completed(y, scale_ptr, bias_ptr, row, rows, SCALED, BIASED)
         at = (tl.program_id(1) * tokens + token) * rows + row
         tl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask=row < tl.where(token < tokens, rows, 0))
 
@@ -133,8 +146,7 @@ def dot(
     row = tl.program_id(0) * BN + tl.arange(0, BN)
     token = tl.program_id(2) * BM + tl.arange(0, BM)
     width = units * ALIGN
-    begin = tl.program_id(1) * share * ALIGN
-    end = tl.minimum(begin + share * ALIGN, width)
+    begin, end = _share(share * ALIGN, width)
     x_row = x_ptr + token.to(tl.int64)[None, :] * (width * 8)
     sums = tl.zeros((BN, BM), tl.float32)
     for first in range(begin, end, BYTES):
@@ -163,10 +175,7 @@ def finish(
     y = tl.zeros((BN,), tl.float32)
     for share in range(shares):
         y += tl.load(sums_ptr + share * apart + at, mask=row < rows, other=0.0)
-    if SCALED:
-        y *= tl.load(scale_ptr + row, mask=row < rows)
-    if BIASED:
-        y += tl.load(bias_ptr + row, mask=row < rows).to(tl.float32)
+    y = _completed(y, scale_ptr, bias_ptr, row, rows, SCALED, BIASED)
     tl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask=row < rows)
 
 
