@@ -137,5 +137,7 @@ def _parsed(text: str, by: str) -> Plan:
     try:
         return Plan.parse(text)
     except SettingsError as error:
+        if {",", "<"} & set(text):
+            raise SettingsError(f"{error}{by}") from error
         known = ", ".join((*BACKENDS, *gpu.BACKENDS))
         raise SettingsError(f"unknown backend {text!r}{by}; known: {known}") from error

@@ -214,12 +214,16 @@ def _linear24_gpu(x: Tensor, held: list[Tensor], bias: Tensor | None, out_featur
     backend = parsed.backend(x.numel() // x.shape[-1])
     # Triton launches on the current device, whatever that of its tensors is.
     with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
-        return gpu.multiply(backend, x, dict(zip(gpu.held_names(parsed.backends), held, strict=True)), bias)
+        return gpu.BACKENDS[backend].multiply(x, _by_name(held, parsed), bias)
 
 
 def _unpack24_gpu(held: list[Tensor], rows: int, cols: int, plan: str) -> Tensor:
-    found = gpu.pair_of(dict(zip(gpu.held_names(Plan.parse(plan).backends), held, strict=True)), rows, cols)
+    found = gpu.pair_of(_by_name(held, Plan.parse(plan)), rows, cols)
     return found if isinstance(found, Tensor) else reference.scatter(found[0], reference.stored_positions(*found))
+
+
+def _by_name(held: list[Tensor], plan: Plan) -> dict[str, Tensor]:
+    return dict(zip(gpu.held_names(plan.backends), held, strict=True))
 
 
 for _device in ("CPU", "CUDA"):

@@ -45,26 +45,25 @@ class GpuModel:
     """A GPU as its data sheet has it. `tera_ops` are 16-bit tensor core operations, dense, in 10^12 a second."""
 
     name: str
-    capability: tuple[int, int]
     gb_per_s: float
     tera_ops: float
 
 
 DATA_SHEETS = (
-    GpuModel("A100-SXM4-80GB", (8, 0), 2039, 312),
-    GpuModel("A100", (8, 0), 1555, 312),
-    GpuModel("A10", (8, 6), 600, 125),
-    GpuModel("RTX 3090", (8, 6), 936, 71),
-    GpuModel("RTX 4090", (8, 9), 1008, 165),
-    GpuModel("L40S", (8, 9), 864, 362),
-    GpuModel("L4", (8, 9), 300, 121),
-    GpuModel("H200", (9, 0), 4800, 989),
-    GpuModel("H100 PCIe", (9, 0), 2039, 756),
-    GpuModel("H100", (9, 0), 3350, 989),
-    GpuModel("B200", (10, 0), 8000, 2250),
+    GpuModel("A100-SXM4-80GB", 2039, 312),
+    GpuModel("A100", 1555, 312),
+    GpuModel("A10", 600, 125),
+    GpuModel("RTX 3090", 936, 71),
+    GpuModel("RTX 4090", 1008, 165),
+    GpuModel("L40S", 864, 362),
+    GpuModel("L4", 300, 121),
+    GpuModel("H200", 4800, 989),
+    GpuModel("H100 PCIe", 2039, 756),
+    GpuModel("H100", 3350, 989),
+    GpuModel("B200", 8000, 2250),
 )
 """Looked for in this order in the name that CUDA gives."""
-_UNKNOWN = {8: GpuModel("unknown", (8, 0), 1000, 150), 9: GpuModel("unknown", (9, 0), 3350, 989)}
+_UNKNOWN = {8: GpuModel("unknown", 1000, 150), 9: GpuModel("unknown", 3350, 989)}
 
 
 def gpu_model(name: str, capability: tuple[int, int]) -> GpuModel:

@@ -21,6 +21,11 @@ from tests.gpu.weights import random_weight
 BF16 = torch.bfloat16
 
 
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def stand_ins(cuda_operators: None, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """A CPU on which the GPU backends may be asked for. Triton's products are made by torch; their calls are listed."""
@@ -82,7 +87,7 @@ def test_the_number_of_tokens_decides(tokens: int, backend: str, stand_ins: list
 
 
 @pytest.mark.usefixtures("stand_ins")
-@pytest.mark.parametrize("backend", gpu.QUANTIZED)
+@pytest.mark.parametrize("backend", sorted(set(gpu.BACKENDS) - set(gpu.EXACT)))
 def test_eight_bits(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Near the exact product, and the exact weight is gone: that is said instead of giving another one."""
     monkeypatch.setattr(gpu, "CAPABILITY", dict.fromkeys(gpu.CAPABILITY, (8, 0)))
@@ -126,7 +131,8 @@ def test_shards_along_k_and_n_add_up(plan: str) -> None:
         return Linear24.from_packed(part, None, plan)
 
     along_k = [shard(slice(None), first, last)(x[:, first:last]).double() for first, last in ((0, 64), (64, 256))]
-    assert torch.allclose(along_k[0] + along_k[1], want, rtol=1e-2, atol=5e-2)
+    rounded = sum(part.abs() for part in along_k) * 2.0**-8  # each to bfloat16
+    assert ((along_k[0] + along_k[1] - want).abs() <= rounded).all()
     along_n = [shard(rows, 0, 256)(x) for rows in (slice(0, 32), slice(32, 128))]
     assert torch.allclose(torch.cat(along_n, 1).double(), want, rtol=1e-2, atol=5e-2)
 

@@ -36,7 +36,9 @@ def _all_installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @given(st.lists(st.integers(1, 10**6), unique=True, max_size=5), st.data())
 def test_plans_survive_their_text(limits: list[int], data: st.DataObject) -> None:
-    names = data.draw(st.lists(st.sampled_from(gpu.BACKENDS), min_size=len(limits) + 1, max_size=len(limits) + 1))
+    names = data.draw(
+        st.lists(st.sampled_from(sorted(gpu.BACKENDS)), min_size=len(limits) + 1, max_size=len(limits) + 1)
+    )
     made = Plan(tuple(zip([*sorted(limits), None], names, strict=True)))
     assert Plan.parse(str(made)) == made
     for tokens in (1, 5, 10**7):
@@ -90,7 +92,7 @@ def test_without_a_table_the_model_decides() -> None:
     assert h100.backend(1) == a100.backend(1) == "triton"
     assert h100.backend(8192) == "unpack"
     assert a100.backend(8192) == "cutlass"
-    assert not (h100.backends | a100.backends) & set(gpu.QUANTIZED)
+    assert h100.backends | a100.backends <= set(gpu.EXACT)
 
 
 def test_shapes_that_no_backend_takes_run_on_the_reference_and_say_so(caplog: pytest.LogCaptureFixture) -> None:
@@ -171,6 +173,13 @@ def test_what_is_asked_for_is_what_runs() -> None:
         ("cutlass-int8", A100, (64, 64), r"needs int8 weights in multiples of \(16, 128\)"),
         ("triton", H100, (64, 12), "multiples of 8, not 12"),
         ("avx2", H100, (64, 64), "unknown backend 'avx2' .*; known: .*triton"),
+        (
+            "triton<=8,fast",
+            H100,
+            (64, 64),
+            "is no plan: 'fast' is not one of .* tokens .asked for by SWIFTPRUNE_BACKEND",
+        ),
+        ("triton<=8", H100, (64, 64), "limits must rise, and the last backend has none .asked for by"),
         ("fast", H100, (64, 64), "unknown backend 'fast' .*asked for by SWIFTPRUNE_BACKEND"),
     ],
 )

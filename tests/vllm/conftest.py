@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from exporters import Target, export
 from swiftprune.pruning.pipeline import PruneSettings
 from tests import models
+
+if TYPE_CHECKING:
+    from tests.vllm.engine import Answer
 
 collect_ignore_glob = [] if importlib.util.find_spec("vllm") else ["test_*.py"]
 
@@ -25,6 +31,7 @@ os.environ.update(
 _SIZE = {"hidden_size": 256, "intermediate_size": 320, "num_attention_heads": 4, "head_dim": 64}
 
 Checkpoints = Callable[[str, Target], Path]
+Answers = Callable[[str, str], "list[Answer]"]
 
 
 @pytest.fixture(scope="session")
@@ -42,3 +49,32 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
         return out
 
     return get
+
+
+@pytest.fixture(scope="session")
+def dense_answers(checkpoints: Checkpoints) -> Answers:
+    """What vLLM answers with the pruned weights of that architecture stored dense, in a dtype: asked once."""
+    from tests.vllm.engine import ask
+
+    @functools.cache
+    def get(name: str, dtype: str) -> list[Answer]:
+        # Both first: vLLM changes transformers' own classes when it runs GPT-NeoX through them.
+        dense, _ = checkpoints(name, "dense"), checkpoints(name, "packed")
+        return ask(dense, dtype=dtype)
+
+    return get
+
+
+@pytest.fixture
+def log() -> Iterator[list[str]]:
+    """What the plugin logs. A filter hears it, as vLLM takes all handlers away when it sets up logging."""
+    lines: list[str] = []
+
+    def listen(record: logging.LogRecord) -> bool:
+        lines.append(f"{record.levelname} {record.getMessage()}")
+        return True
+
+    logger = logging.getLogger("vllm.swiftprune")
+    logger.addFilter(listen)
+    yield lines
+    logger.removeFilter(listen)

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,36 +22,18 @@ from swiftprune.pruning.pipeline import PruneSettings
 from swiftprune.serve import vllm as plugin
 from swiftprune.serve.vllm.quantization import SwiftpruneConfig, SwiftpruneLinearMethod
 from swiftprune.sparse24.kernels import native
-from tests.vllm.conftest import Checkpoints
-from tests.vllm.engine import PROMPTS, TOKENS, answers, ask, assert_same, engine
-
-# Differences of log probabilities: of sums in another order, and of activations rounded to eight bits in every layer.
-TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25}
-
-
-@pytest.fixture
-def log() -> Iterator[list[str]]:
-    """What the plugin logs. A filter hears it, as vLLM takes all handlers away when it sets up logging."""
-    lines: list[str] = []
-
-    def listen(record: logging.LogRecord) -> bool:
-        lines.append(f"{record.levelname} {record.getMessage()}")
-        return True
-
-    logger = logging.getLogger("vllm.swiftprune")
-    logger.addFilter(listen)
-    yield lines
-    logger.removeFilter(listen)
+from tests.vllm.conftest import Answers, Checkpoints
+from tests.vllm.engine import PROMPTS, TOKENS, TOLERANCE, answers, ask, assert_same, engine
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("name", ["llama-gqa-tied", "qwen2", "mistral-sliding", "gpt-neox"])
-def test_answers_of_the_dense_model(name: str, dtype: str, checkpoints: Checkpoints, log: list[str]) -> None:
-    # Both first: vLLM changes transformers' own classes when it runs GPT-NeoX through them.
-    dense_folder, packed_folder = checkpoints(name, "dense"), checkpoints(name, "packed")
-    dense = ask(dense_folder, dtype=dtype)
+def test_answers_of_the_dense_model(
+    name: str, dtype: str, checkpoints: Checkpoints, dense_answers: Answers, log: list[str]
+) -> None:
+    dense = dense_answers(name, dtype)
     assert not log
-    packed = ask(packed_folder, dtype=dtype)
+    packed = ask(checkpoints(name, "packed"), dtype=dtype)
     compared = assert_same(dense, packed, TOLERANCE[dtype])
     assert compared >= (len(PROMPTS) * TOKENS if dtype == "float32" else len(PROMPTS) * TOKENS // 2)
     # Three layers of qkv, o, gate and up, down; GPT-NeoX has no gate.
@@ -62,19 +42,16 @@ def test_answers_of_the_dense_model(name: str, dtype: str, checkpoints: Checkpoi
 
 
 @pytest.mark.parametrize(
-    ("dtype", "options"),
-    [
-        ("float32", {"enforce_eager": False}),
-        ("bfloat16", {"enforce_eager": False}),
-        ("float32", {"tensor_parallel_size": 2}),
-        ("bfloat16", {"tensor_parallel_size": 2, "enforce_eager": False}),
-    ],
-    ids=["compiled-float32", "compiled-bfloat16", "two-devices-float32", "two-devices-compiled-bfloat16"],
+    ("dtype", "devices"), [("float32", 1), ("bfloat16", 1), ("float32", 2)], ids=["float32", "bfloat16", "two-devices"]
 )
-def test_compiled_and_on_two_devices(dtype: str, options: dict[str, Any], checkpoints: Checkpoints) -> None:
-    dense = ask(checkpoints("llama-gqa-tied", "dense"), dtype=dtype, **options)
-    packed = ask(checkpoints("llama-gqa-tied", "packed"), dtype=dtype, **options)
-    assert assert_same(dense, packed, TOLERANCE[dtype]) >= len(PROMPTS) * TOKENS // 2
+def test_compiled_and_on_two_devices(
+    dtype: str, devices: int, checkpoints: Checkpoints, dense_answers: Answers
+) -> None:
+    packed = ask(
+        checkpoints("llama-gqa-tied", "packed"), dtype=dtype, enforce_eager=False, tensor_parallel_size=devices
+    )
+    compared = assert_same(dense_answers("llama-gqa-tied", dtype), packed, TOLERANCE[dtype])
+    assert compared >= len(PROMPTS) * TOKENS // 2
 
 
 def test_a_cached_prefix_changes_nothing(checkpoints: Checkpoints) -> None:
