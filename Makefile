@@ -10,6 +10,9 @@ DEMO := build/demo
 METHOD ?= swiftprune
 RESULTS := build/bench
 
+# Python compiles what it imports; pip would compile all of torch and vLLM first.
+export PIP_NO_COMPILE := 1
+
 TORCH_VERSION := 2.13.0
 # On Linux without an NVIDIA GPU only the CPU build will do: the default build brings gigabytes of CUDA.
 ifeq ($(shell uname -s)$(shell command -v nvidia-smi),Linux)

@@ -13,12 +13,28 @@ import pytest
 
 from exporters import cli
 
+Typed = Callable[..., subprocess.CompletedProcess[str]]
 EXPORT = str(Path(sys.executable).parent / "swiftprune-export")
 
 
 def command(*arguments: object) -> subprocess.CompletedProcess[str]:
     line = [EXPORT, *map(str, arguments)]
     return subprocess.run(line, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture
+def typed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Typed:
+    """As `command` in this process, which need not start for seconds first."""
+
+    def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+        line = [EXPORT, *map(str, arguments)]
+        monkeypatch.setattr(sys, "argv", line)
+        with pytest.raises(SystemExit) as exit:
+            cli.main()
+        said = capsys.readouterr()
+        return subprocess.CompletedProcess(line, int(exit.value.code or 0), said.out, said.err)
+
+    return run
 
 
 def test_help_teaches() -> None:
@@ -28,10 +44,12 @@ def test_help_teaches() -> None:
         assert word in run.stdout
 
 
-def test_an_export_ends_with_tables(tiny_models: Callable[[str], Path], text_file: Path, tmp_path: Path) -> None:
+def test_an_export_ends_with_tables(
+    typed: Typed, tiny_models: Callable[[str], Path], text_file: Path, tmp_path: Path
+) -> None:
     held_out = tmp_path / "held-out.txt"
     held_out.write_text(text_file.read_text() * 2)
-    run = command(
+    run = typed(
         tiny_models("llama-gqa-tied"), "--format", "2:4", "--out", tmp_path / "out", "--method", "wanda",
         "--calibration", text_file, "--samples", 4, "--seqlen", 32, "--evaluate", held_out,
     )  # fmt: skip
@@ -73,9 +91,9 @@ def test_json_is_all_there_is_on_stdout(tiny_models: Callable[[str], Path], text
 
 
 def test_the_dial_sets_stages_and_says_what_they_cost(
-    tiny_models: Callable[[str], Path], text_file: Path, tmp_path: Path
+    typed: Typed, tiny_models: Callable[[str], Path], text_file: Path, tmp_path: Path
 ) -> None:
-    run = command(
+    run = typed(
         tiny_models("llama-gqa-tied"), "--quality", "best", "--steps", 3, "--compute", "float32", "--samples", 4,
         "--calibration", text_file, "--out", tmp_path / "out", "--json",
     )  # fmt: skip
@@ -91,8 +109,10 @@ def test_the_dial_sets_stages_and_says_what_they_cost(
     assert {"permute", "calibrate", "mask", "distill"} <= report["seconds"].keys()
 
 
-def test_fast_is_one_pass_without_training(tiny_models: Callable[[str], Path], text_file: Path, tmp_path: Path) -> None:
-    run = command(
+def test_fast_is_one_pass_without_training(
+    typed: Typed, tiny_models: Callable[[str], Path], text_file: Path, tmp_path: Path
+) -> None:
+    run = typed(
         tiny_models("gpt-neox"), "--quality", "fast", "--calibration", text_file, "--out", tmp_path / "out", "--json"
     )
     settings = json.loads(run.stdout)["settings"]
@@ -121,10 +141,8 @@ def test_fast_is_one_pass_without_training(tiny_models: Callable[[str], Path], t
     ],
 )
 def test_mistakes_are_answered(
-    arguments: list[str], code: int, message: str, tiny_models: Callable[[str], Path], tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
-    """In this process: each would start for seconds to be wrong at once."""
+    arguments: list[str], code: int, message: str, typed: Typed, tiny_models: Callable[[str], Path], tmp_path: Path
+) -> None:
     empty = tmp_path / "empty.txt"
     empty.touch()
     short = tmp_path / "short.txt"
@@ -132,14 +150,10 @@ def test_mistakes_are_answered(
     arguments = [argument.format(empty=empty, short=short) for argument in arguments]
     if "--calibration" not in arguments and "--method" not in arguments:
         arguments += ["--calibration", "none"]
-    line = [EXPORT, tiny_models("llama-gqa-tied"), "--out", tmp_path / "out", *arguments]
-    monkeypatch.setattr(sys, "argv", [str(word) for word in line])
-    with pytest.raises(SystemExit) as exit:
-        cli.main()
-    said = capsys.readouterr().err
-    assert exit.value.code == code, said
-    assert message in said
-    assert "Traceback" not in said
+    run = typed(tiny_models("llama-gqa-tied"), "--out", tmp_path / "out", *arguments)
+    assert run.returncode == code, run.stderr
+    assert message in run.stderr
+    assert "Traceback" not in run.stderr
     assert not (tmp_path / "out").exists()
 
 

@@ -1,0 +1,79 @@
+"""Packed checkpoints in vLLM answer as the same weights stored dense do."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from exporters import export
+from runtime_bench import demo_data
+from swiftprune.pruning.pipeline import PruneSettings
+from swiftprune.sparse24.kernels import native
+from tests.vllm.conftest import Answers, Checkpoints
+from tests.vllm.engine import PROMPTS, TOKENS, TOLERANCE, answers, ask, assert_same, engine
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("name", ["llama-gqa-tied", "qwen2", "mistral-sliding", "gpt-neox"])
+def test_answers_of_the_dense_model(
+    name: str, dtype: str, checkpoints: Checkpoints, dense_answers: Answers, log: list[str]
+) -> None:
+    dense = dense_answers(name, dtype)
+    assert not log
+    packed = ask(checkpoints(name, "packed"), dtype=dtype)
+    compared = assert_same(dense, packed, TOLERANCE[dtype])
+    assert compared >= (len(PROMPTS) * TOKENS if dtype == "float32" else len(PROMPTS) * TOKENS // 2)
+    # Three layers of qkv, o, gate and up, down; GPT-NeoX has no gate.
+    fastest = native.linear_isas(getattr(torch, dtype))[0]
+    assert [line.split(". For")[0] for line in log] == [f"INFO swiftprune: 12 2:4 linears run on the backend {fastest}"]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "devices"), [("float32", 1), ("bfloat16", 1), ("float32", 2)], ids=["float32", "bfloat16", "two-devices"]
+)
+def test_compiled_or_on_two_devices(dtype: str, devices: int, checkpoints: Checkpoints, dense_answers: Answers) -> None:
+    folder = checkpoints("llama-gqa-tied", "packed")
+    packed = ask(folder, dtype=dtype, enforce_eager=devices > 1, tensor_parallel_size=devices)
+    compared = assert_same(dense_answers("llama-gqa-tied", dtype), packed, TOLERANCE[dtype])
+    assert compared >= len(PROMPTS) * TOKENS // 2
+
+
+def test_a_cached_prefix_changes_nothing(checkpoints: Checkpoints) -> None:
+    long = [[*range(5, 100)]]
+    with engine(checkpoints("llama-gqa-tied", "packed"), dtype="float32", block_size=32) as llm:
+        first, second = answers(llm, long), answers(llm, long)
+        cached = llm.generate([{"prompt_token_ids": long[0]}], use_tqdm=False)[0].num_cached_tokens
+    assert (cached or 0) >= 64
+    assert first[0].tokens == second[0].tokens
+
+
+def test_old_bitmask_checkpoints_are_claimed(checkpoints: Checkpoints) -> None:
+    folder = checkpoints("llama-gqa-tied", "sparse24-bitmask")
+    assert (
+        json.loads((folder / "config.json").read_text())["quantization_config"]["quant_method"] == "compressed-tensors"
+    )
+    packed, old = ask(checkpoints("llama-gqa-tied", "packed"), dtype="bfloat16"), ask(folder, dtype="bfloat16")
+    assert [answer.tokens for answer in packed] == [answer.tokens for answer in old]
+
+
+@pytest.mark.slow
+def test_the_real_model(tmp_path: Path) -> None:
+    source = demo_data.fetch(Path("build/demo")).model
+    for target in ("dense", "packed"):
+        export(source, tmp_path / target, PruneSettings(calibration="none"), target=target)
+    dense, packed = (ask(tmp_path / target, dtype="bfloat16") for target in ("dense", "packed"))
+    assert assert_same(dense, packed, TOLERANCE["bfloat16"]) >= len(PROMPTS) * TOKENS // 2
+
+
+def test_a_backend_asked_for_is_named(
+    checkpoints: Checkpoints, log: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SWIFTPRUNE_BACKEND", "generic")
+    ask(checkpoints("qwen2", "packed"), dtype="bfloat16")
+    assert "12 2:4 linears run on the backend generic. SWIFTPRUNE_BACKEND=generic asks for it" in log[0]
+    monkeypatch.setenv("SWIFTPRUNE_BACKEND", "reference")
+    ask(checkpoints("qwen2", "packed"), dtype="bfloat16")
+    assert log[1].startswith("WARNING swiftprune: 12 2:4 linears run on the backend reference, which unpacks")
