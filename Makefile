@@ -1,6 +1,7 @@
 # make demo    from nothing to a pruned, packed and compared model (METHOD=sparsegpt for better text)
 # make test    lint, types, all tests
 # make test-vllm   the vLLM plugin, in an environment of its own (.venv-vllm, 4 GB)
+# make check   both tests; what they need is downloaded side by side
 # All set up what they need on the first run. PYTHON picks the interpreter (3.11 or newer).
 PYTHON ?= python3
 VENV := .venv
@@ -24,7 +25,7 @@ endif
 NATIVE := $(wildcard swiftprune/sparse24/kernels/csrc/*)
 SOURCES := $(shell find swiftprune exporters runtime_bench -name '*.py')
 
-.PHONY: setup demo browser test test-neon vllm-env test-vllm bench bench-onnx bench-vllm bench-prune bench-methods bench-quality bench-kernels clean
+.PHONY: setup demo browser test test-neon vllm-env test-vllm check bench bench-onnx bench-vllm bench-prune bench-methods bench-quality bench-kernels clean
 
 setup: $(VENV)/installed
 
@@ -85,6 +86,10 @@ $(VLLM)/installed: $(VLLM)/vllm pyproject.toml CMakeLists.txt $(NATIVE) $(SOURCE
 
 test-vllm: vllm-env
 	$(VLLM)/bin/pytest tests/vllm $(SIDE_BY_SIDE)
+
+check:
+	$(MAKE) --jobs=2 setup $(VLLM)/vllm
+	$(MAKE) test test-vllm
 
 bench-prune: setup
 	$(BIN)/swiftprune-bench prune --folder $(DEMO) --out build/results/prune.json

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -46,7 +45,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[OpenAI, s
         assert "swiftprune: 120 2:4 linears run on the backend" in log.read_text()
         yield OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=120), "smollm2-2of4"
     finally:
-        process.send_signal(signal.SIGINT)
+        process.terminate()  # not SIGINT, which jobs in the background ignore
         assert process.wait(60) == 0
         with pytest.raises(urllib.error.URLError):
             urllib.request.urlopen(f"http://127.0.0.1:{port}/health")
