@@ -1,4 +1,4 @@
-# make demo    from nothing to a pruned, packed and compared model (METHOD=sparsegpt for better text)
+# make demo    from nothing to a pruned, packed and compared model (METHOD=swiftprune: masks alone, in seconds)
 # make test    lint, types, all tests
 # make test-vllm   the vLLM plugin, in an environment of its own (.venv-vllm, 4 GB)
 # make check   both tests; what they need is downloaded side by side
@@ -8,7 +8,6 @@ VENV := .venv
 BIN := $(VENV)/bin
 VLLM := .venv-vllm
 DEMO := build/demo
-METHOD ?= swiftprune
 RESULTS := build/bench
 
 # Python compiles what it imports; pip would compile all of torch and vLLM first.
@@ -48,7 +47,7 @@ $(VENV)/compressed-tensors-0.14: $(VENV)/torch
 	@touch $@
 
 demo: setup
-	$(BIN)/swiftprune-bench demo --folder $(DEMO) --method $(METHOD)
+	$(BIN)/swiftprune-bench demo --folder $(DEMO) $(if $(METHOD),--method $(METHOD))
 
 # For the test that clicks through the report. Without any Chromium, and no way to get one, it is skipped.
 BROWSERS := chromium chromium-browser google-chrome

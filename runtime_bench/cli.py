@@ -59,7 +59,12 @@ def bench() -> None:
 
 
 @app.command("demo")
-def demo_command(folder: Folder = DEMO_FOLDER, method: str = "swiftprune") -> None:
+def demo_command(
+    folder: Folder = DEMO_FOLDER,
+    method: Annotated[
+        str, typer.Option(help="As of swiftprune-export: admm takes minutes, swiftprune seconds.")
+    ] = "admm",
+) -> None:
     """Prune and pack SmolLM2-135M-Instruct, and show what was gained and what was lost."""
     find_method(method)
     with ProgressBars(Console(stderr=True)) as progress:

@@ -22,6 +22,7 @@ from swiftprune.errors import SettingsError
 from swiftprune.pruning.calibration_text import load_tokenizer, read_text, token_windows
 from swiftprune.pruning.evaluate import perplexity
 from swiftprune.pruning.progress import Progress
+from swiftprune.sparse24.format import QUANT_METHOD
 from swiftprune.sparse24.kernels import native
 from tests import models
 
@@ -68,6 +69,27 @@ def test_several_who_want_the_demo_data_get_it_once(tmp_path: Path, monkeypatch:
             assert data.news.read_text() == (data.model / "config.json").read_text() == "whole"
     assert sorted(written) == ["config.json", "news", "wikipedia-calibration.txt", "wikipedia-held-out.txt"]
     assert {path.name for path in tmp_path.iterdir()} <= {".lock", *(p.name for p in vars(data).values())}
+
+
+def test_demo_shows_what_was_gained_and_lost(tiny_data: DemoData) -> None:
+    tiny_data.news.write_text("not read")
+    tiny_data.held_out.write_text(tiny_data.calibration.read_text()[:20_000])
+    folder = tiny_data.model.parent
+    run = CliRunner().invoke(cli.app, ["demo", "--folder", str(folder), "--method", "wanda"])
+    assert run.exit_code == 0, run.output
+    (out,) = folder.glob("*-2of4-wanda")
+    assert json.loads((out / "config.json").read_text())["quantization_config"]["quant_method"] == QUANT_METHOD
+    assert json.loads((folder / "report.json").read_text())["perplexity"]
+    for said in (
+        "2:4 by wanda",
+        "fewer bytes",
+        "greedy continuations",
+        "The capital of France is",
+        "--quality balanced",
+    ):
+        assert said in run.output
+    typo = CliRunner().invoke(cli.app, ["demo", "--folder", str(folder), "--method", "wnada"])
+    assert "unknown method 'wnada'" in str(typo.exception)
 
 
 def test_contestants_take_turns() -> None:
