@@ -79,12 +79,12 @@ def test_demo_shows_what_was_gained_and_lost(tiny_data: DemoData) -> None:
     assert run.exit_code == 0, run.output
     (out,) = folder.glob("*-2of4-wanda")
     assert json.loads((out / "config.json").read_text())["quantization_config"]["quant_method"] == QUANT_METHOD
-    assert json.loads((folder / "report.json").read_text())["perplexity"]
+    assert json.loads((folder / "report.json").read_text())["perplexity_after"] > 1
     for said in (
         "2:4 by wanda",
         "fewer bytes",
         "greedy continuations",
-        "The capital of France is",
+        "Water boils",
         "--quality balanced",
     ):
         assert said in run.output
