@@ -21,6 +21,8 @@ from swiftprune.pruning.progress import Progress, silent
 
 PROMPTS = ["The capital of France is", "Water boils when", "In the year 1969, astronauts"]
 NEW_TOKENS = 24
+# As the README's table has it for ADMM: nearly all of its quality, in half of the time.
+SAMPLES, SEQLEN = 24, 256
 
 
 class DemoResult(BaseModel):
@@ -33,10 +35,8 @@ class DemoResult(BaseModel):
 def run(folder: Path, method: str, progress: Progress = silent) -> DemoResult:
     data = demo_data.fetch(folder, progress)
     out = folder / f"{demo_data.MODEL_NAME}-2of4-{method}"
-    report = export(
-        data.model, out, PruneSettings(method=method, calibration=str(data.calibration)),
-        evaluate=data.held_out, overwrite=True, progress=progress,
-    )  # fmt: skip
+    settings = PruneSettings(method=method, calibration=str(data.calibration), samples=SAMPLES, seqlen=SEQLEN)
+    report = export(data.model, out, settings, evaluate=data.held_out, overwrite=True, progress=progress)
     before, after = _continue(data.model), _continue(out)
     (folder / "report.json").write_text(json.dumps(report.model_dump(), indent=1) + "\n")
     return DemoResult(model=data.model, report=report, texts=list(zip(PROMPTS, before, after, strict=True)))
