@@ -49,9 +49,16 @@ class DemoData:
 
 def fetch(folder: Path, progress: Progress = silent) -> DemoData:
     """Downloads and converts what is not there yet; of several processes that want it at once, one does."""
+    data = DemoData(folder)
+    if not all(path.exists() for path in vars(data).values()):  # else nothing is written, not even the lock
+        _write_missing(data, folder, progress)
+    progress("demo data", 1, 1)
+    return data
+
+
+def _write_missing(data: DemoData, folder: Path, progress: Progress) -> None:
     from filelock import FileLock
 
-    data = DemoData(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / ".lock"), tempfile.TemporaryDirectory(dir=folder) as temporary:
         if not (data.calibration.exists() and data.held_out.exists()):
@@ -60,8 +67,6 @@ def fetch(folder: Path, progress: Progress = silent) -> DemoData:
             _member(_GENSIM, _NEWS, Path(temporary) / "news").rename(data.news)
         if not data.model.exists():
             _write_model(data.model, Path(temporary), progress)
-    progress("demo data", 1, 1)
-    return data
 
 
 def _member(wheel: str, member: str, destination: Path) -> Path:

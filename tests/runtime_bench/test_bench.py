@@ -70,6 +70,10 @@ def test_several_who_want_the_demo_data_get_it_once(tmp_path: Path, monkeypatch:
     assert sorted(written) == ["config.json", "news", "wikipedia-calibration.txt", "wikipedia-held-out.txt"]
     assert {path.name for path in tmp_path.iterdir()} <= {".lock", *(p.name for p in vars(data).values())}
 
+    (tmp_path / ".lock").unlink()
+    demo_data.fetch(tmp_path)
+    assert not (tmp_path / ".lock").exists()  # a complete folder may be one that cannot be written to
+
 
 def test_demo_shows_what_was_gained_and_lost(tiny_data: DemoData) -> None:
     tiny_data.news.write_text("not read")

@@ -152,14 +152,13 @@ def held_names(backends: Collection[str]) -> list[str]:
 
 def lay_out(backends: Collection[str], values: Tensor, metadata: Tensor) -> dict[str, Tensor]:
     """The tensors of `held_names` for a packed pair, on its device. Raises FormatError for unsuitable shapes."""
-    names = held_names(backends)
     held = {"values": values, "metadata": metadata}
     for backend in (BACKENDS[name] for name in sorted(backends)):
         of_values, of_scale = f"values{backend.suffix}", f"scale{backend.suffix}"
         if backend.quantized and of_values not in held:
             held[of_values], held[of_scale] = semi_structured.quantize_rows(values, backend.quantized)
         held |= backend.lay_out(held[of_values], metadata)
-    return {name: held[name] for name in names}
+    return {name: held[name] for name in held_names(backends)}
 
 
 def pair_of(held: Mapping[str, Tensor], rows: int, cols: int) -> tuple[Tensor, Tensor] | Tensor:
