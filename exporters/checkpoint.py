@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import shutil
 from collections import defaultdict
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,8 +16,8 @@ from torch import Tensor
 from exporters import torch_sparse
 from exporters.onnx.export import DecoderReport, write_decoder
 from exporters.onnx.trace import require_packages
-from exporters.workspace import Workspace, disk_errors
-from swiftprune.errors import OutputError, SettingsError
+from exporters.workspace import MANIFEST, Workspace, disk_errors
+from swiftprune.errors import SettingsError
 from swiftprune.pruning.calibration_text import load_tokenizer, read_text, token_windows
 from swiftprune.pruning.checkpoint import INDEX_NAME, Checkpoint, TensorEntry, shard_entries
 from swiftprune.pruning.distill import Validation
@@ -35,7 +35,6 @@ Target = Literal["packed", "dense", "torch", "sparse24-bitmask", "onnx", "onnx-d
 _ONNX: tuple[Target, ...] = ("onnx", "onnx-dense")
 # What the pruned weights are written as, zeros in place; the ONNX targets are made from such a checkpoint.
 _DENSE: tuple[Target, ...] = ("dense", *_ONNX)
-MANIFEST = "swiftprune.json"
 ONNX_FOLDER = "onnx"  # within the workspace, until it takes the output's place
 EVALUATION_SEQLEN = 2048
 _OUTSIDE_SHARD_BYTES = 512 << 20
@@ -90,48 +89,32 @@ def export(
     settings = (settings or PruneSettings()).resolved()
     _check_target(settings, target)
     checkpoint = Checkpoint.open(model)
-    windows = _evaluation_windows(checkpoint, Path(evaluate)) if evaluate else None
-    if Path(out).resolve() == checkpoint.folder.resolve():
-        raise OutputError(f"{out}: is the model itself; give another --out")
-    pipeline = Pipeline(checkpoint, settings, progress=progress, announce=announce)
-    if target in ("packed", "sparse24-bitmask", "onnx"):
-        _check_fused(pipeline.targets)
-    workspace = Workspace(Path(out), resume=resume, overwrite=overwrite)
-    with pipeline.clock("hash source"):
-        state = _state(checkpoint, settings, target, progress)
-    workspace.begin(state)
-    workspace.check_space(_estimate(pipeline, target))
+    workspace = Workspace(Path(out), checkpoint.folder, resume=resume, overwrite=overwrite, announce=announce)
+    with workspace:
+        pipeline = Pipeline(checkpoint, settings, progress=progress, announce=announce)
+        if target in ("packed", "sparse24-bitmask", "onnx"):
+            _check_fused(pipeline.targets)
+        windows = _evaluation_windows(checkpoint, Path(evaluate)) if evaluate else None
+        with pipeline.clock("hash source"):
+            state = _state(checkpoint, settings, target, progress)
+        workspace.begin(state)
+        workspace.check_space(_estimate(pipeline, target))
 
-    pipeline.tokens, pipeline.orders = workspace.tokens(), workspace.orders()
-    if pipeline.tokens is None and (tokens := pipeline.load_tokens()) is not None:
-        workspace.keep_tokens(tokens)
-    found = pipeline.orders is not None
-    if (orders := pipeline.load_orders()) is not None and not found:
-        workspace.keep_orders(orders)
-    writer = _ShardWriter(pipeline, target, workspace)
-    for done in pipeline.blocks(writer.finished):
+        pipeline.tokens, pipeline.orders = workspace.tokens(), workspace.orders()
+        pipeline.dense_linears = workspace.dense_linears()
+        writer = _ShardWriter(pipeline, target, workspace)
+        pipeline.run(writer)
         with pipeline.clock("write"):
-            writer.write_block(done)
-    if "distill" in settings.refine:
-        for done in pipeline.distill(writer.stored, workspace.training):
-            with pipeline.clock("write"):
-                writer.write_block(done)
-    if settings.max_perplexity_ratio is not None:
-        if (kept := workspace.dense_linears()) is None:
-            workspace.keep_dense_linears(kept := pipeline.find_dense(writer.stored))
-        with pipeline.clock("write"):
-            writer.leave_dense(kept)
-    with pipeline.clock("write"):
-        writer.write_outside()
-        report = writer.complete(state)
-    if target in _ONNX:
-        with pipeline.clock("onnx"):
-            report = writer.write_onnx(report, progress)
-    if windows is not None:
-        with pipeline.clock("evaluate"):
-            before, after = _evaluate(checkpoint, workspace.folder, target, windows, progress)
-        report = report.model_copy(update={"perplexity_before": before, "perplexity_after": after})
-    workspace.finish(ONNX_FOLDER if target in _ONNX else None)
+            writer.write_outside()
+            report = writer.complete(state)
+        if target in _ONNX:
+            with pipeline.clock("onnx"):
+                report = writer.write_onnx(report, progress)
+        if windows is not None:
+            with pipeline.clock("evaluate"):
+                before, after = _evaluate(checkpoint, workspace.folder, target, windows, progress)
+            report = report.model_copy(update={"perplexity_before": before, "perplexity_after": after})
+        workspace.finish(ONNX_FOLDER if target in _ONNX else None)
     return report.model_copy(update={"seconds": dict(pipeline.clock.seconds), "distillation": pipeline.validations})
 
 
@@ -181,18 +164,33 @@ def _estimate(pipeline: Pipeline, target: Target) -> int:
 
 
 class _ShardWriter:
-    """Turns pruned blocks into shards: one per block, then the tensors outside of blocks in shards of bounded size."""
+    """Turns pruned blocks into shards: one per block, then the tensors outside of blocks in shards of bounded size.
+
+    It is the BlockStore of an export.
+    """
 
     def __init__(self, pipeline: Pipeline, target: Target, workspace: Workspace) -> None:
+        self.training: Path | None = workspace.training
+        self.keep_tokens = workspace.keep_tokens
+        self.keep_orders = workspace.keep_orders
+        self.keep_dense_linears = workspace.keep_dense_linears
         self._pipeline = pipeline
-        self._checkpoint = pipeline.checkpoint
         self._target = target
         self._workspace = workspace
         self._blocks = pipeline.targets.blocks
         self._outside = self._split_outside()
-        self._dense = pipeline.targets.dense | self._unsuitable()
-        self._kept: set[str] = set()
         self._layer_seconds: dict[str, float] = defaultdict(float)
+
+    @property
+    def _checkpoint(self) -> Checkpoint:
+        return self._pipeline.checkpoint  # another one once it is permuted
+
+    @property
+    def _dense(self) -> dict[str, str]:
+        """The linears that are not packed, with the reason."""
+        ratio = self._pipeline.settings.max_perplexity_ratio
+        kept = dict.fromkeys(self._pipeline.dense_linears or (), f"kept dense for --max-perplexity-ratio {ratio}")
+        return self._pipeline.targets.dense | self._unsuitable() | kept
 
     def _unsuitable(self) -> dict[str, str]:
         """Linears that are pruned, but that the target cannot store packed."""
@@ -224,14 +222,10 @@ class _ShardWriter:
     def _block_shard(self, block: Block) -> str:
         return self._shard_name(self._blocks.index(block))
 
-    def finished(self, block: Block) -> Mapping[str, Tensor] | None:
-        """The tensors of a block that an interrupted run has written, if they are needed, or None."""
-        if self._workspace.done(self._block_shard(block)) is None:
-            return None
-        return self.stored(block) if self._pipeline.tokens is not None else {}
+    def finished(self, block: Block) -> bool:
+        return self._workspace.done(self._block_shard(block)) is not None
 
-    def stored(self, block: Block) -> dict[str, Tensor]:
-        """All tensors of a block that is written, dense with zeros."""
+    def load(self, block: Block) -> dict[str, Tensor]:
         tensors = self._workspace.read_shard(self._block_shard(block))
         return {name: self._restore(tensors, name) for name in block.tensors}
 
@@ -246,7 +240,7 @@ class _ShardWriter:
             return format24.unpack(Packed24(*semi_structured.from_cutlass(tensors[name], metadata)), name)
         return format24.unpack(Packed24(tensors[name], metadata), name)
 
-    def write_block(self, done: PrunedBlock) -> None:
+    def save(self, done: PrunedBlock) -> None:
         names = [name for name in done.block.tensors if name not in done.weights]
         tensors = self._unpruned(names)
         for name, weight in done.weights.items():
@@ -281,15 +275,6 @@ class _ShardWriter:
                         largest = float(tensor.abs().max())
                         raise SettingsError(f"--dtype {dtype}: {name} holds {largest:g}, which does not fit")
         return tensors
-
-    def leave_dense(self, names: Collection[str]) -> None:
-        """Writes the blocks of the linears `names` again, with these as they were before pruning."""
-        ratio = self._pipeline.settings.max_perplexity_ratio
-        self._dense |= dict.fromkeys(names, f"kept dense for --max-perplexity-ratio {ratio}")
-        self._kept = set(names)
-        for block in self._blocks:
-            if any(linear.name in names for linear in block.linears):
-                self.write_block(self._pipeline.with_dense(block, self.stored(block), names))
 
     def write_outside(self) -> None:
         for index, names in enumerate(self._outside, start=len(self._blocks)):
@@ -337,7 +322,8 @@ class _ShardWriter:
         )  # fmt: skip
 
     def _pruned(self) -> list[Linear]:
-        return [linear for block in self._blocks for linear in block.linears if linear.name not in self._kept]
+        kept = self._pipeline.dense_linears or ()
+        return [linear for block in self._blocks for linear in block.linears if linear.name not in kept]
 
     def _token_bytes(self, stored: Mapping[str, TensorEntry]) -> int:
         """Bytes of weights that generating a token reads: all but the embeddings, unless these are the head too."""

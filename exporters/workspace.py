@@ -1,7 +1,8 @@
 """The folder an export is built in, beside its destination, so that an unfinished output never looks finished.
 
 `OUT.partial` holds one shard per unit of work and, once a shard is complete, `SHARD.done.json` with its layer results.
-Shards are written under a temporary name and renamed. `finish` removes the marks and renames the folder to `OUT`.
+Shards are written under a temporary name and renamed. `finish` renames the folder to `OUT` and removes the marks.
+`OUT.lock` names the process that works on it. What stands at `OUT` already is replaced only if an export wrote it.
 """
 
 from __future__ import annotations
@@ -10,18 +11,24 @@ import errno
 import json
 import os
 import shutil
+import socket
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from swiftprune.errors import OutputError
 from swiftprune.pruning.checkpoint import Orders
+from swiftprune.pruning.progress import Announce, unheard
 
+MANIFEST = "swiftprune.json"
+"""What an export leaves in its output: settings, results, and under `files` the names of all that it wrote."""
 _STATE = "export-state.json"
 _TOKENS = "calibration-tokens.safetensors"
 _ORDERS = "permutations.safetensors"
@@ -33,19 +40,75 @@ _PASSING = {_STATE, _TOKENS, _ORDERS, _DENSE, _TRAINING}
 
 
 class Workspace:
-    """The place of one export. Raises OutputError when `out` exists, or when a partial export is in the way."""
+    """The folder of one export, locked while it is open (a context manager).
 
-    def __init__(self, out: Path, *, resume: bool, overwrite: bool) -> None:
+    Opening it decides, before any work, whether `out` may be written. Raises OutputError when it may not: when another
+    export works on it, when something is in the way that no export wrote or that is not to be replaced, or when `out`
+    contains `source`, the working folder or a home.
+    """
+
+    def __init__(
+        self, out: Path, source: Path, *, resume: bool, overwrite: bool, announce: Announce = unheard
+    ) -> None:  # fmt: skip
         self.out = out
-        self.folder = out.with_name(out.name + ".partial")
+        self._place = out.resolve()  # a link is followed: what it points at is what gets replaced
+        _check_place(out, self._place, source)
+        self.folder = self._beside(".partial")
         self.training = self.folder / _TRAINING
         """Where distillation keeps what it continues from."""
-        self._resume = resume and self.folder.exists()
-        if out.exists() and not overwrite and not (out.is_dir() and not any(out.iterdir())):
-            raise OutputError(f"{out}: exists; give another --out, or --overwrite to replace it")
-        if self.folder.exists() and not (resume or overwrite):
+        self._replaced = self._beside(".replaced")
+        self._resume = resume
+        self._overwrite = overwrite
+        self._lock = _Lock(self._beside(".lock"), out, announce)
+
+    def _beside(self, suffix: str) -> Path:
+        return self._place.with_name(self._place.name + suffix)
+
+    def __enter__(self) -> Self:
+        self._lock.acquire()
+        try:
+            self._check_in_the_way()
+        except BaseException:
+            self._lock.release()
+            raise
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._lock.release()
+
+    def _check_in_the_way(self) -> None:
+        self._check_replaceable()
+        if self._replaced.exists() and not _is_output(self._replaced):
+            raise OutputError(
+                f"{self._replaced}: is in the way of replacing {self.out}; move it, or give another --out"
+            )
+        if not self.folder.exists():
+            self._resume = False
+            return
+        if not (self._resume or self._overwrite):
             raise OutputError(f"{self.folder}: an export was interrupted here; continue it with --resume, "
                               "or start anew with --overwrite")  # fmt: skip
+        if not self._resume and not _is_partial(self.folder):
+            raise OutputError(f"{self.folder}: is not an unfinished export, so --overwrite does not replace it; "
+                              "move it, or give another --out")  # fmt: skip
+
+    def _check_replaceable(self) -> None:
+        """Raises OutputError unless nothing stands at `out`, or with `overwrite` only what an export wrote."""
+        place = self._place
+        if not place.exists() or (place.is_dir() and not any(place.iterdir())):
+            return
+        if not place.is_dir():
+            raise OutputError(f"{self.out}: is a file, which --overwrite does not replace; give another --out")
+        if not self._overwrite:
+            raise OutputError(f"{self.out}: exists; give another --out, or --overwrite to replace it")
+        if not _is_output(place):
+            raise OutputError(f"{self.out}: no export wrote it (it has no {MANIFEST} that lists its files), "
+                              "so --overwrite does not replace it; give another --out")  # fmt: skip
+        listed = set(_manifest(place)["files"])
+        if others := sorted(name for name in _files(place) - listed if not _is_mark(name)):
+            more = f" and {len(others) - 1} more" if len(others) > 1 else ""
+            raise OutputError(f"{self.out}: holds {others[0]}{more}, which no export wrote and --overwrite would "
+                              "delete; move it, or give another --out")  # fmt: skip
 
     def begin(self, state: Mapping[str, Any]) -> None:
         """Makes the partial folder, or, resuming, checks that it was made for the same `state`.
@@ -58,7 +121,7 @@ class Workspace:
         with disk_errors(self.folder):
             if self.folder.exists():
                 shutil.rmtree(self.folder)
-            self.folder.mkdir(parents=True)
+            self.folder.mkdir()
             self.write_json(_STATE, state)
 
     def _check_same(self, state: Mapping[str, Any]) -> None:
@@ -144,16 +207,26 @@ class Workspace:
             shutil.copyfile(source, self.folder / source.name)
 
     def finish(self, part: str | None = None) -> None:
-        """Puts the folder in its place, without what only an unfinished export needs; or, of it, the folder `part`."""
+        """Puts the folder in its place, without what only an unfinished export needs; or, of it, the folder `part`.
+
+        Raises OutputError when something that may not be replaced has come to `out` since the export began.
+        """
         with disk_errors(self.folder):
-            for path in self.folder.iterdir() if part is None else ():
-                if path.name.endswith((_DONE, ".tmp")) or path.name in _PASSING:
+            self._check_replaceable()
+            made = self.folder / part if part else self.folder
+            self.write_json(
+                str((made / MANIFEST).relative_to(self.folder)),
+                _manifest(made) | {"files": sorted(name for name in _files(made) if not _is_temporary(name))},
+            )
+            if self._replaced.exists():  # of an export that was stopped right here
+                shutil.rmtree(self._replaced)
+            if self._place.exists():
+                self._place.rename(self._replaced)
+            made.rename(self._place)
+            for path in self._place.iterdir():
+                if _is_temporary(path.name):
                     path.unlink()
-            replaced = self.out.with_name(self.out.name + ".replaced")
-            if self.out.exists():
-                self.out.rename(replaced)
-            (self.folder / part if part else self.folder).rename(self.out)
-            for left in (self.folder, replaced):
+            for left in (self.folder, self._replaced):
                 if left.exists():
                     shutil.rmtree(left)
 
@@ -165,6 +238,111 @@ class Workspace:
             raise OutputError(
                 f"{self.folder}: the export needs {_gigabytes(needed - present)}, the disk has {_gigabytes(free)} free"
             )
+
+
+class _Lock:
+    """`OUT.lock`: held by the operating system for as long as its process lives, and naming that process."""
+
+    def __init__(self, path: Path, out: Path, announce: Announce) -> None:
+        self._path = path
+        self._out = out
+        self._announce = announce
+        self._file = FileLock(path)
+
+    def acquire(self) -> None:
+        """Raises OutputError when another process has it. One that a dead process left is taken over with a word."""
+        with disk_errors(self._path):
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                self._file.acquire(blocking=False)
+            except Timeout:
+                owner = self._owner()
+                raise OutputError(
+                    f"{self._out}: another export is writing it ({_described(owner) if owner else 'it just began'}); "
+                    "wait for that, or give another --out"
+                ) from None
+        if owner := self._owner():
+            # A network file system may not carry the operating system's lock from one host to another.
+            if owner["host"] != socket.gethostname():
+                self._file.release()
+                raise OutputError(
+                    f"{self._out}: another export may be writing it ({_described(owner)}), which this machine cannot "
+                    f"see; if that has ended, delete {self._path}"
+                )
+            self._announce(f"{self._out}: taking over from an export that was stopped ({_described(owner)}).")
+        with disk_errors(self._path):
+            self._path.write_text(
+                json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "started": time.time()}) + "\n"
+            )
+
+    def release(self) -> None:
+        self._path.unlink(missing_ok=True)
+        self._file.release()
+
+    def _owner(self) -> dict[str, Any] | None:
+        try:
+            owner = json.loads(self._path.read_text())
+            return owner if {"pid", "host", "started"} <= set(owner) else None
+        except (OSError, ValueError, TypeError):
+            return None
+
+
+def _described(owner: Mapping[str, Any]) -> str:
+    started = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(owner["started"]))
+    return f"process {owner['pid']} on {owner['host']}, since {started}"
+
+
+def _check_place(out: Path, place: Path, source: Path) -> None:
+    """Raises OutputError when `place` holds what no export may replace, whatever it is told."""
+    if place.parent == place or os.path.ismount(place):
+        raise OutputError(f"{out}: is the root of a file system; give a folder within it as --out")
+    if place == source.resolve():
+        raise OutputError(f"{out}: is the model itself; give another --out")
+    for what, path in (("the model", source), ("the working folder", Path.cwd()), *_homes()):
+        if path.resolve().is_relative_to(place):
+            raise OutputError(f"{out}: is or contains {what} ({path}); give another --out")
+
+
+def _homes() -> list[tuple[str, Path]]:
+    homes = {Path.home()}
+    try:
+        import pwd
+
+        homes |= {Path(user.pw_dir) for user in pwd.getpwall()}
+    except ImportError:  # not on Windows
+        pass
+    return [("a home folder", home) for home in sorted(homes) if home.is_dir()]
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    """The manifest in `folder`, or an empty one."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+    except (OSError, ValueError):
+        return {}
+    return manifest if isinstance(manifest, dict) else {}
+
+
+def _is_output(folder: Path) -> bool:
+    return folder.is_dir() and isinstance(_manifest(folder).get("files"), list)
+
+
+def _is_partial(folder: Path) -> bool:
+    return folder.is_dir() and ((folder / _STATE).is_file() or not any(folder.iterdir()))
+
+
+def _files(folder: Path) -> set[str]:
+    """Names of all files within, relative to `folder`."""
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()}
+
+
+def _is_mark(name: str) -> bool:
+    """Whether only an unfinished export needs the file."""
+    return name.endswith(_DONE) or name in _PASSING
+
+
+def _is_temporary(name: str) -> bool:
+    return name.endswith(".tmp") or _is_mark(name)
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 
 from swiftprune.errors import SwiftpruneError
 from swiftprune.pruning.progress import Progress, silent
@@ -57,8 +58,6 @@ def fetch(folder: Path, progress: Progress = silent) -> DemoData:
 
 
 def _write_missing(data: DemoData, folder: Path, progress: Progress) -> None:
-    from filelock import FileLock
-
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / ".lock"), tempfile.TemporaryDirectory(dir=folder) as temporary:
         if not (data.calibration.exists() and data.held_out.exists()):

@@ -44,7 +44,9 @@ def admm(weight: Tensor, gram: Tensor, drift: Tensor | None, pattern: Pattern, n
 def _largest(weight: Tensor, pattern: Pattern) -> Tensor:
     """`weight` with all but the largest of each group set to zero; for 2:4 by the kernels, several times faster."""
     if pattern.name == format24.FORMAT:
-        return format24.unpack(format24.prune_and_pack(weight, ScoreFactors.of_magnitude(weight.shape[1])))
+        return format24.unpack(
+            format24.prune_and_pack(weight, ScoreFactors.of_magnitude(weight.shape[1], weight.device))
+        )
     return weight * select(weight.abs(), pattern)
 
 

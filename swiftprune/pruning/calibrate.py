@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import functools
-from collections.abc import Callable, Iterator, Mapping
+import logging
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,9 +15,15 @@ from torch import Tensor, nn
 from swiftprune.pruning.checkpoint import Checkpoint
 from swiftprune.pruning.compute import autocast
 from swiftprune.pruning.refine_blocks import refine_block
+from swiftprune.pruning.residual import residual_writers
 from swiftprune.pruning.score import InputStats, Needs
-from swiftprune.pruning.targets import RESIDUAL_WRITERS, Block, Linear, Targets, decoder_blocks
+from swiftprune.pruning.targets import Block, Linear, Targets, decoder_blocks
 from swiftprune.sparse24.format import GROUP
+
+logger = logging.getLogger(__name__)
+
+_Arguments = dict[str, tuple[tuple[Any, ...], dict[str, Any]]]
+"""By block, what the model hands to it beside the hidden states of one sample."""
 
 # Tokens whose inputs are kept to measure a linear's output error.
 SAMPLE_TOKENS = 256
@@ -26,7 +34,8 @@ class BlockRunner:
 
     One block's weights are in memory at a time, in fp32; products are computed in `compute`. `hidden` holds one
     (1, T, H) fp32 tensor per sample: the input of the next block in the pruned model. `dense_hidden` is the same in the
-    dense model, and None unless asked for.
+    dense model, and None unless asked for. Whatever else the model hands to its blocks (masks, positions, inputs that
+    depend on the tokens, keys and values that blocks share) is kept for each sample, and for each of the two models.
     """
 
     def __init__(
@@ -39,21 +48,27 @@ class BlockRunner:
         self._tensor_of = targets.tensor_of
         _, modules = decoder_blocks(model)
         self._modules = {block.name: module for block, module in zip(targets.blocks, modules, strict=True)}
-        self._arguments: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+        self._arguments: list[_Arguments] = []
         self.hidden = self._embed(tokens)
         self.dense_hidden = list(self.hidden) if with_dense else None
+        self._dense_arguments = [_without_shared_containers(sample) for sample in self._arguments] if with_dense else []
+        self._warned = False
 
     @torch.no_grad()
     def _embed(self, tokens: Tensor) -> list[Tensor]:
-        """Runs all but the blocks, which only note their arguments: masks and positions differ by kind of block."""
+        """Runs all but the blocks, which only note their arguments: these differ by block and by sample."""
         base: Any = getattr(self._model, getattr(self._model, "base_model_prefix", ""), self._model)
-        outside = [name for name, _ in self._model.named_parameters() if not name.startswith(tuple(self._modules))]
+        blocks = tuple(f"{name}." for name in self._modules)
+        outside = [name for name in self._model.state_dict() if not name.startswith(blocks)]
         base_modules = {id(module) for module in base.modules()}
         wanted = [name for name in outside if id(self._model.get_submodule(name.rpartition(".")[0])) in base_modules]
         hidden: list[Tensor] = []
         with self._loaded(wanted), self._recording(hidden):
             for row in tokens:
+                self._arguments.append({})
                 base(input_ids=row[None], use_cache=False)
+                if len(self._arguments) > 1:
+                    _share_equal_tensors(self._arguments[-1], self._arguments[-2])
         return hidden
 
     @contextmanager
@@ -62,7 +77,7 @@ class BlockRunner:
 
         def record(name: str) -> Callable[..., Tensor]:
             def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-                self._arguments[name] = (args, kwargs)
+                self._arguments[-1][name] = (args, kwargs)
                 if name == first:
                     hidden.append(hidden_states)
                 return hidden_states
@@ -81,30 +96,37 @@ class BlockRunner:
     def block(self, block: Block) -> Iterator[nn.Module]:
         """The module of `block` with its dense fp32 weights loaded; they are let go at the end."""
         module = self._modules[block.name]
-        names = [f"{block.name}.{name}" for name, _ in module.named_parameters()]
+        names = [f"{block.name}.{name}" for name in module.state_dict()]
         with self._loaded(names):
             yield module
 
     @contextmanager
-    def _loaded(self, parameters: list[str]) -> Iterator[None]:
-        """Puts the named parameters in place in fp32, and back on the meta device at the end."""
-        tensor_of = {name: self._tensor_of[name] for name in parameters if name in self._tensor_of}
-        tensors = self._checkpoint.read(tensor_of.values())
-        meta = {name: self._model.get_parameter(name) for name in tensor_of}
-        for name, tensor in tensor_of.items():
-            self._put(name, nn.Parameter(tensors.pop(tensor).float(), requires_grad=False))
+    def _loaded(self, names: list[str]) -> Iterator[None]:
+        """Puts the named parameters and buffers in place in fp32, and what was there before back at the end."""
+        tensor_of = {name: self._tensor_of[name] for name in names if name in self._tensor_of}
+        tensors = self._checkpoint.read(set(tensor_of.values()))
+        before = {name: self._put(name, tensors[tensor]) for name, tensor in tensor_of.items()}
+        del tensors
         try:
             yield
         finally:
-            for name, parameter in meta.items():
-                self._put(name, parameter)
+            for name, tensor in before.items():
+                self._put(name, tensor)
 
-    def _put(self, name: str, parameter: nn.Parameter) -> None:
+    def _put(self, name: str, tensor: Tensor) -> Tensor:
+        """Puts `tensor`, in fp32, in the place of a parameter or buffer; returns what was there."""
         owner, _, leaf = name.rpartition(".")
-        setattr(self._model.get_submodule(owner), leaf, parameter)
+        module = self._model.get_submodule(owner)
+        before: Tensor = getattr(module, leaf)
+        if isinstance(before, nn.Parameter) and not isinstance(tensor, nn.Parameter):
+            tensor = nn.Parameter(tensor.float(), requires_grad=False)
+        elif not isinstance(before, nn.Parameter) and tensor.is_floating_point():
+            tensor = tensor.float()
+        setattr(module, leaf, tensor)
+        return before
 
-    def _run(self, block: Block, hidden: Tensor) -> Tensor:
-        args, kwargs = self._arguments[block.name]
+    def _run(self, block: Block, sample: int, hidden: Tensor, *, dense: bool = False) -> Tensor:
+        args, kwargs = (self._dense_arguments if dense else self._arguments)[sample][block.name]
         with autocast(self._compute):
             out = self._modules[block.name](hidden, *args, **kwargs)
         result: Tensor = out[0] if isinstance(out, tuple) else out
@@ -118,16 +140,17 @@ class BlockRunner:
 
         `dense_hidden` moves on to the next block, `hidden` only with `advance`.
         """
-        recorder = _Recorder(needs, max(1, SAMPLE_TOKENS // len(self.hidden)))
+        writers = self._residual_writers(block) if needs == "drift" else {}
+        recorder = _Recorder(needs, max(1, SAMPLE_TOKENS // len(self.hidden)), writers)
         for index, hidden in enumerate(self.hidden):
             recorder.new_sample()
             if self.dense_hidden is not None:
                 dense = self.dense_hidden[index]
                 with self._watched(block, recorder.keep_dense):
-                    self.dense_hidden[index] = self._run(block, dense)
+                    self.dense_hidden[index] = self._run(block, index, dense, dense=True)
                 recorder.residual_drift = (dense - hidden).flatten(0, -2)
             with self._watched(block, recorder.add):
-                out = self._run(block, hidden)
+                out = self._run(block, index, hidden)
             if advance:
                 self.hidden[index] = out
             tick()
@@ -157,7 +180,9 @@ class BlockRunner:
     def advance_dense(self, block: Block) -> None:
         """Moves `dense_hidden`, where there is one, through the loaded block, which must still be dense."""
         if self.dense_hidden is not None:
-            self.dense_hidden = [self._run(block, hidden) for hidden in self.dense_hidden]
+            self.dense_hidden = [
+                self._run(block, index, hidden, dense=True) for index, hidden in enumerate(self.dense_hidden)
+            ]
 
     def refine(
         self, block: Block, pruned: Mapping[str, Tensor], keep_masks: Mapping[str, Tensor], tick: Callable[[], None]
@@ -181,25 +206,38 @@ class BlockRunner:
 
     def _put_all(self, weights: Mapping[str, Tensor]) -> None:
         for name, weight in weights.items():
-            self._put(name, nn.Parameter(weight.float(), requires_grad=False))
+            self._put(name, weight)
+
+    def _residual_writers(self, block: Block) -> dict[str, float]:
+        linears = {linear.name: self._model.get_submodule(linear.name) for linear in block.linears}
+        hidden = self.hidden[0]
+        writers = residual_writers(functools.partial(self._run, block, 0, hidden), hidden, linears)
+        if not writers and linears and not self._warned:
+            logger.warning(
+                "%s adds the output of none of its linears to the residual stream as it is (there may be a norm "
+                "between), so what the residual stream has lost is not made up for", block.name,
+            )  # fmt: skip
+            self._warned = True
+        return writers
 
     @torch.no_grad()
     def advance(self, block: Block, pruned: Mapping[str, Tensor], tick: Callable[[], None]) -> None:
         """Puts `pruned` weights, by parameter name, into the loaded block and moves `hidden` through it."""
         self._put_all(pruned)
         for index, hidden in enumerate(self.hidden):
-            self.hidden[index] = self._run(block, hidden)
+            self.hidden[index] = self._run(block, index, hidden)
             tick()
 
 
 class _Recorder:
     """Accumulates InputStats; linears that are fed the same tensor (q, k, v) share one object and its cost."""
 
-    def __init__(self, needs: Needs, tokens_kept: int) -> None:
+    def __init__(self, needs: Needs, tokens_kept: int, writers: Mapping[str, float]) -> None:
         self.stats: dict[str, InputStats] = {}
         self.residual_drift: Tensor | None = None
         """(T, H): what the residual stream lacks in the sample at hand."""
         self._needs = needs
+        self._writers = writers
         self._tokens_kept = tokens_kept
         self._seen: list[tuple[Tensor, InputStats]] = []
         self._dense: dict[str, Tensor] = {}
@@ -232,9 +270,9 @@ class _Recorder:
             stats.gram = _plus_product(stats.gram, rows, rows)
         if self._needs == "drift":
             stats.input_drift = _plus_product(stats.input_drift, _rows(self._dense[linear.name]) - rows, rows)
-            if linear.kind in RESIDUAL_WRITERS:
+            if factor := self._writers.get(linear.name):
                 assert self.residual_drift is not None
-                stats.residual_drift = _plus_product(stats.residual_drift, self.residual_drift, rows)
+                stats.residual_drift = _plus_product(stats.residual_drift, self.residual_drift / factor, rows)
 
 
 def _rows(inputs: Tensor) -> Tensor:
@@ -248,3 +286,43 @@ def _plus(total: Tensor | None, term: Tensor) -> Tensor:
 def _plus_product(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
     """`total` + left^T right, in place: for wide layers a second (K, K) would be as large as a block."""
     return left.T @ right if total is None else total.addmm_(left.T, right)
+
+
+def _without_shared_containers(arguments: _Arguments) -> _Arguments:
+    """A copy that shares tensors but no container: blocks may leave keys and values in one for those that follow."""
+    copies: dict[int, Any] = {}
+    return {name: (_copied(args, copies), _copied(kwargs, copies)) for name, (args, kwargs) in arguments.items()}
+
+
+def _copied(value: Any, copies: dict[int, Any]) -> Any:
+    if isinstance(value, tuple) and type(value) is tuple:
+        return tuple(_copied(item, copies) for item in value)
+    if not isinstance(value, list | MutableMapping):
+        return value
+    if id(value) not in copies:
+        copies[id(value)] = other = copy.copy(value)
+        for key, item in enumerate(value) if isinstance(value, list) else value.items():
+            other[key] = _copied(item, copies)
+    return copies[id(value)]
+
+
+def _share_equal_tensors(arguments: _Arguments, before: _Arguments) -> None:
+    """Lets arguments that are equal in two samples, as masks and positions are, take up memory once."""
+    chosen: dict[int, Tensor] = {}
+
+    def share(value: Any, other: Any) -> Any:
+        if isinstance(value, Tensor):
+            if id(value) not in chosen:
+                same = isinstance(other, Tensor) and value.shape == other.shape and torch.equal(value, other)
+                chosen[id(value)] = other if same else value
+            return chosen[id(value)]
+        if type(value) is tuple and isinstance(other, tuple) and len(value) == len(other):
+            return tuple(share(item, its) for item, its in zip(value, other, strict=True))
+        return value
+
+    for name, (args, kwargs) in arguments.items():
+        args_before, kwargs_before = before[name]
+        arguments[name] = (
+            share(args, args_before),
+            {key: share(value, kwargs_before.get(key)) for key, value in kwargs.items()},
+        )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import logging
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from torch import Tensor
 
 from swiftprune.errors import CheckpointError, first_line
 from swiftprune.pruning.progress import Progress, silent
+
+logger = logging.getLogger(__name__)
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -75,6 +78,10 @@ class Checkpoint:
         other = copy.copy(self)
         other._orders = orders
         return other
+
+    @property
+    def is_permuted(self) -> bool:
+        return bool(self._orders)
 
     def refuse_quantized(self) -> None:
         """Raises CheckpointError for a checkpoint whose weights are quantized or packed already."""
@@ -153,13 +160,17 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _read_headers(folder: Path) -> dict[str, TensorEntry]:
     index_path = folder / INDEX_NAME
-    if index_path.exists():
-        weight_map: dict[str, str] | None = _read_json(index_path).get("weight_map")
+    weight_map: dict[str, str] | None = None
+    if (folder / SINGLE_NAME).exists():  # as transformers chooses, whatever an index says
+        shards = [SINGLE_NAME]
+        if index_path.exists():
+            logger.warning("%s: holds %s and %s; the first is read, as transformers reads it, and the shards of the "
+                           "second are left out: delete what is stale", folder, SINGLE_NAME, INDEX_NAME)  # fmt: skip
+    elif index_path.exists():
+        weight_map = _read_json(index_path).get("weight_map")
         if not weight_map:
             raise CheckpointError(f"{index_path}: has no weight_map")
         shards = sorted(set(weight_map.values()))
-    elif (folder / SINGLE_NAME).exists():
-        weight_map, shards = None, [SINGLE_NAME]
     else:
         other = next((p.name for p in folder.iterdir() if p.suffix in {".bin", ".pt", ".pth", ".gguf"}), None)
         hint = f"; it holds {other}: convert it first with save_pretrained" if other else ""

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import time
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal, Protocol, get_args
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -156,6 +157,59 @@ class PrunedBlock:
     results: list[LayerResult]
 
 
+class BlockStore(Protocol):
+    """Where a run keeps finished blocks: stages that follow read them from here and write them anew.
+
+    An export's store is on disk and also remembers what the run decided, so that an interrupted run can be resumed.
+    """
+
+    training: Path | None
+    """File in which distillation keeps what it continues from; None: it cannot be interrupted."""
+
+    def finished(self, block: Block) -> bool:
+        """Whether the block has been saved."""
+        ...
+
+    def load(self, block: Block) -> dict[str, Tensor]:
+        """All tensors of a saved block by name in the checkpoint, pruned ones dense with zeros."""
+        ...
+
+    def save(self, done: PrunedBlock) -> None: ...
+
+    def keep_tokens(self, tokens: Tensor) -> None: ...
+
+    def keep_orders(self, orders: Orders) -> None: ...
+
+    def keep_dense_linears(self, names: list[str]) -> None: ...
+
+
+class MemoryStore:
+    """A BlockStore in memory, for `prune`."""
+
+    training: Path | None = None
+
+    def __init__(self, pipeline: Pipeline) -> None:
+        self.blocks: dict[str, PrunedBlock] = {}
+        self._pipeline = pipeline
+
+    def finished(self, block: Block) -> bool:
+        return block.name in self.blocks
+
+    def load(self, block: Block) -> dict[str, Tensor]:
+        weights = self.blocks[block.name].weights
+        others = self._pipeline.checkpoint.read(name for name in block.tensors if name not in weights)
+        return others | {name: format24.unpack(weight, name) for name, weight in weights.items()}
+
+    def save(self, done: PrunedBlock) -> None:
+        self.blocks[done.block.name] = done
+
+    def keep_tokens(self, tokens: Tensor) -> None: ...
+
+    def keep_orders(self, orders: Orders) -> None: ...
+
+    def keep_dense_linears(self, names: list[str]) -> None: ...
+
+
 @dataclass
 class StageClock:
     """Seconds spent in each stage, over all blocks."""
@@ -172,9 +226,10 @@ class StageClock:
 
 
 class Pipeline:
-    """A pruning run over one checkpoint. Making it checks settings and headers; iterating does the work.
+    """A pruning run over one checkpoint. Making it checks settings and headers; `run` does the work, stage by stage.
 
-    Blocks come in order, each pruned on the outputs of the pruned blocks before it. `clock` fills up on the way.
+    `tokens`, `orders` and `dense_linears` are what a run decides on the way; one that is resumed is given those of the
+    run before it. `clock` fills up on the way.
     """
 
     def __init__(
@@ -189,6 +244,8 @@ class Pipeline:
         self.clock = StageClock()
         self.tokens = tokens
         self.orders: Orders | None = None
+        self.dense_linears: list[str] | None = None
+        """Linears that `max_perplexity_ratio` left dense."""
         self.validations: list[Validation] = []
         self._started = time.monotonic()
         self.needs = self._needs()
@@ -245,30 +302,57 @@ class Pipeline:
         tokens = self.load_tokens()
         return None if tokens is None else tokens[: self.settings.samples]
 
-    def load_orders(self) -> Orders | None:
-        """Permutes the checkpoint, if that is asked for, by orders that are set already or found on the first call."""
-        if self.settings.permute and (tokens := self._calibration_tokens()) is not None:
-            if self.orders is None:
-                with self.clock("permute"):
-                    tokens = tokens[: max(1, _ORDER_TOKENS // tokens.shape[1])]
-                    tick = _Tick(self._progress, 0, len(self.targets.blocks) * len(tokens), "permute")
-                    self.orders = find_orders(
-                        self._model, self.checkpoint, self.targets, tokens,
-                        compute=DTYPES[self.settings.compute], tick=tick,
-                    )  # fmt: skip
-            self.checkpoint = self.checkpoint.permuted(self.orders)
-        return self.orders
+    def _prepare(self, store: BlockStore) -> None:
+        """Makes the calibration tokens and permutes the checkpoint, where that is asked for and not done yet."""
+        if self.tokens is None and (tokens := self.load_tokens()) is not None:
+            store.keep_tokens(tokens)
+        if not self.settings.permute or self.checkpoint.is_permuted:
+            return
+        if self.orders is None:
+            self.orders = self._find_orders()
+            store.keep_orders(self.orders)
+        self.checkpoint = self.checkpoint.permuted(self.orders)
 
-    def blocks(
-        self, finished: Callable[[Block], Mapping[str, Tensor] | None] = lambda _: None
-    ) -> Iterator[PrunedBlock]:
-        """Prunes block after block.
-
-        `finished` gives the dense pruned weights, by tensor name, of a block that an earlier run completed; such a
-        block is only run forward (when there is calibration) and is not yielded.
-        """
+    def _find_orders(self) -> Orders:
         tokens = self._calibration_tokens()
-        self.load_orders()
+        assert tokens is not None
+        with self.clock("permute"):
+            tokens = tokens[: max(1, _ORDER_TOKENS // tokens.shape[1])]
+            tick = _Tick(self._progress, 0, len(self.targets.blocks) * len(tokens), "permute")
+            return find_orders(
+                self._model, self.checkpoint, self.targets, tokens, compute=DTYPES[self.settings.compute], tick=tick
+            )
+
+    def run(self, store: BlockStore) -> None:
+        """All stages in order: blocks that `store` has are not pruned again, and all of them are there at the end."""
+        for done in self.blocks(store):
+            self._save(store, done)
+        if "distill" in self.settings.refine:
+            for done in self.distill(store):
+                self._save(store, done)
+        if self.settings.max_perplexity_ratio is not None:
+            if self.dense_linears is None:
+                self.dense_linears = self.find_dense(store)
+                store.keep_dense_linears(self.dense_linears)
+            for block in self.targets.blocks:
+                if any(linear.name in self.dense_linears for linear in block.linears):
+                    self._save(store, self.with_dense(block, store.load(block), self.dense_linears))
+
+    def _save(self, store: BlockStore, done: PrunedBlock) -> None:
+        with self.clock("write"):
+            store.save(done)
+
+    def blocks(self, store: BlockStore | None = None) -> Iterator[PrunedBlock]:
+        """Prunes block after block, each on the outputs of the pruned blocks before it.
+
+        A block that `store` has already is only run forward, if one that it has not follows, and is not yielded.
+        """
+        store = store or MemoryStore(self)
+        self._prepare(store)
+        unfinished = [index for index, block in enumerate(self.targets.blocks) if not store.finished(block)]
+        if not unfinished:
+            return
+        tokens = self._calibration_tokens()
         runner = None
         if tokens is not None and (self.needs != "nothing" or "blocks" in self.settings.refine):
             with self.clock("calibrate"):
@@ -281,11 +365,11 @@ class Pipeline:
         if "blocks" in self.settings.refine:
             steps += refine_blocks.STEPS
         announced = False
-        for index, block in enumerate(self.targets.blocks):
+        for index, block in enumerate(self.targets.blocks[: unfinished[-1] + 1]):
             tick = _Tick(self._progress, index * steps, len(self.targets.blocks) * steps)
-            if (weights := finished(block)) is not None:
+            if index not in unfinished:
                 if runner:
-                    self._forward_finished(runner, block, weights, tick)
+                    self._forward_finished(runner, block, store.load(block), tick)
                 continue
             start = time.monotonic()
             with runner.block(block) if runner else nullcontext():
@@ -312,46 +396,47 @@ class Pipeline:
             text += f", and {self.settings.steps} steps of distillation follow"
         self._announce(f"{text}.")
 
-    def distill(
-        self, finished: Callable[[Block], Mapping[str, Tensor]], state: Path | None = None
-    ) -> Iterator[PrunedBlock]:
+    def distill(self, store: BlockStore) -> Iterator[PrunedBlock]:
         """Trains the whole pruned model towards the dense one and yields every block again.
 
-        `finished` gives all tensors of a pruned block, dense with zeros; `state` is a file from which a run that was
-        stopped continues. `validations` then tells how it went. Needs memory for the dense model and five times the
-        pruned one in float32.
+        `validations` then tells how it went. Needs memory for the dense model and five times the pruned one in float32.
         """
         with self.clock("distill"):
             tokens, _ = self._windows_to_train_and_to_judge()
             count = self.checkpoint.parameter_count
             teacher = load_whole_model(self.checkpoint.folder, count, DTYPES[self.settings.compute])
             student = load_whole_model(self.checkpoint.folder, count, torch.float32)
-            keep_masks = self._put_pruned(student, finished)
+            keep_masks = self._put_pruned(student, store)
             first = self.targets.blocks[0].name
             distillation = Distillation(
                 student, teacher, keep_masks, first.rpartition(".")[0] + ".", tokens,
-                compute=DTYPES[self.settings.compute], seed=self.settings.seed, state=state, progress=self._progress,
+                compute=DTYPES[self.settings.compute], seed=self.settings.seed, state=store.training,
+                progress=self._progress,
             )  # fmt: skip
             self.validations = distillation.run(self._budget())
-            if state:
-                distillation.save(state)
+            if store.training:
+                distillation.save(store.training)
         for block in self.targets.blocks:
             yield self._distilled(student, block)
 
-    def find_dense(self, finished: Callable[[Block], Mapping[str, Tensor]]) -> list[str]:
-        """The linears to leave dense for `max_perplexity_ratio`; `finished` is as in `distill`. See `keep_dense`."""
+    def find_dense(self, store: BlockStore) -> list[str]:
+        """The linears to leave dense for `max_perplexity_ratio`. See `keep_dense`."""
         assert self.settings.max_perplexity_ratio is not None
         linears = {linear.name: linear.tensor for block in self.targets.blocks for linear in block.linears}
         with self.clock("keep dense"), autocast(DTYPES[self.settings.compute]):
             _, windows = self._windows_to_train_and_to_judge()
             model = load_whole_model(self.checkpoint.folder, self.checkpoint.parameter_count, torch.float32)
             dense_perplexity = perplexity(model, windows)
-            self._put_pruned(model, finished)
+            self._put_pruned(model, store)
             return keep_dense.find_dense(
                 model, lambda name: self.checkpoint.read([linears[name]])[linears[name]].float(),
                 fused_sets(linears), windows, dense_perplexity=dense_perplexity,
                 max_ratio=self.settings.max_perplexity_ratio, progress=self._progress,
             )  # fmt: skip
+
+    def permuted(self, names: Iterable[str]) -> dict[str, PrunedWeight]:
+        """Those of the checkpoint's tensors `names` that `permute` reordered."""
+        return {**self.checkpoint.read(name for name in names if name in (self.orders or {}))}
 
     def with_dense(self, block: Block, finished: Mapping[str, Tensor], names: Collection[str]) -> PrunedBlock:
         """`block`, all of whose tensors are `finished`, with the linears of `names` as they were before pruning."""
@@ -398,18 +483,19 @@ class Pipeline:
         # Text comes last, since that is what is held back: conversations are there several times.
         return torch.cat([sampled.repeat(often, 1), text])
 
-    def _put_pruned(self, student: nn.Module, finished: Callable[[Block], Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    def _put_pruned(self, student: nn.Module, store: BlockStore) -> dict[str, Tensor]:
         """Puts the tensors of all blocks into `student`; returns the keep_masks by parameter."""
         masks = {}
+        places = student.state_dict()
         outside = self.checkpoint.read(self.targets.outside)  # they may be permuted
         for name, tensor in self.targets.tensor_of.items():
-            if tensor in outside:
-                student.get_parameter(name).data.copy_(outside[tensor])
+            if tensor in outside and name in places:
+                places[name].copy_(outside[tensor])
         for block in self.targets.blocks:
-            stored = finished(block)
+            stored = store.load(block)
             pruned = {linear.tensor for linear in block.linears}
             for name, tensor in self._parameters(block).items():
-                student.get_parameter(name).data.copy_(stored[tensor])
+                places[name].copy_(stored[tensor])
                 if tensor in pruned:
                     masks[name] = stored[tensor] != 0
         return masks
@@ -417,22 +503,29 @@ class Pipeline:
     def _by_parameter(self, block: Block, weights: Mapping[str, PrunedWeight]) -> dict[str, Tensor]:
         """Those of `weights`, by tensor name, that the block's parameters are made of: dense, by parameter name."""
         return {
-            name: _dense(weights[tensor], name) for name, tensor in self._parameters(block).items() if tensor in weights
+            name: format24.unpack(weights[tensor], name)
+            for name, tensor in self._parameters(block).items()
+            if tensor in weights
         }
 
     def _parameters(self, block: Block) -> dict[str, str]:
-        """Parameter of the model -> tensor of the checkpoint, of one block."""
+        """Parameter or buffer of the model -> tensor of the checkpoint, of one block.
+
+        A tensor that the model has no place for, as older checkpoints hold some, is not among them.
+        """
         own = set(block.tensors)
-        return {parameter: tensor for parameter, tensor in self.targets.tensor_of.items() if tensor in own}
+        places = self._model.state_dict()
+        return {name: tensor for name, tensor in self.targets.tensor_of.items() if tensor in own and name in places}
 
     def _distilled(self, student: nn.Module, block: Block) -> PrunedBlock:
         linears = {linear.tensor: linear for linear in block.linears}
         weights: dict[str, PrunedWeight] = {}
         results = []
         before = self.checkpoint.read(linears)
+        parameters = dict(student.named_parameters())
         for name, tensor in self._parameters(block).items():
-            parameter = student.get_parameter(name)
-            if not parameter.requires_grad:
+            parameter = parameters.get(name)
+            if parameter is None or not parameter.requires_grad:
                 continue
             linear = linears.get(tensor)
             weights[tensor] = self._to_store(tensor, parameter.detach().cpu(), linear is not None)
@@ -536,7 +629,10 @@ class Pipeline:
         else:
             assert self.method.factors is not None
             group = self.pattern.group if self.pattern.structured else weight.shape[1]
-            keep_mask = select(self.method.factors(weight, stats, group).scores(weight), self.pattern)
+            scores = self.method.factors(weight, stats, group).scores(weight)
+            if self.pattern.structured:  # a zero never takes the place of a weight whose score is 0 too
+                scores.masked_fill_(weight == 0, -torch.inf)
+            keep_mask = select(scores, self.pattern)
             pruned = torch.where(keep_mask, weight, 0)
         if "weights" not in self.settings.refine:
             return pruned
@@ -561,19 +657,28 @@ class _Tick:
 def prune(
     model: str | Path, settings: PruneSettings | None = None, *, progress: Progress = silent
 ) -> Iterator[PrunedBlock]:
-    """Prunes a checkpoint block by block without writing anything.
+    """Prunes a checkpoint without writing anything.
 
     `model` is a local folder or a hub id. Yields each decoder block as soon as it is done, so that only one is in
-    memory. To write the result use `exporters.export`.
+    memory; with `refine=("distill",)` or `max_perplexity_ratio`, which work on the whole model, all of them at the end.
+    `weights` of a block holds all of its tensors that differ from the checkpoint's: with `permute`, which reorders
+    channels throughout the network, these are norms and biases too, and a last item without linears holds those
+    outside of the blocks (embeddings, head). `swiftprune.unpack` makes any of them dense. To write the result use
+    `exporters.export`.
 
     >>> for done in prune("./my-model", PruneSettings(method="wanda", calibration="text.txt")):  # doctest: +SKIP
     ...     print(done.block.name, [layer.output_error for layer in done.results])
     """
-    yield from Pipeline(Checkpoint.open(model), settings or PruneSettings(), progress=progress).blocks()
-
-
-def _dense(weight: PrunedWeight, name: str) -> Tensor:
-    return format24.unpack(weight, name) if isinstance(weight, Packed24) else weight
+    pipeline = Pipeline(Checkpoint.open(model), settings or PruneSettings(), progress=progress)
+    if "distill" in pipeline.settings.refine or pipeline.settings.max_perplexity_ratio is not None:
+        pipeline.run(store := MemoryStore(pipeline))
+        done: Iterable[PrunedBlock] = store.blocks.values()
+    else:
+        done = pipeline.blocks()
+    for block in done:
+        yield dataclasses.replace(block, weights=pipeline.permuted(block.block.tensors) | block.weights)
+    if outside := pipeline.permuted(pipeline.targets.outside):
+        yield PrunedBlock(Block("", [], list(outside)), outside, [])
 
 
 def kept_energy(before: Tensor, after: Tensor) -> float:
@@ -584,6 +689,8 @@ def kept_energy(before: Tensor, after: Tensor) -> float:
 
 def check_finite(weight: Tensor, name: str) -> None:
     """Raises FormatError with the index of the first element of `weight` that is NaN or infinite."""
+    if weight.is_meta:
+        raise FormatError(f"{name}: is on the meta device, which holds no numbers; load the weights first")
     finite = torch.isfinite(weight)
     if not finite.all():
         index = tuple((~finite).nonzero()[0].tolist())
@@ -612,7 +719,7 @@ def _result(
     error = None
     if stats is not None and stats.sample is not None:
         dense = before.float()
-        change = torch.linalg.matrix_norm(stats.sample @ (_dense(after, linear.name).float() - dense).T)
+        change = torch.linalg.matrix_norm(stats.sample @ (format24.unpack(after, linear.name).float() - dense).T)
         error = float(change / torch.linalg.matrix_norm(stats.sample @ dense.T).clamp_min(1e-30))
     return LayerResult(
         name=linear.name,

@@ -18,7 +18,7 @@ def silent(stage: str, done: float, total: float) -> None:
 class Announce(Protocol):
     """Called with a sentence that a user wants to read before a long wait."""
 
-    def __call__(self, text: str) -> None: ...
+    def __call__(self, text: str, /) -> None: ...
 
 
 def unheard(text: str) -> None:

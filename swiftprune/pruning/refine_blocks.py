@@ -19,14 +19,15 @@ BETAS = (0.9, 0.95)
 
 
 def refine_block(
-    run: Callable[[Tensor], Tensor], parameters: Mapping[str, nn.Parameter], keep_masks: Mapping[str, Tensor],
+    run: Callable[[int, Tensor], Tensor], parameters: Mapping[str, nn.Parameter], keep_masks: Mapping[str, Tensor],
     inputs: Sequence[Tensor], targets: Sequence[Tensor], tick: Callable[[], None],
 ) -> None:  # fmt: skip
     """Trains `parameters` in place so that `run` maps each of `inputs` (1, T, H) to its one of `targets`, all fp32.
 
-    Weights where a mask of `keep_masks` is False stay as they are. The loss of a token is ||out - target||^2 /
-    ||target||^2: some tokens have hidden states a thousand times larger than the others, and would be all that counts.
-    Where training did not lower the loss over all samples, the parameters are put back.
+    `run` takes the index of the input and the input. Weights where a mask of `keep_masks` is False stay as they are.
+    The loss of a token is ||out - target||^2 / ||target||^2: some tokens have hidden states a thousand times larger
+    than the others, and would be all that counts. Where training did not lower the loss over all samples, the
+    parameters are put back.
     """
     before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     start = _loss_of_all(run, inputs, targets)
@@ -38,7 +39,7 @@ def refine_block(
         if step % len(inputs) == 0:
             order = torch.randperm(len(inputs), generator=generator).tolist()
         sample = order[step % len(inputs)]
-        _loss(run(inputs[sample]), targets[sample]).backward()  # type: ignore[no-untyped-call]
+        _loss(run(sample, inputs[sample]), targets[sample]).backward()  # type: ignore[no-untyped-call]
         for name, mask in keep_masks.items():
             gradient = parameters[name].grad
             assert gradient is not None
@@ -60,5 +61,8 @@ def _loss(out: Tensor, target: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _loss_of_all(run: Callable[[Tensor], Tensor], inputs: Sequence[Tensor], targets: Sequence[Tensor]) -> float:
-    return sum(float(_loss(run(hidden), target)) for hidden, target in zip(inputs, targets, strict=True))
+def _loss_of_all(run: Callable[[int, Tensor], Tensor], inputs: Sequence[Tensor], targets: Sequence[Tensor]) -> float:
+    return sum(
+        float(_loss(run(sample, hidden), target))
+        for sample, (hidden, target) in enumerate(zip(inputs, targets, strict=True))
+    )

@@ -70,7 +70,7 @@ class InputStats:
 
 def magnitude(weight: Tensor, stats: InputStats, group: int) -> ScoreFactors:
     """|w| (Han et al., 2015)."""
-    return ScoreFactors.of_magnitude(weight.shape[1])
+    return ScoreFactors.of_magnitude(weight.shape[1], weight.device)
 
 
 def wanda(weight: Tensor, stats: InputStats, group: int) -> ScoreFactors:
@@ -134,7 +134,8 @@ def contribution_data_free(weight: Tensor, stats: InputStats, group: int) -> Sco
     """
     row_energy = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32).square()
     return ScoreFactors(
-        torch.ones(weight.shape[1]), curvature=1 / row_energy.clamp_min(torch.finfo(torch.float32).tiny)
+        torch.ones(weight.shape[1], device=weight.device),
+        curvature=1 / row_energy.clamp_min(torch.finfo(torch.float32).tiny),
     )
 
 

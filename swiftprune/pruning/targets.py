@@ -21,8 +21,6 @@ from swiftprune.pruning.checkpoint import Checkpoint
 from swiftprune.sparse24.format import unpackable_reason
 
 DEFAULT_IGNORE = r"lm_head|embed"
-# Linears whose output is added to the residual stream, by their names in the architectures that are supported.
-RESIDUAL_WRITERS = {"o_proj", "down_proj", "dense", "dense_4h_to_h"}
 # Engines run these as one layer, so of each set all are packed or none.
 FUSED = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})
 

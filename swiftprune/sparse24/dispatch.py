@@ -39,8 +39,15 @@ class Kernels(Protocol):
     def ranked_value(self, values: Tensor, rank: int) -> float: ...
 
 
+def kernels(device: torch.device | str = "cpu") -> Kernels:
+    """What works on tensors of `device`: native kernels on a CPU, where they were built, else the torch reference."""
+    from swiftprune.sparse24.kernels import reference
+
+    return _cpu_kernels() if torch.device(device).type == "cpu" else reference.ReferenceKernels()
+
+
 @functools.cache
-def kernels() -> Kernels:
+def _cpu_kernels() -> Kernels:
     """The native kernels with the best instruction set of this CPU, or the torch reference, said once, without them."""
     from swiftprune.sparse24.kernels import native, reference
 

@@ -106,27 +106,34 @@ def metadata_width(in_features: int) -> int:
 def _check_packable(weight: Tensor, name: str) -> None:
     if reason := unpackable_reason(tuple(weight.shape), weight.dtype):
         raise FormatError(f"{name}: cannot be packed as {FORMAT}: {reason}")
+    _check_device(name, weight)
 
 
 def prune_and_pack(weight: Tensor, factors: ScoreFactors, name: str = "weight") -> Packed24:
     """Keeps the two highest scores of each group of four of `weight` (N, K) and packs them, in one pass.
 
-    Of equal scores the lower position is kept. Raises FormatError when the weight is not packable or not finite.
+    Of equal scores the lower position is kept, and any other weight before one that is zero.
+    Raises FormatError when the weight is not packable or not finite.
     """
     _check_packable(weight, name)
-    return Packed24(*dispatch.kernels().prune_pack(weight, factors, name))
+    return Packed24(*dispatch.kernels(weight.device).prune_pack(weight, factors, name))
 
 
 def pack(weight: Tensor, name: str = "weight") -> Packed24:
     """Packs a `weight` (N, K) that is already 2:4. Raises FormatError naming row and group when it is not."""
     _check_packable(weight, name)
-    return Packed24(*dispatch.kernels().pack(weight, name))
+    return Packed24(*dispatch.kernels(weight.device).pack(weight, name))
 
 
-def unpack(packed: Packed24, name: str = "weight") -> Tensor:
-    """The (N, K) weight with its zeros. Raises FormatError when the pair breaks the specification."""
+def unpack(packed: Packed24 | Tensor, name: str = "weight") -> Tensor:
+    """The (N, K) weight with its zeros. Raises FormatError when the pair breaks the specification.
+
+    A tensor is returned as it is, so that all that `prune` yields may be passed.
+    """
+    if isinstance(packed, Tensor):
+        return packed
     _check_shapes(packed, name)
-    return dispatch.kernels().unpack(packed.values, packed.metadata, name)
+    return dispatch.kernels(packed.values.device).unpack(packed.values, packed.metadata, name)
 
 
 def validate(packed: Packed24, name: str = "weight") -> None:
@@ -151,8 +158,17 @@ def validate(packed: Packed24, name: str = "weight") -> None:
         )
 
 
+def _check_device(name: str, *tensors: Tensor) -> None:
+    devices = {tensor.device for tensor in tensors}
+    if len(devices) > 1:
+        raise FormatError(f"{name}: values and metadata are on different devices: {', '.join(map(str, devices))}")
+    if any(tensor.is_meta for tensor in tensors):
+        raise FormatError(f"{name}: is on the meta device, which holds no numbers; load the weights first")
+
+
 def _check_shapes(packed: Packed24, name: str) -> None:
     values, metadata = packed.values, packed.metadata
+    _check_device(name, values, metadata)
     if values.ndim != 2 or 0 in values.shape or values.shape[1] % KEPT or values.dtype not in VALUE_DTYPES:
         raise FormatError(
             f"{name}: values must be (N, K/2) in a 16- or 32-bit float type with K a multiple of {GROUP}, "

@@ -18,6 +18,7 @@ class ScoreFactors:
 
     All are fp32 and contiguous: `column` (K,), `cross` (K,), `row` (N,), `curvature` (N,); `row` and `cross` come
     together or not at all. Only the order of scores within a row matters, so a score may be given as its square root.
+    Where N of M are kept, a weight that is zero comes last, below others whose score is 0 too.
     A kernel can thus score and select in one pass over the weights, without an (N, K) matrix of scores in memory.
     """
 
@@ -38,9 +39,9 @@ class ScoreFactors:
         return v
 
     @staticmethod
-    def of_magnitude(in_features: int) -> ScoreFactors:
+    def of_magnitude(in_features: int, device: torch.device | str = "cpu") -> ScoreFactors:
         """Scores that are |w|."""
-        return ScoreFactors(torch.ones(in_features))
+        return ScoreFactors(torch.ones(in_features, device=device))
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from swiftprune.errors import CheckpointError, SettingsError
 from swiftprune.pruning.checkpoint import Checkpoint
@@ -194,3 +196,19 @@ def test_base_model_names_are_found(tiny_copy: Path) -> None:
     blocks = list(open_pipeline(tiny_copy).blocks())
     assert "layers.0.self_attn.q_proj.weight" in blocks[0].weights
     assert len(blocks) == 3
+
+
+def test_of_two_sets_of_weights_the_one_that_transformers_loads_is_pruned(
+    tiny_copy: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A stale file beside the shards of an index, or stale shards beside the file: nobody can tell."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_copy, dtype=torch.bfloat16)
+    for parameter in model.parameters():
+        parameter.data.neg_()
+    model.save_pretrained(tiny_copy / "other", max_shard_size="50KB")
+    for file in (tiny_copy / "other").glob("model*"):
+        shutil.copy(file, tiny_copy)
+    loaded = AutoModelForCausalLM.from_pretrained(tiny_copy, dtype=torch.bfloat16)
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert torch.equal(Checkpoint(tiny_copy).read([name])[name], loaded.get_parameter(name))
+    assert "the first is read, as transformers reads it" in caplog.text

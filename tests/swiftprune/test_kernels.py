@@ -73,6 +73,27 @@ def test_all_bit_patterns_of_a_tie_keep_the_lower_positions(isa: str, dtype: tor
 
 
 @pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_a_zero_never_takes_the_place_of_another_weight(isa: str, dtype: torch.dtype) -> None:
+    """Scores of 0 tie with those of zeros: of dead channels, of a row's only weight, of squares that underflow."""
+    weight = torch.zeros(9, 64, dtype=dtype)
+    generator = torch.Generator().manual_seed(0)
+    for row in weight.view(9, 16, 4).unbind():
+        for group in row:
+            group[torch.randperm(4, generator=generator)[:2]] = torch.rand(2, generator=generator).to(dtype) + 0.5
+    alone = torch.zeros(1, 64, dtype=dtype)
+    alone[0, 39] = 0.5
+    tiny = torch.tensor([[0, -0.0, 0, torch.finfo(dtype).smallest_normal] * 16], dtype=dtype)
+    for sparse, factors in (
+        (weight, ScoreFactors(torch.zeros(64))),
+        (alone, ScoreFactors(torch.ones(64), curvature=torch.tensor([4.0]))),
+        (tiny, ScoreFactors(torch.ones(64), curvature=torch.tensor([1.0]))),
+    ):
+        kernels = NativeKernels(isa)
+        assert torch.equal(kernels.unpack(*kernels.prune_pack(sparse, factors, "w"), "w"), sparse)
+
+
+@pytest.mark.parametrize("isa", ISAS)
 def test_the_first_fault_is_reported_whatever_the_thread_count(isa: str) -> None:
     weight = torch.zeros(64, 64, dtype=torch.bfloat16)
     weight[60, 3] = float("nan")

@@ -13,9 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from swiftprune.errors import SettingsError
+from swiftprune.errors import FormatError, SettingsError
+from swiftprune.pruning.module import prune_module
 from swiftprune.sparse24 import dispatch
-from swiftprune.sparse24.format import Packed24, prune_and_pack, unpack
+from swiftprune.sparse24.format import Packed24, pack, prune_and_pack, unpack
 from swiftprune.sparse24.kernels import native, reference
 from swiftprune.sparse24.linear import Linear24
 from swiftprune.sparse24.score_factors import ScoreFactors
@@ -311,3 +312,37 @@ def test_unpacking_without_checks_is_unpacking(dtype: torch.dtype) -> None:
     packed = random_packed(5, 132, dtype, torch.Generator().manual_seed(0))
     positions = reference.stored_positions(packed.values, packed.metadata)
     assert torch.equal(reference.scatter(packed.values, positions), unpack(packed))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_what_does_not_fit_is_refused_before_it_reaches_the_kernels(dtype: torch.dtype) -> None:
+    layer = Linear24.from_packed(pack(torch.zeros(256, 256, dtype=dtype)))
+    x = torch.zeros(2, 256, dtype=dtype)
+    other = torch.float32 if dtype == torch.bfloat16 else torch.bfloat16
+    for bad, why in (
+        (lambda: layer(x.to("meta")), "x is on meta"),
+        (lambda: layer.multiply(x, torch.zeros(256, dtype=other)), "bias is"),
+        (lambda: layer.multiply(x, torch.zeros(255, dtype=dtype)), "bias is"),
+        (lambda: layer.multiply(x, torch.zeros(256, 1, dtype=dtype)), "bias is"),
+        (lambda: layer.multiply(x, torch.zeros(256, dtype=dtype, device="meta")), "bias is"),
+        (lambda: native.linear24(layer.backend, x, layer.stream[:-1], None, 256), "does not fit a stream"),
+        (lambda: native.linear24(layer.backend, x, layer.stream.to("meta"), None, 256), "a stream is"),
+        (lambda: native.linear24(layer.backend, x, layer.stream, None, 256, torch.float64), "output can be"),
+        (lambda: native.from_stream(layer.stream, dtype, 256, 128), "does not fit a stream"),
+        (lambda: native.to_stream(torch.zeros(4, 8, dtype=dtype), torch.zeros(4, 3, dtype=torch.uint8)), "belong"),
+        (lambda: native.to_stream(torch.zeros(4, 8, dtype=dtype), torch.zeros(4, 2)), "belong"),
+    ):
+        with pytest.raises(ValueError, match=why):
+            bad()
+    spaced = torch.randn(256, 2).to(dtype)[:, 0]
+    assert torch.equal(layer.multiply(x, spaced), spaced.expand(2, 256))
+
+
+def test_tensors_without_numbers_are_refused() -> None:
+    for call in (
+        lambda: pack(torch.zeros(8, 8, device="meta")),
+        lambda: unpack(Packed24(torch.zeros(8, 4, device="meta"), torch.zeros(8, 1, dtype=torch.uint8))),
+        lambda: prune_module(torch.nn.Linear(8, 8, device="meta")),
+    ):
+        with pytest.raises(FormatError, match=r"meta device|different devices"):
+            call()

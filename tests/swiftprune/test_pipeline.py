@@ -9,9 +9,19 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3nTextConfig,
+    Gemma4TextConfig,
+    GraniteConfig,
+    OPTConfig,
+    Starcoder2Config,
+)
 
+from exporters import export
 from swiftprune.errors import CheckpointError, FormatError, SettingsError
 from swiftprune.pruning import least_squares, refine_blocks
 from swiftprune.pruning import pipeline as pipeline_module
@@ -21,7 +31,7 @@ from swiftprune.pruning.checkpoint import Checkpoint
 from swiftprune.pruning.distill import Distillation
 from swiftprune.pruning.mask import Pattern
 from swiftprune.pruning.pairs import keep_pairs
-from swiftprune.pruning.pipeline import Pipeline, PruneSettings, prune
+from swiftprune.pruning.pipeline import MemoryStore, Pipeline, PruneSettings, prune
 from swiftprune.pruning.progress import silent
 from swiftprune.pruning.score import Needs
 from swiftprune.pruning.sparsegpt import sparsegpt
@@ -347,18 +357,14 @@ def test_a_model_that_writes_its_own_text_writes_more_to_train_on(
     checkpoint = Checkpoint(tiny_models("llama-gqa-tied"))
     settings = PruneSettings(method="wanda", samples=2, seqlen=64)
     training = Pipeline(checkpoint, settings.model_copy(update={"refine": ("distill",), "steps": 1}))
-    pruned = {
-        name: unpack(weight)
-        for done in training.blocks()
-        for name, weight in done.weights.items()
-        if isinstance(weight, Packed24)
-    }
+    store = MemoryStore(training)
+    for done in training.blocks():
+        store.save(done)
+    pruned = {name: unpack(weight) for done in store.blocks.values() for name, weight in done.weights.items()}
     assert training.tokens is not None
     tokens = training.tokens
     assert len(tokens) > settings.samples
-    list(
-        training.distill(lambda block: {n: pruned.get(n, dense) for n, dense in checkpoint.read(block.tensors).items()})
-    )
+    list(training.distill(store))
     assert torch.equal(seen[0], tokens)
     # Masks come of the samples that were asked for, and of no more.
     for done in Pipeline(checkpoint, settings, tokens=tokens[: settings.samples]).blocks():
@@ -425,3 +431,149 @@ def test_inputs_that_are_not_finite_stop_the_run(
     settings = PruneSettings(method=method, calibration=str(text_file), samples=2, seqlen=16)
     with pytest.raises(error, match=message):
         list(prune(folder, settings))
+
+
+GEMMA = {
+    "vocab_size": 300, "vocab_size_per_layer_input": 300, "hidden_size": 64, "intermediate_size": 128,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "sliding_window": 32,
+    "num_hidden_layers": 4, "num_kv_shared_layers": 2, "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "hidden_size_per_layer_input": 8, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", [Gemma3nTextConfig, Gemma4TextConfig])
+def test_blocks_get_what_the_model_hands_to_them_for_each_sample(kind: Any, tmp_path: Path) -> None:
+    """Inputs by token and layer, keys and values of earlier blocks, a trained buffer: all as in the whole model."""
+    more = {"laurel_rank": 8, "altup_num_inputs": 2} if kind is Gemma3nTextConfig else {"global_head_dim": 16}
+    folder = models.write_model(tmp_path / "model", kind(**GEMMA, **more), torch.float32)
+    tensors = load_file(folder / "model.safetensors")
+    for name, tensor in tensors.items():
+        if name.endswith("layer_scalar"):
+            tensor.fill_(0.7)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    tokens = torch.randint(2, 300, (3, 48), generator=torch.Generator().manual_seed(1))
+    whole = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    checkpoint = Checkpoint(folder)
+    model = empty_model(checkpoint)
+    targets = find_targets(model, checkpoint, ignore="lm_head", group=4)
+    runner = BlockRunner(model, checkpoint, targets, tokens, with_dense=True)
+    generator = torch.Generator().manual_seed(2)
+    for index, block in enumerate(targets.blocks):
+        spoiled = {}
+        with runner.block(block):
+            runner.collect(block, "drift", lambda: None)
+            for linear in block.linears:
+                weight = model.get_parameter(f"{linear.name}.weight")
+                spoiled[f"{linear.name}.weight"] = weight + torch.randn(weight.shape, generator=generator) * 0.05
+            runner.advance(block, spoiled, lambda: None)
+        assert runner.dense_hidden is not None
+        for sample, row in enumerate(tokens):
+            _, _, out = record_inputs(whole, whole.get_submodule(block.name), row[None])
+            error = (runner.dense_hidden[sample].flatten(0, -2) - out).norm() / out.norm()
+            assert error < 1e-5, (index, sample)
+
+
+def test_masks_do_not_depend_on_the_order_of_samples(tmp_path: Path) -> None:
+    folder = models.write_model(tmp_path / "model", Gemma4TextConfig(**GEMMA, global_head_dim=16), torch.float32)
+    tokens = torch.randint(2, 300, (2, 48), generator=torch.Generator().manual_seed(1))
+    settings = PruneSettings(method="wanda", calibration="given")
+    first, second = (
+        {
+            name: unpack(weight) != 0
+            for done in Pipeline(Checkpoint(folder), settings, tokens=order).blocks()
+            for name, weight in done.weights.items()
+        }
+        for order in (tokens, tokens.flip(0))
+    )
+    for name, mask in first.items():
+        assert (mask != second[name]).float().mean() < 0.002, name
+
+
+@pytest.mark.parametrize(
+    ("name", "writers"),
+    [
+        ("llama-gqa-tied", {"o_proj": 1.0, "down_proj": 1.0}),
+        ("gpt-neox", {"dense": 1.0, "dense_4h_to_h": 1.0}),
+        ("opt", {"out_proj": 1.0, "fc2": 1.0}),
+        ("starcoder2", {"o_proj": 1.0, "c_proj": 1.0}),
+        ("granite", {"o_proj": 0.25, "down_proj": 0.25}),
+        ("gemma2", {}),
+    ],
+)
+def test_residual_writers_are_found_in_what_a_block_does(
+    name: str, writers: dict[str, float], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What reaches a linear that writes to the residual stream includes that stream's own drift, scaled as it adds."""
+    small = {
+        "vocab_size": 300, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1,
+    }  # fmt: skip
+    wide = small | {"intermediate_size": 128, "num_key_value_heads": 2}
+    config = (
+        models.SUPPORTED.get(name)
+        or {
+            "opt": lambda: OPTConfig(**small, ffn_dim=128, word_embed_proj_dim=64),
+            "starcoder2": lambda: Starcoder2Config(**wide),
+            "granite": lambda: GraniteConfig(**wide, residual_multiplier=0.25),
+            "gemma2": lambda: Gemma2Config(**wide, head_dim=16),
+        }[name]()
+    )
+    checkpoint = Checkpoint(models.write_model(tmp_path / "model", config, torch.float32))
+    model = empty_model(checkpoint)
+    targets = find_targets(model, checkpoint, ignore="lm_head", group=4)
+    tokens = torch.randint(2, 300, (1, 24), generator=torch.Generator().manual_seed(1))
+    runner = BlockRunner(model, checkpoint, targets, tokens, with_dense=True)
+    lack = torch.randn(runner.hidden[0].shape, generator=torch.Generator().manual_seed(2))
+    runner.hidden[0] = runner.hidden[0] - lack
+    block = targets.blocks[0]
+    with runner.block(block):
+        stats = runner.collect(block, "drift", lambda: None)
+    found = {}
+    for linear in block.linears:
+        if (drift := stats[linear.name].residual_drift) is not None:
+            sample = stats[linear.name].sample
+            assert sample is not None
+            found[linear.kind] = round(float((lack.flatten(0, 1).T @ sample).norm() / drift.norm()), 4)
+    assert found == writers
+    assert ("none of its linears" in caplog.text) == (not writers)
+
+
+def prune_all(folder: Path, text_file: Path, **more: Any) -> dict[str, Tensor]:
+    settings = PruneSettings(method="wanda", calibration=str(text_file), samples=8, seqlen=32, **more)
+    return {name: unpack(w).float() for done in prune(folder, settings) for name, w in done.weights.items()}
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"permute": True}, {"refine": ("distill",), "steps": 2}, {"max_perplexity_ratio": 1.05},
+        {"permute": True, "refine": ("distill",), "steps": 2, "max_perplexity_ratio": 1.05},
+    ],
+)  # fmt: skip
+def test_prune_gives_what_an_export_writes(
+    more: dict[str, Any], tiny_models: Callable[[str], Path], text_file: Path, tmp_path: Path
+) -> None:
+    """Put in place, what `prune` yields is the exported model: every stage is in it, and channels are in one order."""
+    folder = tiny_models("llama-mha-untied")
+    settings = PruneSettings(method="wanda", calibration=str(text_file), samples=8, seqlen=32, **more)
+    export(folder, tmp_path / "out", settings, target="dense")
+    weights = prune_all(folder, text_file, **more)
+    ours = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    ours.load_state_dict(weights, strict=False)
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    for name, parameter in exported.named_parameters():
+        assert torch.equal(ours.get_parameter(name), parameter), name
+
+
+def test_a_finished_run_is_not_run_forward_again(
+    tiny_models: Callable[[str], Path], text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline = Pipeline(
+        Checkpoint(tiny_models("qwen2")),
+        PruneSettings(method="wanda", calibration=str(text_file), samples=2, seqlen=32),
+    )
+    store = MemoryStore(pipeline)
+    for done in pipeline.blocks():
+        store.save(done)
+    monkeypatch.setattr(BlockRunner, "_run", lambda *_: pytest.fail("a block was run"))
+    assert list(pipeline.blocks(store)) == []

@@ -24,9 +24,10 @@ class ReferenceKernels:
     def prune_pack(self, weight: Tensor, factors: ScoreFactors, name: str) -> tuple[Tensor, Tensor]:
         groups = _groups(weight)
         _check_finite(groups, name)
+        scores = factors.scores(weight).reshape(groups.shape).masked_fill_(groups == 0, -torch.inf)
         # A stable descending sort ranks the lower position first among equal scores.
-        order = factors.scores(weight).reshape(groups.shape).argsort(dim=-1, descending=True, stable=True)
-        keep = torch.zeros(groups.shape, dtype=torch.bool).scatter_(-1, order[..., :2], True)
+        order = scores.argsort(dim=-1, descending=True, stable=True)
+        keep = torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, order[..., :2], True)
         return _store(torch.where(keep, groups, 0))
 
     def pack(self, weight: Tensor, name: str) -> tuple[Tensor, Tensor]:
@@ -84,8 +85,8 @@ def _check_finite(groups: Tensor, name: str) -> None:
 def _store(groups: Tensor) -> tuple[Tensor, Tensor]:
     """`groups` (N, K/4, 4) with at most two non-zeros each -> values (N, K/2), metadata (N, ceil(K/8))."""
     rows, count, _ = groups.shape
-    table = torch.tensor([pair or (0, 0) for pair in STORED_POSITIONS])
-    non_zero_set = ((groups != 0) * torch.tensor([1, 2, 4, 8])).sum(-1)
+    table = torch.tensor([pair or (0, 0) for pair in STORED_POSITIONS], device=groups.device)
+    non_zero_set = ((groups != 0) * torch.tensor([1, 2, 4, 8], device=groups.device)).sum(-1)
     positions = table[non_zero_set]
     values = groups.gather(-1, positions).reshape(rows, 2 * count)
     values = torch.where(values == 0, 0, values)  # no -0.0

@@ -5,6 +5,7 @@
 #include <array>
 #include <cmath>
 #include <cstring>
+#include <limits>
 
 #include "ewma.h"
 #include "sparse24.h"
@@ -94,7 +95,11 @@ struct Float16 {
 template <class T>
 constexpr typename T::Bits kMagnitudeMask = static_cast<typename T::Bits>(~typename T::Bits{0}) >> 1;
 
+// A zero scores below everything, so that it never takes the place of a weight whose score is 0 too.
+constexpr float kScoreOfZero = -std::numeric_limits<float>::infinity();
+
 inline float score_of(float w, float column, const float* cross, const float* row, const float* curvature) {
+  if (w == 0.0f) return kScoreOfZero;
   float v = std::fabs(w) * (row ? column + *row * *cross : column);
   if (curvature) {
     v = v * v;

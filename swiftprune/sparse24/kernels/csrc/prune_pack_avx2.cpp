@@ -76,7 +76,8 @@ struct RowFactors {
       v = _mm256_mul_ps(v, v);
       v = _mm256_mul_ps(v, _mm256_sub_ps(_mm256_set1_ps(1.0f), _mm256_mul_ps(curvature, v)));
     }
-    return v;
+    const __m256 zero = _mm256_cmp_ps(abs, _mm256_setzero_ps(), _CMP_EQ_OQ);
+    return _mm256_blendv_ps(v, _mm256_set1_ps(kScoreOfZero), zero);
   }
 };
 

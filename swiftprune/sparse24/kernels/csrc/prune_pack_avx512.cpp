@@ -44,7 +44,8 @@ struct RowFactors {
       v = _mm512_mul_ps(v, v);
       v = _mm512_mul_ps(v, _mm512_sub_ps(_mm512_set1_ps(1.0f), _mm512_mul_ps(curvature, v)));
     }
-    return v;
+    const __mmask16 zero = _mm512_cmp_ps_mask(abs, _mm512_setzero_ps(), _CMP_EQ_OQ);
+    return _mm512_mask_mov_ps(v, zero, _mm512_set1_ps(kScoreOfZero));
   }
 };
 
