@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import hashlib
 import importlib.metadata
-import shutil
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,15 +17,16 @@ from torch import Tensor
 from exporters import torch_sparse
 from exporters.onnx.export import DecoderReport, write_decoder
 from exporters.onnx.trace import require_packages
-from exporters.workspace import MANIFEST, Workspace, disk_errors
-from swiftprune.errors import SettingsError
-from swiftprune.pruning.calibration_text import load_tokenizer, read_text, token_windows
+from exporters.workspace import MANIFEST, Workspace
+from swiftprune.errors import CheckpointError, SettingsError
+from swiftprune.pruning.calibration_text import chat_template, load_tokenizer, start_tokens, token_windows
 from swiftprune.pruning.checkpoint import INDEX_NAME, Checkpoint, TensorEntry, shard_entries
 from swiftprune.pruning.distill import Validation
 from swiftprune.pruning.evaluate import perplexity
 from swiftprune.pruning.pipeline import DTYPES, DtypeName, LayerResult, Pipeline, PrunedBlock, PruneSettings
 from swiftprune.pruning.progress import Announce, Progress, silent, unheard
 from swiftprune.pruning.targets import FUSED, Block, Linear, Targets
+from swiftprune.pruning.text_files import read_text
 from swiftprune.pruning.whole_model import load_whole_model
 from swiftprune.sparse24 import bitmask
 from swiftprune.sparse24 import format as format24
@@ -38,8 +40,17 @@ _DENSE: tuple[Target, ...] = ("dense", *_ONNX)
 ONNX_FOLDER = "onnx"  # within the workspace, until it takes the output's place
 EVALUATION_SEQLEN = 2048
 _OUTSIDE_SHARD_BYTES = 512 << 20
-_COPIED_SUFFIXES = {".json", ".jinja", ".model", ".txt", ".tiktoken"}
+_COPIED_SUFFIXES = {".json", ".jinja", ".model", ".txt", ".tiktoken", ".py", ".vocab", ".bpe", ".spm"}
 _COPIED_NAMES = {"LICENSE", "NOTICE", "LICENSE.md", "USE_POLICY.md"}
+# Of other weights than those that are written, or of what was done to them: loaders would be misled.
+_NOT_COPIED = {
+    "config.json", MANIFEST, "params.json", "adapter_config.json", "hf_quant_config.json", "quantize_config.json",
+    "quant_config.json", "trainer_state.json", "training_args.json", "optimizer.json",
+}  # fmt: skip
+_WEIGHT_SUFFIXES = {
+    ".safetensors", ".bin", ".pt", ".pth", ".gguf", ".ggml", ".onnx", ".h5", ".msgpack", ".ot", ".npz", ".tflite",
+    ".mlmodel", ".pdparams", ".engine", ".data",
+}  # fmt: skip
 
 
 class ExportReport(BaseModel):
@@ -68,6 +79,8 @@ class ExportReport(BaseModel):
     """By layer kind: score, select and pack."""
     distillation: list[Validation] = []
     """Perplexity over minutes, on windows of the calibration text that were held back."""
+    evaluation: str | None = None
+    """On what perplexity was measured: how many windows, of how many tokens, and what they begin with."""
     perplexity_before: float | None = None
     perplexity_after: float | None = None
 
@@ -75,7 +88,7 @@ class ExportReport(BaseModel):
 def export(
     model: str | Path, out: str | Path, settings: PruneSettings | None = None, *, target: Target = "packed",
     resume: bool = False, overwrite: bool = False, evaluate: str | Path | None = None, progress: Progress = silent,
-    announce: Announce = unheard,
+    announce: Announce = unheard, revision: str | None = None, trust_remote_code: bool = False,
 ) -> ExportReport:  # fmt: skip
     """Prunes `model` (local folder or hub id) and writes the result to the folder `out`.
 
@@ -86,15 +99,19 @@ def export(
     and after, by transformers. `announce` is told what the run will cost once a block is done. Raises the errors of
     swiftprune.errors.
     """
-    settings = (settings or PruneSettings()).resolved()
-    _check_target(settings, target)
-    checkpoint = Checkpoint.open(model)
+    settings = settings or PruneSettings()
+    _check_target(settings.resolved(), target)
+    checkpoint = Checkpoint.open(model, revision=revision, trust_remote_code=trust_remote_code)
     workspace = Workspace(Path(out), checkpoint.folder, resume=resume, overwrite=overwrite, announce=announce)
     with workspace:
         pipeline = Pipeline(checkpoint, settings, progress=progress, announce=announce)
+        settings = pipeline.settings
+        if evaluate and not pipeline.targets.head:
+            raise CheckpointError(f"{checkpoint.folder}: holds no output head, which --evaluate needs")
+        _check_stored(pipeline, target)
         if target in ("packed", "sparse24-bitmask", "onnx"):
             _check_fused(pipeline.targets)
-        windows = _evaluation_windows(checkpoint, Path(evaluate)) if evaluate else None
+        windows = _evaluation_windows(checkpoint, Path(evaluate), settings.text_column) if evaluate else None
         with pipeline.clock("hash source"):
             state = _state(checkpoint, settings, target, progress)
         workspace.begin(state)
@@ -113,7 +130,13 @@ def export(
         if windows is not None:
             with pipeline.clock("evaluate"):
                 before, after = _evaluate(checkpoint, workspace.folder, target, windows, progress)
-            report = report.model_copy(update={"perplexity_before": before, "perplexity_after": after})
+            report = report.model_copy(
+                update={
+                    "evaluation": _evaluation_of(checkpoint, windows),
+                    "perplexity_before": before,
+                    "perplexity_after": after,
+                }
+            )
         workspace.finish(ONNX_FOLDER if target in _ONNX else None)
     return report.model_copy(update={"seconds": dict(pipeline.clock.seconds), "distillation": pipeline.validations})
 
@@ -127,6 +150,15 @@ def _check_target(settings: PruneSettings, target: Target) -> None:
         require_packages()
     if target == "torch" and settings.dtype == "float32":
         raise SettingsError("--target torch stores float16 or bfloat16 weights; leave out --dtype float32")
+
+
+def _check_stored(pipeline: Pipeline, target: Target) -> None:
+    """Raises SettingsError where a target would store every linear dense, for its type."""
+    linears = [linear for block in pipeline.targets.blocks for linear in block.linears]
+    if target == "torch" and all(pipeline.stored_dtype(linear) == torch.float32 for linear in linears):
+        raise SettingsError(
+            "--target torch stores float16 or bfloat16 weights, and the checkpoint's are float32; add --dtype bfloat16"
+        )
 
 
 def _check_fused(targets: Targets) -> None:
@@ -146,9 +178,15 @@ def _state(checkpoint: Checkpoint, settings: PruneSettings, target: Target, prog
     return {
         "settings": settings.model_dump(),
         "target": target,
+        **({"mask_sha256": _sha256(Path(settings.mask))} if settings.mask else {}),
         "source": {"name": checkpoint.name, "sha256": checkpoint.fingerprint(progress)},
         "versions": {name: importlib.metadata.version(name) for name in packages},
     }
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _estimate(pipeline: Pipeline, target: Target) -> int:
@@ -195,11 +233,9 @@ class _ShardWriter:
     def _unsuitable(self) -> dict[str, str]:
         """Linears that are pruned, but that the target cannot store packed."""
         reasons = {}
-        dtype = self._pipeline.settings.dtype
         for linear in (linear for block in self._blocks for linear in block.linears):
             entry = self._checkpoint.tensors[linear.tensor]
-            stored = DTYPES[dtype] if dtype else entry.dtype
-            assert stored is not None
+            stored = self._pipeline.stored_dtype(linear)
             if reason := _unsuitable_reason(self._target, (entry.shape[0], entry.shape[1]), stored):
                 reasons[linear.name] = f"pruned, stored dense: {reason}"
         return reasons
@@ -294,8 +330,8 @@ class _ShardWriter:
         weight_map = {name: entry.shard for name, entry in stored.items()}
         workspace.write_json(INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map})
         workspace.write_json("config.json", self._config())
-        for path in self._copied():
-            workspace.copy(path)
+        for name in self._copied():
+            workspace.copy(self._checkpoint.folder / name, name)
         workspace.write_json(
             MANIFEST,
             state
@@ -331,14 +367,25 @@ class _ShardWriter:
         unread = {targets.embedding} - {targets.head}
         return sum(entry.nbytes for name, entry in stored.items() if name not in unread)
 
-    def _copied(self) -> list[Path]:
-        """Files of the source that come along as they are: tokenizer, generation settings, license."""
-        return [
+    def _copied(self) -> list[str]:
+        """Files of the source that come along as they are: tokenizer, generation settings, code, license.
+
+        Those of a sub-folder do, unless it holds weights of its own.
+        """
+        folder = self._checkpoint.folder
+        inner = [
             path
-            for path in sorted(self._checkpoint.folder.iterdir())
+            for path in sorted(folder.iterdir())
+            if path.is_dir() and not path.name.startswith((".", "__")) and not _holds_weights(path)
+        ]
+        files = [*sorted(folder.iterdir()), *(file for path in inner for file in sorted(path.rglob("*")))]
+        return [
+            path.relative_to(folder).as_posix()
+            for path in files
             if (path.suffix in _COPIED_SUFFIXES or path.name in _COPIED_NAMES)
             and path.is_file()
-            and path.name not in {INDEX_NAME, "config.json", MANIFEST}
+            and not path.name.endswith(".index.json")
+            and (path.parent != folder or path.name not in _NOT_COPIED)
         ]
 
     def write_onnx(self, report: ExportReport, progress: Progress) -> ExportReport:
@@ -356,10 +403,9 @@ class _ShardWriter:
         if self._target == "onnx":
             config["quantization_config"] = self._declaration(format24.FORMAT)
         workspace.write_json(f"{ONNX_FOLDER}/config.json", config)
-        for name in (MANIFEST, *(path.name for path in self._copied())):
+        for name in (MANIFEST, *self._copied()):
             if not (out / name).exists():  # the builder copies some
-                with disk_errors(out):
-                    shutil.copyfile(workspace.folder / name, out / name)
+                workspace.copy(workspace.folder / name, f"{ONNX_FOLDER}/{name}")
         return report.model_copy(
             update={
                 "onnx": made,
@@ -379,10 +425,11 @@ class _ShardWriter:
         }
 
     def _config(self) -> dict[str, Any]:
-        config = dict(self._checkpoint.config)
+        config = copy.deepcopy(self._checkpoint.config)
+        config.pop("quantization_config", None)  # what only said that weights are sparse, and of which tool
         if dtype := self._pipeline.settings.dtype:
-            config.pop("torch_dtype", None)
             config["dtype"] = dtype
+            _set_dtype(config, dtype)
         if self._target == "sparse24-bitmask":
             config["quantization_config"] = bitmask.quantization_config(list(self._dense))
         elif self._target not in _DENSE:
@@ -391,14 +438,37 @@ class _ShardWriter:
         return config
 
 
+def _holds_weights(folder: Path) -> bool:
+    return any(path.suffix in _WEIGHT_SUFFIXES for path in folder.rglob("*"))
+
+
+def _set_dtype(config: dict[str, Any], dtype: str) -> None:
+    """Wherever `config`, or the one of a part of the model within it, names a type, it is `dtype`."""
+    if "torch_dtype" in config or "dtype" in config:
+        config.pop("torch_dtype", None)
+        config["dtype"] = dtype
+    for part in config.values():
+        if isinstance(part, dict):
+            _set_dtype(part, dtype)
+
+
 def _unsuitable_reason(target: Target, shape: tuple[int, int], dtype: torch.dtype) -> str | None:
     if target == "torch":
         return torch_sparse.unsuitable_reason(shape, dtype)
     return bitmask.unsuitable_reason(shape) if target == "sparse24-bitmask" else None
 
 
-def _evaluation_windows(checkpoint: Checkpoint, path: Path) -> Tensor:
-    return token_windows(read_text(path), load_tokenizer(checkpoint.folder), EVALUATION_SEQLEN, str(path))
+def _evaluation_windows(checkpoint: Checkpoint, path: Path, column: str) -> Tensor:
+    tokenizer = load_tokenizer(checkpoint)
+    text = read_text(path, column=column, render=chat_template(tokenizer))
+    return token_windows(text, tokenizer, EVALUATION_SEQLEN, str(path))
+
+
+def _evaluation_of(checkpoint: Checkpoint, windows: Tensor) -> str:
+    tokenizer = load_tokenizer(checkpoint)
+    start = tokenizer.decode(start_tokens(tokenizer))
+    count, seqlen = windows.shape
+    return f"{count} windows of {seqlen} tokens, each beginning with {start or 'text, no start token'}"
 
 
 def _evaluate(
@@ -408,7 +478,7 @@ def _evaluate(
     import swiftprune.serve.transformers  # noqa: F401 - registers the packed format
 
     def measure(folder: Path, stage: str) -> float:
-        model = load_whole_model(folder, checkpoint.parameter_count)
+        model = load_whole_model(folder, checkpoint.parameter_count, trust_remote_code=checkpoint.trust_remote_code)
         return perplexity(model, windows, stage=stage, progress=progress)
 
     before = measure(checkpoint.folder, "evaluate dense")

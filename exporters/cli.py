@@ -36,6 +36,7 @@ from swiftprune.pruning.compute import faster_type
 from swiftprune.pruning.quality import QUALITIES, make_settings
 from swiftprune.pruning.score import METHODS
 from swiftprune.pruning.targets import DEFAULT_IGNORE
+from swiftprune.pruning.text_files import DEFAULT_COLUMN
 
 app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
 
@@ -106,6 +107,11 @@ For ONNX Runtime; `swiftprune-onnx generate` runs it:
 
   swiftprune-export ./my-model --calibration train.txt --target onnx --out ./my-model-onnx
 
+Pack what another tool has made 2:4 already, as it is, or by masks that were published:
+
+  swiftprune-export ./my-2of4-model --method keep
+  swiftprune-export ./my-model --mask mask_compressed.npz
+
 No data, seconds instead of minutes:
 
   swiftprune-export ./my-model --calibration none
@@ -133,15 +139,36 @@ def export_command(
     ] = None,
     method: Annotated[
         str | None,
-        typer.Option(help=_METHOD_HELP, show_default="swiftprune, or swiftprune-data-free with --calibration none"),
+        typer.Option(
+            help=_METHOD_HELP,
+            show_default="swiftprune; swiftprune-data-free with --calibration none; keep where MODEL says it is sparse",
+        ),
     ] = None,
     calibration: Annotated[
         str,
         typer.Option(
-            help="[b]self[/]: text the model samples itself; [b]none[/]; a UTF-8 text file; "
-            "or a data set id, id:config:split, read from its column `text`."
+            help="[b]self[/]: text the model samples itself; [b]none[/]; a file of plain text, .jsonl, .json or "
+            ".parquet, also compressed, or a folder of them; or a data set id, id:config:split."
         ),
     ] = "self",
+    text_column: Annotated[
+        str,
+        typer.Option(
+            help="Where rows of JSON, Parquet and data sets have their text. Rows with `messages` instead of `text` go "
+            "through the chat template."
+        ),
+    ] = DEFAULT_COLUMN,
+    mask: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Masks made elsewhere, .npz or .safetensors: for each weight a bool array, or its packed bits, as "
+            "MaskLLM publishes them. Sets --method keep.",
+        ),
+    ] = None,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="With --method keep: end with an error at a linear that is not sparse yet.")
+    ] = False,
     quality: Annotated[
         QualityChoice | None,
         typer.Option(help=_QUALITY_HELP, show_default="none: what the options below say"),
@@ -221,7 +248,12 @@ def export_command(
         ),
     ] = TargetChoice.PACKED,
     ignore: Annotated[
-        str, typer.Option(metavar="REGEX", help="Linears whose full name contains a match stay dense.")
+        str,
+        typer.Option(
+            metavar="REGEX",
+            help="Linears whose full name contains a match stay dense. Several with commas; after [b]re:[/] a match "
+            "must begin at the start of the name, as in llm-compressor.",
+        ),
     ] = DEFAULT_IGNORE,
     dtype: Annotated[
         DtypeChoice | None, typer.Option(help="Type of the written weights.", show_default="MODEL's")
@@ -229,6 +261,13 @@ def export_command(
     evaluate: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Text on which to measure perplexity before and after.")
     ] = None,
+    revision: Annotated[
+        str | None, typer.Option(help="Branch, tag or commit of a hub id.", show_default="the newest")
+    ] = None,
+    trust_remote_code: Annotated[
+        bool,
+        typer.Option("--trust-remote-code", help="Let transformers run the Python code that MODEL brings along."),
+    ] = False,
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue an interrupted export into the same --out.")
     ] = False,
@@ -255,7 +294,15 @@ def export_command(
     }  # fmt: skip
     settings = make_settings(
         quality.value if quality else None,
-        {"pattern": format, "calibration": calibration, "seed": seed, "ignore": ignore}
+        {
+            "pattern": format,
+            "calibration": calibration,
+            "text_column": text_column,
+            "seed": seed,
+            "ignore": ignore,
+            "mask": str(mask) if mask else "",
+            "strict": strict,
+        }
         | {name: value for name, value in given.items() if value is not None},
     )
     destination = out or Path(f"{Path(model).resolve().name}-{_path_word(format)}")
@@ -264,7 +311,8 @@ def export_command(
         with _heard_interruptions(), ProgressBars(Console(stderr=True)) as progress:
             report = export(
                 model, destination, settings, target=target.value, resume=resume, overwrite=overwrite,
-                evaluate=evaluate, progress=progress, announce=progress.announce,
+                evaluate=evaluate, progress=progress, announce=progress.announce, revision=revision,
+                trust_remote_code=trust_remote_code,
             )  # fmt: skip
     except KeyboardInterrupt:
         raise InterruptedByUserError(
@@ -380,8 +428,12 @@ def print_report(report: ExportReport, console: Console) -> None:
             f"{report.distillation[-1].minutes:.1f} minutes, {report.distillation[-1].step} steps",
         )
     if report.perplexity_before is not None:
-        value = "not measured: needs a GPU" if report.perplexity_after is None else f"{report.perplexity_after:.2f}"
-        whole.add_row("perplexity", f"{report.perplexity_before:.2f} -> {value}")
+        value = (
+            f"{report.perplexity_after:.2f}"
+            if report.perplexity_after is not None
+            else (f"not measured: transformers does not load --target {report.target}")
+        )
+        whole.add_row("perplexity", f"{report.perplexity_before:.2f} -> {value} ({report.evaluation})")
     reasons: dict[str, list[str]] = defaultdict(list)
     for name, reason in report.dense_linears.items():
         reasons[reason].append(name)

@@ -202,9 +202,11 @@ class Workspace:
     def keep_dense_linears(self, names: list[str]) -> None:
         self.write_json(_DENSE, names)
 
-    def copy(self, source: Path) -> None:
+    def copy(self, source: Path, name: str) -> None:
+        """Copies the file `source` to `name`, which may be in a sub-folder."""
         with disk_errors(self.folder):
-            shutil.copyfile(source, self.folder / source.name)
+            (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, self.folder / name)
 
     def finish(self, part: str | None = None) -> None:
         """Puts the folder in its place, without what only an unfinished export needs; or, of it, the folder `part`.

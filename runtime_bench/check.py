@@ -9,15 +9,14 @@ from __future__ import annotations
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 import swiftprune.serve.transformers  # noqa: F401 - registers the packed format
 from runtime_bench.results import Check
+from swiftprune.pruning.whole_model import load_whole_model
 from swiftprune.sparse24.format import unpack
 from swiftprune.sparse24.linear import Linear24
 
@@ -44,7 +43,7 @@ def against_reference(
 def _gaps(folder: Path, prompts: list[list[int]], answers: list[list[int]]) -> list[float]:
     """How far each answered token was below the likeliest one."""
     disable_progress_bar()
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model = load_whole_model(folder, dtype=torch.float32)
     for name, module in list(model.named_modules()):
         if isinstance(module, Linear24):
             model.set_submodule(name, _unpacked(module))

@@ -10,7 +10,7 @@ import torch
 from pydantic import BaseModel
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 import swiftprune.serve.transformers  # noqa: F401 - registers the packed format
 from exporters import ExportReport, export
@@ -19,6 +19,7 @@ from runtime_bench import demo_data
 from runtime_bench.trade_off import RECIPES
 from swiftprune.pruning.pipeline import PruneSettings
 from swiftprune.pruning.progress import Progress, silent
+from swiftprune.pruning.whole_model import load_whole_model
 
 PROMPTS = ["The capital of France is", "Water boils when", "In the year 1969, astronauts"]
 NEW_TOKENS = 24
@@ -43,7 +44,7 @@ def run(folder: Path, method: str, progress: Progress = silent) -> DemoResult:
 
 
 def _continue(folder: Path) -> list[str]:
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = load_whole_model(folder, dtype=torch.float32)
     tokenizer: Any = AutoTokenizer.from_pretrained(folder)
     texts = []
     for prompt in PROMPTS:

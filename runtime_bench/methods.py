@@ -7,15 +7,16 @@ from typing import Any
 
 import torch
 from pydantic import BaseModel
-from transformers import AutoModelForCausalLM
 
 from runtime_bench.demo_data import DemoData
 from runtime_bench.machine import Machine, this_machine
-from swiftprune.pruning.calibration_text import load_tokenizer, read_text, token_windows
+from swiftprune.pruning.calibration_text import load_tokenizer, token_windows
 from swiftprune.pruning.checkpoint import Checkpoint
 from swiftprune.pruning.evaluate import perplexity
 from swiftprune.pruning.pipeline import Pipeline, PruneSettings
 from swiftprune.pruning.progress import Progress, silent
+from swiftprune.pruning.text_files import read_text
+from swiftprune.pruning.whole_model import load_whole_model
 from swiftprune.sparse24 import format as format24
 from swiftprune.sparse24.format import Packed24
 
@@ -49,7 +50,7 @@ def compare(
     """Prunes the demo model with each method and seed and evaluates it on the held-out text, in fp32."""
     checkpoint = Checkpoint.open(data.model)
     windows = token_windows(read_text(data.held_out), load_tokenizer(data.model), SEQLEN, str(data.held_out))
-    model: Any = AutoModelForCausalLM.from_pretrained(data.model, dtype=torch.float32).eval()
+    model = load_whole_model(data.model, dtype=torch.float32)
     dense = perplexity(model, windows, stage="dense: evaluate", progress=progress)
     rows = []
     for method in methods:

@@ -7,14 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 import swiftprune.serve.transformers  # noqa: F401 - registers the packed format
 from runtime_bench.results import SIDES, Quality
 from swiftprune.errors import SettingsError
 from swiftprune.pruning import evaluate
-from swiftprune.pruning.calibration_text import load_tokenizer, read_text, token_windows
+from swiftprune.pruning.calibration_text import load_tokenizer, token_windows
 from swiftprune.pruning.progress import Progress, silent
+from swiftprune.pruning.text_files import read_text
+from swiftprune.pruning.whole_model import load_whole_model
 
 
 def perplexity(
@@ -80,4 +82,4 @@ def tasks(
 
 def load_model(folder: Path, dtype: str) -> Any:
     """A model in transformers, packed or not."""
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
+    return load_whole_model(folder, dtype=getattr(torch, dtype))

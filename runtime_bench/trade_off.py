@@ -12,7 +12,6 @@ from typing import Any, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
-from transformers import AutoModelForCausalLM
 
 from exporters import export
 from runtime_bench import results
@@ -21,13 +20,15 @@ from runtime_bench.demo_data import DemoData
 from runtime_bench.machine import this_machine
 from runtime_bench.stored import Stored
 from swiftprune.errors import ResultError, SettingsError
-from swiftprune.pruning.calibration_text import load_tokenizer, read_text, token_windows
+from swiftprune.pruning.calibration_text import load_tokenizer, token_windows
 from swiftprune.pruning.compute import autocast, faster_type
 from swiftprune.pruning.distill import Validation
 from swiftprune.pruning.evaluate import perplexity
 from swiftprune.pruning.pipeline import DTYPES, PruneSettings
 from swiftprune.pruning.progress import Progress, silent
 from swiftprune.pruning.quality import QualityName, make_settings
+from swiftprune.pruning.text_files import read_text
+from swiftprune.pruning.whole_model import load_whole_model
 
 SEQLEN = 2048
 WINDOWS = 15  # of each text
@@ -183,7 +184,7 @@ def _run(data: DemoData, name: str, windows: dict[str, torch.Tensor], keep: Path
 
 
 def _perplexities(folder: Path, windows: dict[str, torch.Tensor], progress: Progress) -> dict[str, float]:
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model = load_whole_model(folder, dtype=torch.float32)
     with autocast(DTYPES[faster_type()]):
         return {
             name: perplexity(model, taken, stage=f"evaluate on {name}", progress=progress)

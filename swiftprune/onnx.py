@@ -108,6 +108,14 @@ def genai_model(folder: str | Path, *, threads: int | None = None) -> tuple[Any,
     return made, linears
 
 
+# All that onnxruntime-genai would else take from genai_config.json, which has it from the model's own settings.
+_GREEDY = {
+    "do_sample": False, "num_beams": 1, "num_return_sequences": 1, "min_length": 0, "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0, "length_penalty": 1.0, "diversity_penalty": 0.0, "temperature": 1.0, "top_k": 0,
+    "top_p": 1.0,
+}  # fmt: skip
+
+
 def generate(model: Any, prompt: str, tokens: int) -> Iterator[str]:
     """The greedy answer of an `onnxruntime_genai.Model` to `prompt`, piece by piece, of at most so many tokens."""
     genai = _import("onnxruntime_genai")
@@ -115,7 +123,7 @@ def generate(model: Any, prompt: str, tokens: int) -> Iterator[str]:
     stream = tokenizer.create_stream()
     asked = tokenizer.encode(prompt)
     parameters = genai.GeneratorParams(model)
-    parameters.set_search_options(max_length=len(asked) + tokens, do_sample=False)
+    parameters.set_search_options(max_length=len(asked) + tokens, **_GREEDY)
     generator = genai.Generator(model, parameters)
     generator.append_tokens(asked)
     while not generator.is_done():

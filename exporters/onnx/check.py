@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from exporters.onnx.weights import find_weights, load_graph
+from swiftprune.pruning.mask import first_violation
 from swiftprune.pruning.progress import Progress, silent
 from swiftprune.sparse24.format import GROUP, KEPT
 
@@ -51,20 +52,10 @@ def check_weights(path: Path, *, progress: Progress = silent) -> list[WeightChec
     return checks
 
 
-def first_violation(rows: Tensor) -> tuple[int, int, int] | None:
-    """(row, group, non-zeros) of the first group of four in `rows` (N, K), K a multiple of 4, with more than two."""
-    count = (rows != 0).view(rows.shape[0], -1, GROUP).sum(dim=-1, dtype=torch.uint8)
-    over = count > KEPT
-    if not over.any():
-        return None
-    row, group = over.nonzero()[0].tolist()
-    return row, group, int(count[row, group])
-
-
 def _problem(rows: Tensor) -> str | None:
     if rows.shape[1] % GROUP:
         return f"{rows.shape[1]} input channels are not a multiple of {GROUP}"
-    if (violation := first_violation(rows)) is not None:
+    if (violation := first_violation(rows, KEPT, GROUP)) is not None:
         row, group, count = violation
         return f"{count} non-zeros in group {group} of output {row}"
     return None

@@ -17,14 +17,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, DynamicCache, PretrainedConfig
+from transformers import DynamicCache, PretrainedConfig
 
 from exporters.onnx.trace import STANDARD_OPSET, trace
 from exporters.workspace import disk_errors
 from swiftprune.errors import CheckpointError, OutputError, first_line
 from swiftprune.pruning.pipeline import DTYPES, DtypeName
 from swiftprune.pruning.progress import Progress, silent
-from swiftprune.pruning.targets import read_config
+from swiftprune.pruning.whole_model import load_whole_model, read_config
 
 FUSED_OPSET = 23
 """The first with Attention, RMSNormalization and RotaryEmbedding, which ONNX Runtime runs faster than their parts."""
@@ -157,7 +157,7 @@ def _keys_and_values(cache: Any) -> list[tuple[Tensor, Tensor]]:
 def _trace_model(checkpoint: Path, out: Path, dtype: torch.dtype, opset: int, progress: Progress) -> str:
     progress("build decoder", 0, 3)
     try:
-        model: nn.Module = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype).eval()
+        model: nn.Module = load_whole_model(checkpoint, dtype=dtype)
     except Exception as error:  # of many types
         raise CheckpointError(f"{checkpoint}: transformers cannot load it: {first_line(error)}") from error
     progress("build decoder", 1, 3)

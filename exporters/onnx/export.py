@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from pydantic import BaseModel
-from transformers import AutoModelForCausalLM
 
 from exporters.onnx.check import check_weights
 from exporters.onnx.decoder import build_decoder
@@ -18,6 +16,7 @@ from exporters.workspace import disk_errors
 from swiftprune.errors import FormatError
 from swiftprune.pruning.pipeline import DTYPES, DtypeName
 from swiftprune.pruning.progress import Progress, silent
+from swiftprune.pruning.whole_model import load_whole_model
 
 CHECK_TOKENS = 16
 _PROMPT_TOKENS = 24
@@ -115,7 +114,7 @@ def _check(checkpoint: Path, out: Path, tolerance: float, progress: Progress) ->
 @torch.inference_mode()
 def _expected(checkpoint: Path) -> tuple[torch.Tensor, list[int]]:
     """Logits (CHECK_TOKENS, V) of greedy steps in fp32, and the tokens: a random prompt and the answers."""
-    model: Any = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    model = load_whole_model(checkpoint, dtype=torch.float32)
     torch.manual_seed(0)
     tokens = torch.randint(0, model.config.get_text_config().vocab_size, (1, _PROMPT_TOKENS))
     for _ in range(CHECK_TOKENS - 1):

@@ -6,16 +6,15 @@ import importlib.metadata
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 from transformers.generation.streamers import BaseStreamer
 
 import swiftprune.serve.transformers  # noqa: F401 - registers the packed format
 from runtime_bench import onednn
 from runtime_bench.engines import Options
+from swiftprune.pruning.whole_model import load_whole_model
 from swiftprune.sparse24.dispatch import DENSE
 from swiftprune.sparse24.linear import Linear24
 
@@ -30,7 +29,7 @@ class TransformersModel:
     def __init__(self, folder: Path, options: Options) -> None:
         self.engine_version = importlib.metadata.version("transformers")
         dtype: torch.dtype = getattr(torch, options.dtype)
-        self._model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+        self._model = load_whole_model(folder, dtype=dtype)
         self._model.generation_config.eos_token_id = None  # every answer is as long as asked for
         linears = [module for module in self._model.modules() if isinstance(module, (Linear24, nn.Linear))]
         self.linears = dict(Counter(module.backend if isinstance(module, Linear24) else DENSE for module in linears))

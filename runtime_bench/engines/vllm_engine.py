@@ -61,7 +61,10 @@ class Server(AbstractContextManager["Server"]):
         self._folder = folder
         self._work = work
         self._name = name
-        self._model = ["--dtype", options.dtype, "--max-model-len", str(2 * options.longest)]
+        self._model = [
+            "--dtype", options.dtype, "--max-model-len", str(2 * options.longest),
+            "--generation-config", "vllm",  # not the model's own, whose penalties would change the answers
+        ]  # fmt: skip
         self._url = ""
         self._serving = contextlib.ExitStack()
         self._peak = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from transformers import AutoTokenizer, StoppingCriteria, StoppingCriteriaList
 from swiftprune.errors import CheckpointError, SettingsError, TextError, first_line
 from swiftprune.pruning.checkpoint import Checkpoint
 from swiftprune.pruning.progress import Progress
+from swiftprune.pruning.text_files import DEFAULT_COLUMN, Render, document, read_text
 from swiftprune.pruning.whole_model import load_whole_model
 
 logger = logging.getLogger(__name__)
@@ -25,59 +27,81 @@ _SPEAKS = "\N{SYMBOL FOR NULL}swiftprune\N{SYMBOL FOR NULL}"
 
 
 def calibration_tokens(
-    source: str, checkpoint: Checkpoint, *, samples: int, seqlen: int, seed: int, progress: Progress
-) -> Tensor:
-    """(samples, seqlen) int64 token ids from `source`: `self`, a text file, or a data set id.
+    source: str, checkpoint: Checkpoint, *, samples: int, seqlen: int, seed: int, progress: Progress,
+    column: str = DEFAULT_COLUMN,
+) -> Tensor:  # fmt: skip
+    """(samples, seqlen) int64 token ids from `source`: `self`, a text file (see `text_files`), or a data set id.
 
     A text is cut into windows of `seqlen` tokens, of which `samples` are drawn without replacement under `seed`; a
     text that has fewer windows gives what it has, with a warning. Raises TextError when it has none.
     """
     if source == "self":
         return self_sampled(checkpoint, samples=samples, seqlen=seqlen, seed=seed, progress=progress)
-    windows = shuffled_windows(source, checkpoint, seqlen=seqlen, seed=seed, needed=samples)
+    windows = shuffled_windows(source, checkpoint, seqlen=seqlen, seed=seed, needed=samples, column=column)
     if len(windows) < samples:
         logger.warning("%s gives %d windows of %d tokens, not the %d asked for", source, len(windows), seqlen, samples)
     return windows[:samples]
 
 
-def shuffled_windows(source: str, checkpoint: Checkpoint, *, seqlen: int, seed: int, needed: int) -> Tensor:
+def shuffled_windows(
+    source: str, checkpoint: Checkpoint, *, seqlen: int, seed: int, needed: int, column: str = DEFAULT_COLUMN
+) -> Tensor:
     """(windows, seqlen) int64 token ids: all of a text file in random order, or `needed` and some of a data set."""
+    tokenizer = load_tokenizer(checkpoint)
     path = Path(source)
-    text = read_text(path) if path.is_file() else _dataset_text(source, needed=needed * seqlen * 8)
-    windows = token_windows(text, load_tokenizer(checkpoint.folder), seqlen, source)
+    if path.exists():
+        text = read_text(path, column=column, render=chat_template(tokenizer))
+    else:
+        text = _dataset_text(source, needed * seqlen * 8, column, chat_template(tokenizer))
+    windows = token_windows(text, tokenizer, seqlen, source)
     return windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))]
 
 
-def read_text(path: Path) -> str:
-    """The UTF-8 text of a file. Raises TextError when it is missing, not text, or empty."""
+def load_tokenizer(model: Path | Checkpoint) -> Any:
+    """The tokenizer in the folder of a model. Raises CheckpointError."""
+    folder = model.folder if isinstance(model, Checkpoint) else model
+    trusted = isinstance(model, Checkpoint) and model.trust_remote_code
     try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise TextError(f"{path}: no such file") from None
-    except (UnicodeDecodeError, IsADirectoryError) as error:
-        raise TextError(f"{path}: not a UTF-8 text file ({error})") from error
-    if not text.strip():
-        raise TextError(f"{path}: is empty")
-    return text
-
-
-def load_tokenizer(model_folder: Path) -> Any:
-    try:
-        return AutoTokenizer.from_pretrained(model_folder)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trusted)
     except Exception as error:  # many types, one meaning
-        raise CheckpointError(f"{model_folder}: its tokenizer cannot be loaded: {first_line(error)}") from error
+        raise CheckpointError(f"{folder}: its tokenizer cannot be loaded: {first_line(error)}") from error
+
+
+def chat_template(tokenizer: Any) -> Render | None:
+    """What turns a conversation into text for the model, or None when its tokenizer has no chat template."""
+    if not tokenizer.chat_template:
+        return None
+    return functools.partial(tokenizer.apply_chat_template, tokenize=False)
+
+
+def start_tokens(tokenizer: Any) -> list[int]:
+    """The tokens that `tokenizer` puts before a text, as the model was trained: often a BOS, often nothing."""
+    probe = "Every text"
+    with_special: list[int] = tokenizer(probe).input_ids
+    plain: list[int] = tokenizer(probe, add_special_tokens=False).input_ids
+    for start in range(len(with_special) - len(plain) + 1):
+        if with_special[start : start + len(plain)] == plain:
+            return with_special[:start]
+    return []
 
 
 def token_windows(text: str, tokenizer: Any, seqlen: int, source: str) -> Tensor:
-    """(windows, seqlen) consecutive token windows of `text`; the rest at its end is dropped."""
-    ids: Tensor = tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
-    if len(ids) < seqlen:
+    """(windows, seqlen) consecutive token windows of `text`, each after `start_tokens`; a rest is dropped."""
+    start = torch.tensor(start_tokens(tokenizer), dtype=torch.int64)
+    width = seqlen - len(start)
+    if width < 1:
+        raise TextError(
+            f"{source}: windows of {seqlen} tokens have no room for text after the {len(start)} at the start"
+        )
+    ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False).input_ids, dtype=torch.int64)
+    if len(ids) < width:
         raise TextError(f"{source}: has {len(ids)} tokens, fewer than one window of {seqlen}; give more text")
-    return ids[: len(ids) // seqlen * seqlen].view(-1, seqlen)
+    windows = ids[: len(ids) // width * width].view(-1, width)
+    return torch.cat([start.expand(len(windows), -1), windows], dim=1)
 
 
-def _dataset_text(source: str, needed: int) -> str:
-    """About `needed` characters of a data set's `text` column; `source` is `id[:config[:split]]`."""
+def _dataset_text(source: str, needed: int, column: str, render: Render | None) -> str:
+    """About `needed` characters of a data set's rows; `source` is `id[:config[:split]]`."""
     try:
         from datasets import load_dataset
     except ImportError:
@@ -85,24 +109,23 @@ def _dataset_text(source: str, needed: int) -> str:
             f"--calibration {source}: no such file; to read it as a data set, pip install 'swiftprune[datasets]'"
         ) from None
     name, config, split = [*source.split(":"), "", ""][:3]
+    parts: list[str] = []
+    length = 0
     try:
-        rows = load_dataset(name, config or None, split=split or "train", streaming=True)
-        parts: list[str] = []
-        length = 0
-        for row in rows:
-            parts.append(row["text"])
-            length += len(row["text"])
+        for number, row in enumerate(load_dataset(name, config or None, split=split or "train", streaming=True)):
+            parts.append(document(row, f"--calibration {source}: row {number}", column, render))
+            length += len(parts[-1])
             if length >= needed:
                 break
-    except KeyError:
-        raise TextError(f"--calibration {source}: the data set has no column `text`") from None
+    except TextError:
+        raise
     except Exception as error:  # datasets raises many types, offline and on
         raise TextError(
             f"--calibration {source}: no such file, nor a readable data set: {first_line(error)}"
         ) from error
     text = "\n\n".join(part for part in parts if part.strip())
     if not text:
-        raise TextError(f"--calibration {source}: the data set's `text` column is empty")
+        raise TextError(f"--calibration {source}: the data set holds no text")
     return text
 
 
@@ -111,14 +134,13 @@ def self_sampled(checkpoint: Checkpoint, *, samples: int, seqlen: int, seed: int
 
     A text that ends is followed by the next. Deterministic for a seed on one machine. Needs memory for the whole model.
     """
-    model = load_whole_model(checkpoint.folder, checkpoint.parameter_count)
-    tokenizer = load_tokenizer(checkpoint.folder)
+    model = load_whole_model(
+        checkpoint.folder, checkpoint.parameter_count, trust_remote_code=checkpoint.trust_remote_code
+    )
+    tokenizer = load_tokenizer(checkpoint)
+    config = model.config.get_text_config()
     start = next(
-        (
-            token
-            for token in (tokenizer.bos_token_id, model.config.bos_token_id, tokenizer.eos_token_id)
-            if token is not None
-        ),
+        (token for token in (tokenizer.bos_token_id, config.bos_token_id, tokenizer.eos_token_id) if token is not None),
         0,
     )
     return _sampled(model, torch.tensor([start]), samples, seqlen, seed, 1.0, "sample calibration text", progress)
@@ -126,7 +148,7 @@ def self_sampled(checkpoint: Checkpoint, *, samples: int, seqlen: int, seed: int
 
 def has_conversations(checkpoint: Checkpoint) -> bool:
     """Whether the model has a chat template, and so conversations to sample."""
-    return bool(load_tokenizer(checkpoint.folder).chat_template)
+    return bool(load_tokenizer(checkpoint).chat_template)
 
 
 def sampled_conversations(
@@ -137,14 +159,16 @@ def sampled_conversations(
     It gets its chat template up to where a user begins to speak and goes on from there (Magpie, arXiv 2406.08464).
     Raises SettingsError when that takes all of `seqlen`.
     """
-    tokenizer = load_tokenizer(checkpoint.folder)
+    tokenizer = load_tokenizer(checkpoint)
     written: str = tokenizer.apply_chat_template([{"role": "user", "content": _SPEAKS}], tokenize=False)
     before = tokenizer(written.partition(_SPEAKS)[0], add_special_tokens=False, return_tensors="pt").input_ids[0]
     if len(before) >= seqlen:
         raise SettingsError(
             f"--conversations: the chat template takes {len(before)} tokens, and --seqlen is {seqlen}; make it longer"
         )
-    model = load_whole_model(checkpoint.folder, checkpoint.parameter_count)
+    model = load_whole_model(
+        checkpoint.folder, checkpoint.parameter_count, trust_remote_code=checkpoint.trust_remote_code
+    )
     return _sampled(model, before, samples, seqlen, seed, _TEMPERATURE, "sample conversations", progress)
 
 

@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from swiftprune.errors import CheckpointError, first_line
+from swiftprune.errors import CheckpointError, SettingsError, first_line
 from swiftprune.pruning.progress import Progress, silent
 
 logger = logging.getLogger(__name__)
@@ -25,7 +25,8 @@ INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 # The float types of safetensors that a checkpoint to be pruned may use, and all others only for tensors left alone.
 _TORCH_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-
+# Of a hub repository, all but its weights.
+_SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py", "LICENSE*", "NOTICE*", "USE_POLICY*")
 
 Orders = Mapping[str, Mapping[int, Tensor]]
 """By tensor and axis, the int64 indices in the order in which the entries along that axis are to stand."""
@@ -52,8 +53,10 @@ class Checkpoint:
     Raises CheckpointError naming the file when something is missing, damaged, or not a safetensors checkpoint.
     """
 
-    def __init__(self, folder: Path, name: str | None = None) -> None:
+    def __init__(self, folder: Path, name: str | None = None, *, trust_remote_code: bool = False) -> None:
         self.folder = folder
+        self.trust_remote_code = trust_remote_code
+        """Whether transformers may run Python code that the checkpoint brings along."""
         self.name = name or folder.resolve().name
         """The hub id, or the name of the folder."""
         self.config: dict[str, Any] = _read_json(folder / "config.json")
@@ -61,17 +64,22 @@ class Checkpoint:
         self._orders: Orders = {}
 
     @classmethod
-    def open(cls, model: str | Path) -> Checkpoint:
-        """Opens a local folder, or downloads a hub id (`owner/name`) to the hub cache and opens that."""
+    def open(cls, model: str | Path, *, revision: str | None = None, trust_remote_code: bool = False) -> Checkpoint:
+        """Opens a local folder, or downloads a hub id (`owner/name`) to the hub cache and opens that.
+
+        `revision` is a branch, tag or commit of the hub repository.
+        """
         folder = Path(model)
         if folder.is_dir():
-            return cls(folder)
+            if revision is not None:
+                raise SettingsError(f"--revision {revision}: {model} is a local folder, which has no revisions")
+            return cls(folder, trust_remote_code=trust_remote_code)
         if folder.exists():
             raise CheckpointError(f"{model}: is a file; give the folder that holds config.json and *.safetensors")
         name = str(model)
         if name.count("/") != 1 or name.startswith((".", "/", "~")):
             raise CheckpointError(f"{model}: no such folder, and not a hub id of the form owner/name")
-        return cls(_download(name), name)
+        return cls(_download(name, revision), name, trust_remote_code=trust_remote_code)
 
     def permuted(self, orders: Orders) -> Checkpoint:
         """The same checkpoint with the entries of its tensors reordered as they are read."""
@@ -85,11 +93,21 @@ class Checkpoint:
 
     def refuse_quantized(self) -> None:
         """Raises CheckpointError for a checkpoint whose weights are quantized or packed already."""
-        if quantization := self.config.get("quantization_config"):
+        quantization = self.config.get("quantization_config")
+        if quantization and not stores_plain_weights(quantization):
             method = quantization.get("quant_method", "an unnamed method")
             raise CheckpointError(
                 f"{self.folder}: already quantized or packed by {method!r}; prune the original checkpoint"
             )
+
+    @property
+    def declared_pattern(self) -> str | None:
+        """The pattern, as `2:4`, that the checkpoint itself says its weights have."""
+        quantization = self.config.get("quantization_config") or {}
+        declared = (quantization.get("sparsity_config") or {}).get("sparsity_structure")
+        if declared is None and (self.folder / "swiftprune.json").is_file():  # of an export with zeros in place
+            declared = (_read_json(self.folder / "swiftprune.json").get("settings") or {}).get("pattern")
+        return declared if isinstance(declared, str) else None
 
     @property
     def shards(self) -> list[str]:
@@ -133,17 +151,39 @@ class Checkpoint:
         return tensors
 
 
-def _download(name: str) -> Path:
-    from huggingface_hub import snapshot_download
+def stores_plain_weights(quantization: Mapping[str, Any]) -> bool:
+    """Whether a `quantization_config` only says that compressed-tensors pruned weights, which are stored as ever."""
+    sparsity = quantization.get("sparsity_config") or {}
+    return sparsity.get("format") == "dense" and not quantization.get("config_groups")
+
+
+def _download(name: str, revision: str | None) -> Path:
+    """The folder of a hub repository's newest or given revision: first its small files, then the weights they name."""
+    import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    patterns = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "LICENSE*"]
+    def take(*weights: str) -> Path:
+        return Path(
+            huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=[*_SMALL_FILES, *weights])
+        )
+
     try:
-        return Path(snapshot_download(name, allow_patterns=patterns))
+        folder = take()
+        index = folder / INDEX_NAME
+        shards = set(_read_json(index).get("weight_map", {}).values()) if index.exists() else {SINGLE_NAME}
+        folder = take(*sorted(shards))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        at = f" at revision {revision}" if revision else ""
         raise CheckpointError(
-            f"{name}: no such folder here, and the hub could not be read: {first_line(error)}"
+            f"{name}: no such folder here, and the hub could not be read{at}: {first_line(error)}"
         ) from error
+    if not index.exists() and not (folder / SINGLE_NAME).exists():
+        raise CheckpointError(
+            f"{name}: the repository holds neither {SINGLE_NAME} nor {INDEX_NAME}. If its weights are "
+            "pytorch_model.bin, convert it once: load it with AutoModelForCausalLM.from_pretrained, and its tokenizer, "
+            "and save_pretrained both into one folder"
+        )
+    return folder
 
 
 def _read_json(path: Path) -> dict[str, Any]:

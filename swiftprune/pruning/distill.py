@@ -23,8 +23,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from swiftprune.errors import CheckpointError, SettingsError
+from swiftprune.errors import CheckpointError, SettingsError, first_line
 from swiftprune.pruning.compute import autocast
 from swiftprune.pruning.progress import Progress, silent
 
@@ -47,6 +48,40 @@ PATIENCE = 3
 # Logits in memory at a time: 16 MiB in fp32, which caches hold, and the same again for the teacher's.
 _CHUNK_LOGITS = 1 << 22
 _SAVE_SECONDS = 60.0
+
+
+def check_supported(model: Any) -> None:
+    """Raises SettingsError when the logits of `model`, which may be on the meta device, are not the head's output.
+
+    Some architectures scale or cap them. The model runs here on no weights: its body is left out, and its head gives
+    numbers that are known.
+    """
+    known = torch.tensor([[[-40.0, -1.0, 0.5, 3.0, 40.0]]])
+    body, head = getattr(model, model.base_model_prefix), model.get_output_embeddings()
+    body.forward = lambda *_, **__: _Hidden(last_hidden_state=torch.zeros(1, 1, 1))
+    head.forward = lambda *_, **__: known.clone()
+    try:
+        logits = model(input_ids=torch.zeros(1, 1, dtype=torch.int64), use_cache=False).logits
+    except Exception as error:  # a body that is used in another way, of any type
+        raise SettingsError(
+            f"--refine distill: {type(model).__name__} does not run as a body and a head: {first_line(error)}"
+        ) from error
+    finally:
+        del body.forward, head.forward
+    if logits.shape != known.shape or not torch.equal(logits.float(), known):
+        raise _changes_its_logits(model)
+
+
+class _Hidden(BaseModelOutputWithPast):  # type: ignore[misc]
+    """What a body returns; what only some models look for in it is None."""
+
+    def __getattr__(self, name: str) -> None:
+        return None
+
+
+def _changes_its_logits(model: Any) -> SettingsError:
+    return SettingsError(f"--refine distill: {type(model).__name__} changes its logits after the head, "
+                         "which distillation does not support; use other refinements")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -210,7 +245,7 @@ class Distillation:
         return total / len(hidden), gradient.div_(len(hidden))
 
     def _chunks(self, tokens: int) -> Iterator[slice]:
-        size = max(1, _CHUNK_LOGITS // self._student.config.vocab_size)
+        size = max(1, _CHUNK_LOGITS // self._student.config.get_text_config().vocab_size)
         return (slice(start, start + size) for start in range(0, tokens, size))
 
     @functools.cached_property
@@ -243,8 +278,7 @@ class Distillation:
             logits = self._teacher(input_ids=window.to(self._teacher.device), use_cache=False).logits[0].float()
         ours = self._log_probabilities(self._teacher, self._targets[0])
         if not torch.allclose(logits.log_softmax(-1), ours, atol=0.05, rtol=0.05):
-            raise SettingsError(f"--refine distill: {type(self._teacher).__name__} changes its logits after the head, "
-                                "which distillation does not support; use other refinements")  # fmt: skip
+            raise _changes_its_logits(self._teacher)
 
     def save(self, path: Path) -> None:
         """Writes all that training depends on, aside and then renamed."""

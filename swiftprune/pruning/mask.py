@@ -64,6 +64,16 @@ def n_of_m(score: Tensor, kept: int, group: int) -> Tensor:
     return (wins >= group - kept).view(score.shape)
 
 
+def first_violation(rows: Tensor, kept: int, group: int) -> tuple[int, int, int] | None:
+    """(row, group, non-zeros) of the first group of `group` in `rows` (N, K) with more than `kept` non-zeros."""
+    count = (rows != 0).view(rows.shape[0], -1, group).sum(dim=-1, dtype=torch.uint8)
+    over = count > kept
+    if not over.any():
+        return None
+    row, index = over.nonzero()[0].tolist()
+    return row, index, int(count[row, index])
+
+
 def ewma(score: Tensor, sparsity: float) -> Tensor:
     """Prunes scores below a running threshold m + k d, in the form of RFC 6298 (TCP's round-trip estimator).
 

@@ -6,7 +6,6 @@ and what calibrates it are batches of its own inputs.
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -22,7 +21,7 @@ from swiftprune.errors import CheckpointError, SettingsError
 from swiftprune.pruning.pipeline import check_finite, kept_energy
 from swiftprune.pruning.progress import Progress, silent
 from swiftprune.pruning.score import METHODS, InputStats, Method, find_method
-from swiftprune.pruning.targets import compile_ignore
+from swiftprune.pruning.targets import Ignore, compile_ignore
 from swiftprune.sparse24.format import GROUP, prune_and_pack, unpack, unpackable_reason
 
 Layer = nn.Linear | nn.Conv1d | nn.Conv2d
@@ -67,7 +66,7 @@ def prune_module(
     output channel and kernel position, in nn.Conv1d and nn.Conv2d, as TensorRT wants it (NVIDIA TensorRT
     documentation, "Structured Sparsity"). Weights are float32, bfloat16 or float16; zeros are +0. What cannot be
     pruned stays dense and is reported with its reason: grouped convolutions, input channels that are not a multiple of
-    four, a weight that two modules share, layers whose name `ignore` is found in (re.search), and weights of any other
+    four, a weight that two modules share, layers whose name `ignore` matches (see `Ignore`), and weights of any other
     kind of module, such as nn.Embedding or the in_proj_weight of nn.MultiheadAttention.
 
     `batches` are calibration inputs, each a tensor, a tuple or list of positional arguments, a mapping of keyword
@@ -86,7 +85,10 @@ def prune_module(
     >>> print(report.layers[0].kept_energy, report.dense)  # doctest: +SKIP
     """
     method, chosen = _choose_method(method, calibrated=batches is not None)
-    layers, dense = _find_layers(module, compile_ignore(ignore))
+    ignored = compile_ignore(ignore)
+    if ignore != IGNORE_NOTHING:
+        ignored.check(name for name, _ in module.named_modules())
+    layers, dense = _find_layers(module, ignored)
     if not layers:
         first = next((f" ({name}: {reason})" for name, reason in dense.items()), "")
         raise SettingsError(f"nothing to prune: the module has no suitable Linear, Conv1d or Conv2d{first}")
@@ -119,7 +121,7 @@ def _choose_method(name: str, *, calibrated: bool) -> tuple[str, Method]:
     return name, method
 
 
-def _find_layers(module: nn.Module, ignored: re.Pattern[str]) -> tuple[dict[str, Layer], dict[str, str]]:
+def _find_layers(module: nn.Module, ignored: Ignore) -> tuple[dict[str, Layer], dict[str, str]]:
     """By name, the layers to prune, and the reasons why other modules with matrices of their own stay dense."""
     owners: dict[nn.Parameter, list[str]] = defaultdict(list)
     for name, child in module.named_modules():

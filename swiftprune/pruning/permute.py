@@ -127,6 +127,11 @@ def find_orders(
     return orders
 
 
+def check_supported(model: nn.Module) -> None:
+    """Raises SettingsError when the architecture is not one whose permutations are known."""
+    _Search(model).finish()
+
+
 def _check_same(
     model: nn.Module, permuted: Checkpoint, targets: Targets, tokens: Tensor, expected: Tensor, compute: torch.dtype
 ) -> None:

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import time
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Protocol, get_args
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from swiftprune.errors import CheckpointError, FormatError, SettingsError
-from swiftprune.pruning import keep_dense, refine_blocks
+from swiftprune.pruning import distill, keep_dense, permute, refine_blocks
 from swiftprune.pruning.calibrate import BlockRunner
 from swiftprune.pruning.calibration_text import (
     calibration_tokens,
@@ -29,11 +28,12 @@ from swiftprune.pruning.checkpoint import Checkpoint, Orders
 from swiftprune.pruning.compute import ComputeName, autocast
 from swiftprune.pruning.distill import SEQLEN, Budget, Distillation, Validation
 from swiftprune.pruning.evaluate import perplexity
+from swiftprune.pruning.keep import KeepMasks, violations
 from swiftprune.pruning.least_squares import refine_weights
-from swiftprune.pruning.mask import Pattern, select
+from swiftprune.pruning.mask import Pattern, first_violation, select
 from swiftprune.pruning.permute import find_orders
 from swiftprune.pruning.progress import Announce, Progress, silent, unheard
-from swiftprune.pruning.score import InputStats, Needs, find_method
+from swiftprune.pruning.score import KEEP, InputStats, Needs, find_method
 from swiftprune.pruning.targets import (
     DEFAULT_IGNORE,
     Block,
@@ -44,6 +44,7 @@ from swiftprune.pruning.targets import (
     find_targets,
     fused_sets,
 )
+from swiftprune.pruning.text_files import DEFAULT_COLUMN
 from swiftprune.pruning.whole_model import load_whole_model
 from swiftprune.sparse24 import format as format24
 from swiftprune.sparse24.format import Packed24
@@ -72,9 +73,16 @@ class PruneSettings(BaseModel):
 
     pattern: str = "2:4"
     method: str = ""
-    """A key of METHODS. Empty: `swiftprune`, or `swiftprune-data-free` without calibration."""
+    """A key of METHODS. Empty: `keep` for a checkpoint that declares the pattern, or with `mask`; else `swiftprune`, or
+    `swiftprune-data-free` without calibration."""
     calibration: str = "self"
-    """`none`, `self`, a text file, or a data set id."""
+    """`none`, `self`, a text file or a folder of them (see `text_files`), or a data set id."""
+    text_column: str = DEFAULT_COLUMN
+    """Where the text stands in the rows of JSON, Parquet and data sets."""
+    mask: str = ""
+    """For method `keep`: a file of masks that were made elsewhere (see `keep`)."""
+    strict: bool = False
+    """For method `keep`: stop at a linear that does not fit the pattern, rather than leave it dense."""
     samples: int = Field(default=32, ge=1)
     seqlen: int = Field(default=512, ge=1)
     conversations: int = Field(default=0, ge=0)
@@ -97,13 +105,22 @@ class PruneSettings(BaseModel):
     """For distillation, instead of minutes: so many, which is reproducible."""
     max_perplexity_ratio: float | None = Field(default=None, gt=1)
     """Leave linears dense until perplexity, on calibration text, is at most so many times the dense model's."""
+    from_preset: frozenset[str] = Field(default=frozenset(), exclude=True)
+    """Names of fields that a preset has set: of these, what cannot be had is left out with a word, not refused."""
 
     def resolved(self) -> PruneSettings:
         """The same with defaults that depend on each other filled in. Raises SettingsError where they clash."""
         Pattern.parse(self.pattern)
         compile_ignore(self.ignore)
-        name = self.method or ("swiftprune-data-free" if self.calibration == "none" else "swiftprune")
+        name = self.method or (
+            KEEP if self.mask else "swiftprune-data-free" if self.calibration == "none" else "swiftprune"
+        )
         method = find_method(name)
+        for option, given in (("--mask", self.mask), ("--strict", self.strict)):
+            if given and name != KEEP:
+                raise SettingsError(f"{option} is for --method {KEEP}, not for {name}")
+        if name == KEEP and self.permute:
+            raise SettingsError(f"--permute moves zeros out of their groups, so it does not go with --method {KEEP}")
         if method.only not in (None, self.pattern):
             raise SettingsError(f"--method {name} prunes to --format {method.only} only")
         if self.permute and self.pattern != format24.FORMAT:
@@ -238,7 +255,10 @@ class Pipeline:
     ) -> None:  # fmt: skip
         checkpoint.refuse_quantized()
         self.checkpoint = checkpoint
-        self.settings = settings.resolved()
+        self._announce = announce
+        self._progress = progress
+        self._model = empty_model(checkpoint)
+        self.settings = self._with_what_can_be_had(self._with_keep(settings)).resolved()
         self.pattern = Pattern.parse(self.settings.pattern)
         self.method = find_method(self.settings.method)
         self.clock = StageClock()
@@ -249,11 +269,98 @@ class Pipeline:
         self.validations: list[Validation] = []
         self._started = time.monotonic()
         self.needs = self._needs()
-        self._progress = progress
-        self._announce = announce
-        self._model = empty_model(checkpoint)
         group = self.pattern.group if self.pattern.structured else 1
         self.targets: Targets = find_targets(self._model, checkpoint, ignore=self.settings.ignore, group=group)
+        self._masks = KeepMasks(Path(self.settings.mask)) if self.settings.mask else None
+        self._check_head()
+        if self.settings.method == KEEP:
+            self.targets = self._without_violations()
+        else:
+            self._note_sparse_weights()
+
+    def _with_keep(self, settings: PruneSettings) -> PruneSettings:
+        """Weights that are said to have the pattern already are kept, where no method was asked for."""
+        chosen = settings.method and "method" not in settings.from_preset
+        if chosen or settings.mask or self.checkpoint.declared_pattern != settings.pattern:
+            return settings
+        self._announce(
+            f"The checkpoint says that its weights are {settings.pattern} already, so --method {KEEP} leaves them as "
+            "they are; to prune them anew, name another method."
+        )
+        return settings.model_copy(update={"method": KEEP, "permute": False})
+
+    def _with_what_can_be_had(self, settings: PruneSettings) -> PruneSettings:
+        """Settings without those stages of a preset that the architecture does not allow; others are refused."""
+        changes: dict[str, Any] = {}
+        if settings.permute:
+            try:
+                permute.check_supported(self._model)
+            except SettingsError as error:
+                self._leave_out("permute", settings, error)
+                changes["permute"] = False
+        if "distill" in settings.refine:
+            try:
+                distill.check_supported(self._model)
+            except SettingsError as error:
+                self._leave_out("refine", settings, error)
+                changes["refine"] = tuple(stage for stage in settings.refine if stage != "distill")
+                changes |= {"minutes": None, "steps": None}
+        if settings.conversations and not has_conversations(self.checkpoint):
+            self._announce("The model has no chat template, so no conversations are sampled.")
+            changes["conversations"] = 0
+        return settings.model_copy(update=changes)
+
+    def _leave_out(self, field: str, settings: PruneSettings, error: SettingsError) -> None:
+        if field not in settings.from_preset:
+            raise error
+        self._announce(f"Left out of --quality: {error}.")
+
+    def _check_head(self) -> None:
+        """A checkpoint may have no output head, and then nothing that predicts tokens can be had."""
+        if self.targets.head:
+            return
+        s = self.settings
+        for needed, what in (
+            (s.calibration == "self", "--calibration self"), (s.conversations, "--conversations"),
+            ("distill" in s.refine, "--refine distill"), (s.max_perplexity_ratio, "--sparsity auto"),
+        ):  # fmt: skip
+            if needed:
+                raise CheckpointError(f"{self.checkpoint.folder}: holds no output head, which {what} needs")
+        self._announce("The checkpoint holds no output head; its body is pruned, and the output has none either.")
+
+    def _without_violations(self) -> Targets:
+        """For `keep`: linears that do not fit the pattern stay dense, with those that engines run as one with them."""
+        linears = [linear for block in self.targets.blocks for linear in block.linears]
+        if self._masks:
+            self._masks.check(linear.tensor for linear in linears)
+        found = dict(violations(self.checkpoint, linears, self.pattern, self._masks, self._progress))
+        if found and self.settings.strict:
+            name, reason = next(iter(found.items()))
+            raise SettingsError(f"--strict: {len(found)} of {len(linears)} linears are not, first {name}: {reason}")
+        for together in fused_sets(linear.name for linear in linears):
+            if bad := [name for name in together if name in found]:
+                found |= {name: f"engines run it as one with {bad[0]}" for name in together if name not in found}
+        if len(found) == len(linears):
+            raise SettingsError(f"--method {KEEP}: no linear of the decoder can stay as it is: {_first_of(found)}")
+        if found:
+            self._announce(f"{len(found)} of {len(linears)} linears stay dense, first {_first_of(found)}.")
+        blocks = [
+            dataclasses.replace(block, linears=[linear for linear in block.linears if linear.name not in found])
+            for block in self.targets.blocks
+        ]
+        return dataclasses.replace(self.targets, blocks=blocks, dense=self.targets.dense | found)
+
+    def _note_sparse_weights(self) -> None:
+        """To prune what is sparse already is allowed, but hardly ever what is wanted."""
+        if not self.pattern.structured:
+            return
+        first = next(linear for block in self.targets.blocks for linear in block.linears)
+        weight = self.checkpoint.read([first.tensor])[first.tensor]
+        if weight.any() and first_violation(weight, self.pattern.kept, self.pattern.group) is None:
+            self._announce(
+                f"{first.name} is {self.pattern.name} already: if all are, --method {KEEP} packs them as they are, "
+                "without calibration."
+            )
 
     def _needs(self) -> Needs:
         """What calibration must collect, for the method and for refining."""
@@ -274,8 +381,9 @@ class Pipeline:
                 self.tokens = calibration_tokens(
                     s.calibration, self.checkpoint,
                     samples=s.samples * more, seqlen=s.seqlen, seed=s.seed, progress=self._progress,
+                    column=s.text_column,
                 )  # fmt: skip
-            if count := self._conversation_count:
+            if count := self.settings.conversations:
                 with self.clock("sample conversations"):
                     found = sampled_conversations(
                         self.checkpoint, samples=count, seqlen=s.seqlen, seed=s.seed, progress=self._progress
@@ -284,16 +392,9 @@ class Pipeline:
                 self.tokens = torch.cat([self.tokens[:start], found, self.tokens[start:]])
         return self.tokens
 
-    @functools.cached_property
-    def _conversation_count(self) -> int:
-        if self.settings.conversations and not has_conversations(self.checkpoint):
-            self._announce("The model has no chat template, so no conversations are sampled.")
-            return 0
-        return self.settings.conversations
-
     def _conversation_rows(self, rows: int) -> slice:
         """Where conversations are, of so many rows of tokens."""
-        count = self._conversation_count
+        count = self.settings.conversations
         calibration = min(self.settings.samples, rows - count)
         start = calibration - min(count, calibration // _EVERY_CONVERSATION)
         return slice(start, start + count)
@@ -403,9 +504,8 @@ class Pipeline:
         """
         with self.clock("distill"):
             tokens, _ = self._windows_to_train_and_to_judge()
-            count = self.checkpoint.parameter_count
-            teacher = load_whole_model(self.checkpoint.folder, count, DTYPES[self.settings.compute])
-            student = load_whole_model(self.checkpoint.folder, count, torch.float32)
+            teacher = self._load_whole(DTYPES[self.settings.compute])
+            student = self._load_whole(torch.float32)
             keep_masks = self._put_pruned(student, store)
             first = self.targets.blocks[0].name
             distillation = Distillation(
@@ -425,7 +525,7 @@ class Pipeline:
         linears = {linear.name: linear.tensor for block in self.targets.blocks for linear in block.linears}
         with self.clock("keep dense"), autocast(DTYPES[self.settings.compute]):
             _, windows = self._windows_to_train_and_to_judge()
-            model = load_whole_model(self.checkpoint.folder, self.checkpoint.parameter_count, torch.float32)
+            model = self._load_whole(torch.float32)
             dense_perplexity = perplexity(model, windows)
             self._put_pruned(model, store)
             return keep_dense.find_dense(
@@ -452,6 +552,11 @@ class Pipeline:
             results.append(_result(linear, before[tensor], weights[tensor], None, 0.0))
         return PrunedBlock(block, weights, results)
 
+    def _load_whole(self, dtype: torch.dtype) -> Any:
+        return load_whole_model(
+            self.checkpoint.folder, dtype=dtype, trust_remote_code=self.checkpoint.trust_remote_code
+        )
+
     def _budget(self) -> Budget:
         """What is left of the minutes; of an earlier run that was stopped, only what it distilled counts."""
         minutes = self.settings.minutes
@@ -475,7 +580,12 @@ class Pipeline:
         if self.settings.calibration == "self":
             return sampled
         text = shuffled_windows(
-            self.settings.calibration, self.checkpoint, seqlen=width, seed=self.settings.seed, needed=_TRAINING_WINDOWS
+            self.settings.calibration,
+            self.checkpoint,
+            seqlen=width,
+            seed=self.settings.seed,
+            needed=_TRAINING_WINDOWS,
+            column=self.settings.text_column,
         )
         if not len(sampled):
             return text
@@ -532,6 +642,12 @@ class Pipeline:
             if linear:
                 results.append(_result(linear, before[tensor], weights[tensor], None, 0.0))
         return PrunedBlock(block, weights, results)
+
+    def stored_dtype(self, linear: Linear) -> torch.dtype:
+        """The type that the weight of `linear` is written in."""
+        dtype = self.checkpoint.tensors[linear.tensor].dtype
+        assert dtype is not None, "find_targets refuses others"
+        return self._stored(dtype)
 
     def _stored(self, dtype: torch.dtype) -> torch.dtype:
         return DTYPES[self.settings.dtype] if self.settings.dtype else dtype
@@ -599,7 +715,7 @@ class Pipeline:
 
     def _together(self, block: Block, stats: Mapping[str, InputStats]) -> list[list[Linear]]:
         """The linears of a block in order; those on the same inputs together, where methods share what inputs cost."""
-        if self.method.prune is None or not self.pattern.structured:
+        if self.method.prune is None or not self.pattern.structured or not stats:
             return [[linear] for linear in block.linears]
         sharing: dict[int, list[Linear]] = defaultdict(list)
         for linear in block.linears:
@@ -615,15 +731,29 @@ class Pipeline:
         for linear, weight in zip(linears, weights, strict=True):
             check_finite(weight, linear.tensor)
         whole = torch.cat(weights) if len(weights) > 1 else weights[0]
-        pruned = self._prune_dense(whole, stats, linears[0].name).to(whole.dtype)
+        given = None
+        if self._masks:
+            given = torch.cat([self._given_mask(*pair) for pair in zip(linears, weights, strict=True)])
+        pruned = self._prune_dense(whole, stats, linears[0].name, given).to(whole.dtype)
         parts = torch.split(pruned, [len(weight) for weight in weights])
         if self.pattern.name != format24.FORMAT:
             return list(parts)
         return [format24.pack(part, linear.tensor) for part, linear in zip(parts, linears, strict=True)]
 
-    def _prune_dense(self, weight: Tensor, stats: InputStats, name: str) -> Tensor:
-        """`weight` (N, K) with zeros in place, its kept weights refined where that is asked for."""
-        if self.method.prune is not None:
+    def _given_mask(self, linear: Linear, weight: Tensor) -> Tensor:
+        assert self._masks is not None
+        mask = self._masks.read(linear.tensor, (weight.shape[0], weight.shape[1]), self.pattern)
+        return weight != 0 if mask is None else mask
+
+    def _prune_dense(self, weight: Tensor, stats: InputStats, name: str, given: Tensor | None) -> Tensor:
+        """`weight` (N, K) with zeros in place, its kept weights refined where that is asked for.
+
+        `given` is a keep_mask that was made elsewhere.
+        """
+        if given is not None:
+            keep_mask = given
+            pruned = torch.where(keep_mask, weight, 0)
+        elif self.method.prune is not None:
             pruned = self.method.prune(weight, stats, self.pattern, name)
             keep_mask = pruned != 0
         else:
@@ -710,6 +840,10 @@ def _check_inputs(stats: dict[str, InputStats], block: Block, checkpoint: Checkp
             f"{checkpoint.folder}: input channel {channel} of {name} is not finite on the calibration text, though the "
             "weights of its block are; look for NaN or infinities in the embedding"
         )
+
+
+def _first_of(reasons: Mapping[str, str]) -> str:
+    return next(f"{name}: {reason}" for name, reason in reasons.items())
 
 
 def _result(

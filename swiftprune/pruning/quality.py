@@ -51,7 +51,7 @@ def make_settings(quality: QualityName | None, given: Mapping[str, Any]) -> Prun
     if "steps" in given:
         chosen.pop("minutes", None)
     try:
-        return PruneSettings(**(chosen | dict(given)))
+        return PruneSettings(**(chosen | dict(given)), from_preset=frozenset(chosen) - frozenset(given))
     except ValidationError as error:
         first = error.errors()[0]
         raise SettingsError(f"{first['loc'][0]}: {first['msg']}, not {first['input']!r}") from None

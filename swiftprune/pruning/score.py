@@ -22,6 +22,9 @@ from swiftprune.pruning.sparsegpt import sparsegpt
 from swiftprune.sparse24.format import FORMAT
 from swiftprune.sparse24.score_factors import ScoreFactors
 
+KEEP = "keep"
+"""The method that leaves weights as they are: see `keep`."""
+
 Needs = Literal["nothing", "input_sq_sum", "group_gram", "gram", "drift"]
 """What calibration must collect, each more than the one before: `drift` is the Gram matrix and the drift."""
 
@@ -174,6 +177,10 @@ def _by_admm(weight: Tensor, stats: InputStats, pattern: Pattern, name: str) -> 
     return admm(weight, stats.gram, stats.drift(weight), pattern, name)
 
 
+def _kept(weight: Tensor, stats: InputStats, pattern: Pattern, name: str) -> Tensor:
+    return weight
+
+
 METHODS: dict[str, Method] = {
     "swiftprune": Method("contribution metric by share of input energy", "input_sq_sum", contribution_share),
     "swiftprune-group": Method("contribution metric, OBS form, S over the group", "input_sq_sum", contribution_group),
@@ -188,6 +195,7 @@ METHODS: dict[str, Method] = {
     ),
     "sparsegpt": Method("second-order mask with an update of the kept weights", "gram", None, _by_sparsegpt),
     "admm": Method("mask and kept weights in turn, against the dense model's outputs", "drift", None, _by_admm),
+    KEEP: Method("changes nothing: for weights that are sparse already, or with --mask", "nothing", None, _kept),
 }
 
 

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import difflib
+import json
 import re
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoModelForCausalLM
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.pytorch_utils import Conv1D
 
 from swiftprune.errors import CheckpointError, SettingsError, first_line
 from swiftprune.pruning.checkpoint import Checkpoint
+from swiftprune.pruning.whole_model import read_config
 from swiftprune.sparse24.format import unpackable_reason
 
 DEFAULT_IGNORE = r"lm_head|embed"
@@ -57,7 +60,7 @@ class Targets:
     embedding: str
     """Tensor of the input embeddings."""
     head: str
-    """Tensor of the output head: the same where the two are tied."""
+    """Tensor of the output head: the same where the two are tied, and empty where the checkpoint has none."""
     dense: dict[str, str] = field(default_factory=dict)
     outside: list[str] = field(default_factory=list)
 
@@ -67,25 +70,30 @@ def empty_model(checkpoint: Checkpoint) -> nn.Module:
 
     Raises CheckpointError when transformers does not know the architecture.
     """
-    config = read_config(checkpoint.folder)
+    config = read_config(checkpoint.folder, trust_remote_code=checkpoint.trust_remote_code)
     try:
         with init_empty_weights(include_buffers=False):
-            model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            model: nn.Module = AutoModelForCausalLM.from_config(
+                config, dtype=torch.float32, trust_remote_code=checkpoint.trust_remote_code
+            )
     except (ValueError, KeyError, ImportError) as error:
         raise CheckpointError(
             f"{checkpoint.folder}: transformers has no causal language model for model_type "
-            f"{checkpoint.config.get('model_type')!r}: {first_line(error)}"
+            f"{checkpoint.config.get('model_type')!r}: {first_line(error)}{_way_out(checkpoint)}"
         ) from error
     return model.eval()
 
 
-def read_config(folder: Path) -> PretrainedConfig:
-    """transformers' reading of config.json. Raises CheckpointError when it cannot read it."""
-    try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(folder)
-        return config
-    except Exception as error:  # transformers raises many types here, all meaning the same to the user
-        raise CheckpointError(f"{folder / 'config.json'}: transformers cannot read it: {first_line(error)}") from error
+def _way_out(checkpoint: Checkpoint) -> str:
+    """What a user of a model with several parts can do."""
+    if not isinstance(checkpoint.config.get("text_config"), dict):
+        return ""
+    kind = checkpoint.config["text_config"].get("model_type", "another one")
+    return (
+        f". It wraps a language model ({kind}), which can be pruned by itself: load the whole with transformers' "
+        "AutoModelForImageTextToText or AutoModel, put its `language_model` and `lm_head` into a causal language "
+        "model of that kind, save_pretrained that with the tokenizer, and prune the folder"
+    )
 
 
 def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
@@ -99,21 +107,75 @@ def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     return max(outermost, key=lambda item: sum(p.numel() for p in item[1].parameters()))
 
 
-def compile_ignore(pattern: str) -> re.Pattern[str]:
+class Ignore:
+    """Names of linears that stay dense, from a text or a list of patterns with commas between them.
+
+    A pattern is a regular expression that is searched for in the full name of a module; after `re:`, as llm-compressor
+    writes them, one that matches from its start. One that ends in a digit does not match within a longer number.
+    """
+
+    def __init__(self, text: str) -> None:
+        self.pattern = text
+        self._patterns = {entry: _compiled(entry, text) for entry in _entries(text)}
+
+    def search(self, name: str) -> bool:
+        return any(pattern.search(name) for pattern in self._patterns.values())
+
+    def check(self, names: Iterable[str]) -> None:
+        """Raises SettingsError for a pattern that matches none of `names`; it lists those that come near."""
+        names = list(names)
+        for entry, pattern in self._patterns.items():
+            if any(map(pattern.search, names)):
+                continue
+            parts = {".".join(name.split(".")[start:]) for name in names for start in range(name.count(".") + 1)}
+            near = difflib.get_close_matches(re.sub(r"^re:|[\\^$*+?]", "", entry).strip("."), parts, cutoff=0.4)
+            listed = f"; near are: {', '.join(near)}" if near else ""
+            raise SettingsError(f"--ignore {entry!r}: no module of the model has a name that it matches{listed}")
+
+
+def _entries(text: str) -> list[str]:
+    """The patterns of a list: JSON, or with commas outside of brackets."""
     try:
-        return re.compile(pattern)
+        found = json.loads(text)
+    except ValueError:
+        found = None
+    if isinstance(found, list) and all(isinstance(entry, str) for entry in found):
+        return list(filter(None, found))
+    entries, depth = [""], 0
+    for character in re.findall(r"\\.|.", text, re.DOTALL):
+        depth += (character in "([{") - (character in ")]}")
+        if character == "," and depth <= 0:
+            entries.append("")
+        else:
+            entries[-1] += character
+    return [entry.strip() for entry in entries if entry.strip()] or [text]
+
+
+def _compiled(entry: str, text: str) -> re.Pattern[str]:
+    expression = rf"\A(?:{entry.removeprefix('re:')})" if entry.startswith("re:") else entry
+    if entry[-1:].isdigit():
+        expression += r"(?!\d)"
+    try:
+        return re.compile(expression)
     except re.error as error:
-        raise SettingsError(f"--ignore {pattern!r}: not a regular expression ({error})") from error
+        raise SettingsError(f"--ignore {text!r}: not a regular expression ({error})") from error
+
+
+def compile_ignore(pattern: str) -> Ignore:
+    """Raises SettingsError when a pattern is not a regular expression."""
+    return Ignore(pattern)
 
 
 def find_targets(model: nn.Module, checkpoint: Checkpoint, *, ignore: str, group: int) -> Targets:
     """Finds the linears of every decoder block and matches the model with the checkpoint.
 
-    `ignore` is searched in full module names; `group` is the M of N:M, which in_features must be a multiple of.
+    `ignore` is as in `Ignore`; `group` is the M of N:M, which in_features must be a multiple of.
     Raises CheckpointError when tensors are missing, have a wrong shape or dtype, or when the architecture keeps its
     weights in a form that is not supported (transposed Conv1D, fused mixture-of-experts tensors).
     """
     ignored = compile_ignore(ignore)
+    if ignore != DEFAULT_IGNORE:
+        ignored.check(name for name, _ in model.named_modules())
     list_name, modules = decoder_blocks(model)
     _refuse_unsupported(list_name, modules)
     parameter_of = _parameter_names(model, checkpoint)
@@ -151,8 +213,15 @@ def _ends(model: nn.Module, tensor_of: dict[str, str]) -> tuple[str, str]:
     causal: Any = model
     ends = (causal.get_input_embeddings(), causal.get_output_embeddings())
     names = [next(name for name, module in model.named_modules() if module is end) for end in ends]
-    embedding = tensor_of[f"{names[0]}.weight"]
-    return embedding, tensor_of.get(f"{names[1]}.weight", embedding)
+    embedding, head = f"{names[0]}.weight", f"{names[1]}.weight"
+    tied = (getattr(model, "all_tied_weights_keys", None) or {}).get(head)
+    return tensor_of[embedding], tensor_of.get(head) or (tensor_of[tied] if tied else "")
+
+
+def _head(model: nn.Module) -> nn.Module:
+    causal: Any = model
+    head: nn.Module = causal.get_output_embeddings() or nn.Module()
+    return head
 
 
 def fused_sets(names: Iterable[str]) -> list[list[str]]:
@@ -170,7 +239,7 @@ def _first_reason(dense: dict[str, str]) -> str:
 
 
 def _dense_reason(
-    name: str, module: nn.Linear, checkpoint: Checkpoint, tensor: str, ignored: re.Pattern[str], group: int
+    name: str, module: nn.Linear, checkpoint: Checkpoint, tensor: str, ignored: Ignore, group: int
 ) -> str | None:
     if ignored.search(name):
         return f"matches --ignore {ignored.pattern}"
@@ -193,9 +262,14 @@ def _refuse_unsupported(list_name: str, modules: nn.ModuleList) -> None:
                 f"{name}: a GPT-2 style Conv1D, which stores its weight transposed (in, out); "
                 "such models are not supported, since no engine serves their packed form"
             )
-        experts = [key for key, parameter in module.named_parameters(recurse=False) if parameter.ndim == 3]
-        if experts or (child_name and isinstance(module, nn.ModuleList)):
-            what = f"{name}.{experts[0]}" if experts else name
+        fused = [
+            key
+            for key, parameter in module.named_parameters(recurse=False)
+            if parameter.ndim == 3 and not isinstance(module, nn.Conv1d)
+        ]
+        experts = isinstance(module, nn.ModuleList) and any(isinstance(child, nn.Linear) for child in module.modules())
+        if fused or (child_name and experts):
+            what = f"{name}.{fused[0]}" if fused else name
             raise CheckpointError(
                 f"{what}: mixture-of-experts weights; such models are not supported yet, "
                 "since their experts are fused into three-dimensional tensors that no 2:4 engine serves"
@@ -221,12 +295,19 @@ def _parameter_names(model: nn.Module, checkpoint: Checkpoint) -> dict[str, str]
 
 
 def _match_tensors(model: nn.Module, checkpoint: Checkpoint, tensor_of: dict[str, str]) -> None:
-    """Every parameter needs its tensor in the right shape, tied ones (lm_head on the embeddings) excepted."""
-    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    """Every parameter needs its tensor in the right shape, or one that it is tied to, under either name.
+
+    `tensor_of` gets those of parameters that are stored under the other name only. A head may be missing.
+    """
+    tied: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    partners = defaultdict(list, {source: [name for name in tied if tied[name] == source] for source in tied.values()})
+    head = {id(parameter) for parameter in _head(model).parameters()}
     missing = []
     for parameter, value in model.named_parameters(remove_duplicate=False):
         if parameter not in tensor_of:
-            if parameter not in tied:
+            if other := next((name for name in partners[parameter] if name in tensor_of), None):
+                tensor_of[parameter] = tensor_of[other]
+            elif parameter not in tied and id(value) not in head:
                 missing.append(parameter)
             continue
         tensor = tensor_of[parameter]

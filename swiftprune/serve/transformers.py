@@ -10,15 +10,17 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import nn
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from swiftprune.sparse24 import format as format24
-from swiftprune.sparse24.format import QUANT_METHOD
+from swiftprune.sparse24.format import METADATA_SUFFIX, QUANT_METHOD
 from swiftprune.sparse24.linear import Linear24
 
 logger = logging.getLogger(__name__)
@@ -49,16 +51,35 @@ class SwiftpruneQuantizer(HfQuantizer):  # type: ignore[misc]
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         format24.check_declared(self.quantization_config.format, self.quantization_config.version, "transformers")
 
-    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
-        ignore = set(self.quantization_config.ignore)
+    def _process_model_before_weight_loading(
+        self, model: nn.Module, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> nn.Module:
+        is_packed = self._is_packed(checkpoint_files)
         for name, module in list(model.named_modules()):
-            if isinstance(module, nn.Linear) and name not in ignore:
+            if isinstance(module, nn.Linear) and is_packed(name):
                 packed = Linear24(
                     module.in_features, module.out_features,
                     bias=module.bias is not None, dtype=module.weight.dtype, device=torch.device("meta"),
                 )  # fmt: skip
                 model.set_submodule(name, packed)
         return model
+
+    def _is_packed(self, checkpoint_files: list[str] | None) -> Callable[[str], bool]:
+        """By name in the model: whether the checkpoint stores a linear packed.
+
+        The model may be another than the one that was exported: the body without its head, or with another head. Its
+        names then have a prefix less or more than those of the files, and heads of its own are in none of them.
+        """
+        if not checkpoint_files or not all(file.endswith(".safetensors") for file in checkpoint_files):
+            ignored = set(self.quantization_config.ignore)
+            return lambda name: name not in ignored
+        ending = f".weight{METADATA_SUFFIX}"
+        packed: set[str] = set()
+        for path in checkpoint_files:
+            with safe_open(path, framework="pt") as file:
+                packed |= {key.removesuffix(ending) for key in file.keys() if key.endswith(ending)}  # noqa: SIM118
+        shortened = {name.partition(".")[2] for name in packed}
+        return lambda name: name in packed or name in shortened or name.partition(".")[2] in packed
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         served: Counter[str] = Counter()
