@@ -32,29 +32,39 @@ class WeightCheck:
     """Share of zeros."""
     problem: str | None
     """Why it is not 2:4, or None when it is."""
+    impossible: bool = False
+    """Whether no pruning could make it 2:4: it has too few input channels for groups of four, or not whole ones."""
 
 
 def check_weights(path: Path, *, progress: Progress = silent) -> list[WeightCheck]:
-    """Every float initializer of the main graph that a MatMul, Gemm or Conv multiplies by, read one at a time.
+    """Every constant that a MatMul, Gemm or Conv multiplies by, read one at a time; see `weights`.
 
-    Quantized weights are listed too, as not checked. Raises CheckpointError for a damaged file.
+    Weights in layouts of quantized operators are listed too, as not checked. Raises CheckpointError for a damaged file.
     """
     weights = find_weights(load_graph(path))
     checks = []
     for index, weight in enumerate(weights.found):
         progress("check", index, len(weights.found))
         rows = weight.read()
-        zeros = 1 - int(torch.count_nonzero(rows)) / rows.numel()
-        checks.append(WeightCheck(weight.name, weight.op, weight.shape, weight.axis, zeros, _problem(rows)))
+        zeros = 1 - int(torch.count_nonzero(rows)) / max(1, rows.numel())
+        impossible = _impossible(rows)
+        problem = impossible or _problem(rows)
+        checks.append(
+            WeightCheck(weight.name, weight.op, weight.shape, weight.axis, zeros, problem, impossible is not None)
+        )
     progress("check", len(weights.found), len(weights.found))
     for name, kind in weights.quantized.items():
         checks.append(WeightCheck(name, kind, (), 0, 0.0, "quantized: not checked"))
     return checks
 
 
+def _impossible(rows: Tensor) -> str | None:
+    if rows.shape[1] % GROUP == 0 and rows.numel():
+        return None
+    return f"{rows.shape[1]} input channels are not a multiple of {GROUP}"
+
+
 def _problem(rows: Tensor) -> str | None:
-    if rows.shape[1] % GROUP:
-        return f"{rows.shape[1]} input channels are not a multiple of {GROUP}"
     if (violation := first_violation(rows, KEPT, GROUP)) is not None:
         row, group, count = violation
         return f"{count} non-zeros in group {group} of output {row}"

@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from exporters.cli import DtypeChoice, ProgressBars, run
-from exporters.onnx.check import check_weights
+from exporters.onnx.check import WeightCheck, check_weights
 from exporters.onnx.pack import pack_model
 from exporters.onnx.tensorrt import trtexec_command
 from swiftprune.errors import FormatError
@@ -31,7 +31,10 @@ Ignore = Annotated[str, typer.Option(metavar="REGEX", help="Weights whose name c
 def check_command(
     model: Model,
     require: Annotated[
-        bool, typer.Option("--require", help="End with 6 unless every weight that --ignore leaves is 2:4. For CI.")
+        bool,
+        typer.Option(
+            "--require", help="End with 6 unless every weight that --ignore leaves, and that can be, is 2:4. For CI."
+        ),
     ] = False,
     ignore: Ignore = DEFAULT_IGNORE,
 ) -> None:
@@ -42,6 +45,8 @@ def check_command(
     ignored = compile_ignore(ignore)
     with ProgressBars(Console(stderr=True)) as progress:
         checks = check_weights(model, progress=progress)
+    if ignore != DEFAULT_IGNORE:
+        ignored.check(weight.name for weight in checks)
     table = Table(title=str(model), title_justify="left")
     for heading in ("weight", "node", "shape", "summed axis", "zeros", "2:4"):
         table.add_column(heading, justify="right" if heading in ("shape", "summed axis", "zeros") else "left")
@@ -49,16 +54,29 @@ def check_command(
         table.add_row(
             escape(weight.name), weight.op, "x".join(map(str, weight.shape)), str(weight.axis) if weight.shape else "",
             f"{weight.sparsity:.1%}" if weight.shape else "",
-            "[green]yes[/]" if weight.problem is None else escape(f"no: {weight.problem}"),
+            "[green]yes[/]" if weight.problem is None
+            else escape(f"{'cannot be' if weight.impossible else 'no'}: {weight.problem}"),
         )  # fmt: skip
     console = Console()
     console.print(table)
     good = sum(weight.problem is None for weight in checks)
-    console.print(f"{good} of {len(checks)} weights are 2:4", highlight=False)
+    impossible = sum(weight.impossible for weight in checks)
+    cannot = f"; {impossible} cannot be, for their input channels" if impossible else ""
+    console.print(f"{good} of {len(checks)} weights are 2:4{cannot}", highlight=False)
     if good:
         console.print(escape(trtexec_command(model)), highlight=False, soft_wrap=True)
-    if require and (bad := [weight for weight in checks if weight.problem and not ignored.search(weight.name)]):
+    if require:
+        _require(model, [weight for weight in checks if not ignored.search(weight.name)], found=len(checks))
+
+
+def _require(model: Path, checks: list[WeightCheck], found: int) -> None:
+    """Raises FormatError unless all of `checks` are 2:4 that can be, and there is one, if not all were left out."""
+    if bad := [weight for weight in checks if weight.problem and not weight.impossible]:
         raise FormatError(f"{model}: {len(bad)} weights are not 2:4, first {bad[0].name}: {bad[0].problem}")
+    if not found:
+        raise FormatError(f"{model}: no weight was found that a MatMul, Gemm or Conv multiplies by: nothing is 2:4")
+    if checks and all(weight.impossible for weight in checks):
+        raise FormatError(f"{model}: no weight can be 2:4, first {checks[0].name}: {checks[0].problem}")
 
 
 @app.command("pack", no_args_is_help=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -16,10 +15,11 @@ import torch
 from torch import Tensor
 
 from exporters.onnx import matmul24
-from exporters.onnx.weights import Weight, find_weights, load_graph
+from exporters.onnx.weights import PACK_OPSET, Weight, find_weights, load_graph
 from exporters.workspace import disk_errors
 from swiftprune.errors import FormatError
 from swiftprune.pruning.progress import Progress, silent
+from swiftprune.pruning.targets import DEFAULT_IGNORE, Ignore, compile_ignore
 from swiftprune.sparse24 import format as format24
 from swiftprune.sparse24.format import GROUP, KEPT, Packed24, metadata_width
 
@@ -49,14 +49,19 @@ def pack_model(
     """Writes the ONNX model `source` to `out` with its 2:4 weights packed, big tensors beside it in `out`.data.
 
     `dtype` is the type of the packed values, by default that of each weight; it must hold every weight exactly.
-    Weights that match the regular expression `ignore`, that are not 2:4, or that other nodes read too stay dense and
+    Weights whose names match `ignore` (see `Ignore`), that are not 2:4, or that other nodes read too stay dense and
     are listed. Reads one weight at a time. Raises CheckpointError for a damaged source, FormatError when nothing can be
     packed or a weight does not fit `dtype`, and OutputError when `out` cannot be written, which then is as it was.
     """
     import onnx_ir
+    from onnx_ir.passes.common import LiftConstantsToInitializersPass
 
-    model = load_graph(source)
+    model = load_graph(source, oldest=PACK_OPSET)
+    LiftConstantsToInitializersPass()(model)
     found = find_weights(model)
+    ignored = compile_ignore(ignore) if ignore is not None else None
+    if ignored is not None and ignore != DEFAULT_IGNORE:
+        ignored.check(weight.name for weight in found.found)
     dense = {name: f"quantized ({kind})" for name, kind in found.quantized.items()}
     packed: dict[str, tuple[int, int]] = {}
     before = after = 0
@@ -67,7 +72,7 @@ def pack_model(
 
     for index, weight in enumerate(found.found):
         progress("pack", index, len(found.found))
-        if reason := _exempt(weight, ignore):
+        if reason := _exempt(weight, ignored):
             dense[weight.name] = reason
             continue
         rows = weight.read()
@@ -98,11 +103,11 @@ def pack_model(
     return PackReport(packed, dense, opset, model.ir_version, before, after)
 
 
-def _exempt(weight: Weight, ignore: str | None) -> str | None:
+def _exempt(weight: Weight, ignore: Ignore | None) -> str | None:
     """Why the weight stays dense whatever its numbers are, or None."""
-    if ignore is not None and re.search(ignore, weight.name):
-        return f"matches --ignore {ignore}"
-    if weight.op == "Conv":
+    if ignore is not None and ignore.search(weight.name):
+        return f"matches --ignore {ignore.pattern}"
+    if "Conv" in weight.op:
         return "a convolution, for which there is no packed operator"
     return weight.unpackable
 

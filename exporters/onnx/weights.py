@@ -1,4 +1,9 @@
-"""The weights of an ONNX graph: initializers that a MatMul, Gemm or Conv sums over, and along which axis."""
+"""The weights of an ONNX model: constants that a MatMul, Gemm or Conv sums over, and along which axis.
+
+They are looked for wherever exporters put them: in initializers and Constant nodes, of the main graph, of the branches
+and bodies within it and of functions; behind a Transpose, a Cast, and quantization that is undone (Q/DQ); and as the
+integers of quantized operators.
+"""
 
 from __future__ import annotations
 
@@ -14,20 +19,34 @@ from torch import Tensor
 from swiftprune.errors import CheckpointError, SettingsError, first_line
 from swiftprune.sparse24.format import QUANT_METHOD
 
-OLDEST_OPSET = 18  # the first with BitwiseAnd, which the body of MatMul24 needs
-_CONVOLUTIONS = ("Conv", "ConvTranspose")
-_QUANTIZED = {"MatMulNBits", "MatMulInteger", "QLinearMatMul", "ConvInteger", "QLinearConv", "DequantizeLinear"}
+PACK_OPSET = 18  # the first with BitwiseAnd, which the body of MatMul24 needs
+_PRODUCTS = {"MatMul", "Gemm", "MatMulInteger", "QLinearMatMul"}
+# Where an operator has what it multiplies, and beside each, where that has its zero point.
+_OPERANDS: dict[str, tuple[tuple[int, int | None], ...]] = {
+    "MatMul": ((0, None), (1, None)), "Gemm": ((0, None), (1, None)), "Conv": ((1, None),),
+    "ConvTranspose": ((1, None),), "MatMulInteger": ((0, 2), (1, 3)), "QLinearMatMul": ((0, 2), (3, 5)),
+    "ConvInteger": ((1, 3),), "QLinearConv": ((3, 5),),
+}  # fmt: skip
+_QUANTIZED = "integers"
+# Of weights in a layout of their own.
+_OPAQUE = {"MatMulNBits", "MatMulBnb4", "GatherBlockQuantized", "QMoE"}
 
 
 @dataclass(frozen=True, eq=False)
 class Weight:
-    """One initializer and the nodes that sum over it."""
+    """One constant and the nodes that sum over it."""
 
     name: str
     op: str
-    """`MatMul`, `Gemm` or `Conv`."""
+    """`MatMul`, `Gemm` or `Conv`, or their quantized forms."""
     value: Any
     """The onnx_ir.Value."""
+    tensor: Any
+    """Its numbers, an onnx_ir tensor."""
+    zero_point: Any
+    """The onnx_ir tensor of what stands for 0 in quantized weights, or None where 0 does."""
+    zero_axis: int
+    """The axis along which `zero_point` runs."""
     nodes: list[Any]
     """The onnx_ir.Nodes that multiply by it."""
     shape: tuple[int, ...]
@@ -37,8 +56,17 @@ class Weight:
     """Why MatMul24 cannot take its place whatever the weights are, or None."""
 
     def read(self) -> Tensor:
-        """The weight as a contiguous matrix (N, K), K the summed axis; all others are rows, in order."""
-        return as_tensor(self.value.const_value).movedim(self.axis, -1).reshape(-1, self.shape[self.axis]).contiguous()
+        """The weight as a contiguous matrix (N, K), K the summed axis; all others are rows, in order.
+
+        Quantized ones as integers, less their zero point.
+        """
+        numbers = as_tensor(self.tensor)
+        if self.zero_point is not None:
+            zero = as_tensor(self.zero_point).to(torch.int32)
+            if zero.numel() > 1:
+                zero = zero.view([-1 if axis == self.zero_axis else 1 for axis in range(numbers.ndim)])
+            numbers = numbers.to(torch.int32) - zero
+        return numbers.movedim(self.axis, -1).reshape(-1, self.shape[self.axis]).contiguous()
 
 
 @dataclass(frozen=True)
@@ -47,14 +75,14 @@ class Weights:
 
     found: list[Weight]
     quantized: dict[str, str]
-    """Nodes that multiply by quantized weights -> their kind."""
+    """Nodes that multiply by quantized weights in a layout of their own -> their kind."""
 
 
-def load_graph(path: Path) -> Any:
+def load_graph(path: Path, *, oldest: int = 1) -> Any:
     """The onnx_ir.Model at `path`, its external data mapped, not read.
 
     Raises CheckpointError, naming the file and the tensor, when the file or its external data is missing, damaged or
-    truncated, or of an opset that is not supported.
+    truncated, or of an opset older than `oldest` or newer than is known.
     """
     try:
         import onnx
@@ -69,15 +97,16 @@ def load_graph(path: Path) -> Any:
         raise CheckpointError(f"{path}: is not a readable ONNX model ({first_line(error)})") from error
     newest = onnx.defs.onnx_opset_version()
     opset = model.opset_imports.get("")
-    if opset is None or not OLDEST_OPSET <= opset <= newest:
+    if opset is None or not oldest <= opset <= newest:
         raise CheckpointError(
-            f"{path}: has opset {opset} of the standard operators; {OLDEST_OPSET} to {newest} are supported here"
+            f"{path}: has opset {opset} of the standard operators; {oldest} to {newest} are supported here"
             " (export again, or convert it with onnx.version_converter)"
         )
-    for name, value in model.graph.initializers.items():
-        if value.const_value is None:
-            raise CheckpointError(f"{path}: the initializer {name} has no data")
-        _check_external(path, name, value.const_value)
+    for graph in model.graphs():
+        for name, value in graph.initializers.items():
+            if value.const_value is None:
+                raise CheckpointError(f"{path}: the initializer {name} has no data")
+            _check_external(path, name, value.const_value)
     return model
 
 
@@ -103,48 +132,108 @@ def _check_external(path: Path, name: str, tensor: Any) -> None:
 
 
 def find_weights(model: Any) -> Weights:
-    """Every initializer that a MatMul, Gemm or Conv of the main graph multiplies by, in the order of the nodes.
+    """Every constant that a MatMul, Gemm or Conv multiplies by, in the order of the nodes."""
+    import onnx_ir
 
-    A Transpose between the initializer and a MatMul is looked through.
-    """
-    found: dict[str, Weight] = {}
+    found: dict[int, Weight] = {}
     quantized: dict[str, str] = {}
     inputs = {value.name for value in model.graph.inputs}
-    for node in model.graph:
-        if node.domain == QUANT_METHOD:
-            raise CheckpointError(f"{node.name}: the model is packed already")
-        if node.op_type in _QUANTIZED:
-            quantized[node.name] = node.op_type
-        if node.domain or node.op_type not in ("MatMul", "Gemm", *_CONVOLUTIONS):
-            continue
-        for place, operand in enumerate(node.inputs[:2]):
-            source, transposed = _initializer(operand)
-            if source is None or source.name in found:
+    for graph in (model.graph, *model.functions.values()):
+        for node in onnx_ir.traversal.RecursiveGraphIterator(graph):
+            if node.domain == QUANT_METHOD:
+                raise CheckpointError(f"{node.name}: the model is packed already")
+            if node.op_type in _OPAQUE:
+                quantized[str(node.name or node.outputs[0].name)] = node.op_type
+            if node.domain not in ("", "ai.onnx"):
                 continue
-            shape = tuple(int(size) for size in source.const_value.shape)
-            if len(shape) < 2 or not _is_float(source.const_value):
-                continue
-            found[source.name] = Weight(
-                source.name,
-                "Conv" if node.op_type in _CONVOLUTIONS else node.op_type,
-                source,
-                _readers(source),
-                shape,
-                _summed_axis(node, place, len(shape), transposed),
-                _unpackable(source, place, shape, inputs),
-            )
+            for place, (index, zero_index) in enumerate(_OPERANDS.get(node.op_type, ())):
+                source = _source(node.inputs[index] if index < len(node.inputs) else None)
+                if source is None or id(source.value) in found:
+                    continue
+                zero_point = source.zero_point
+                if zero_index is not None:
+                    zero_point = _constant(node.inputs[zero_index] if zero_index < len(node.inputs) else None)
+                shape = tuple(int(size) for size in source.tensor.shape)
+                # A convolution's weight is its second operand in any form, and counts as the right one.
+                left = place == 0 and node.op_type in _PRODUCTS
+                found[id(source.value)] = Weight(
+                    name=source.value.name,
+                    op=node.op_type if node.op_type != "ConvTranspose" else "Conv",
+                    value=source.value,
+                    tensor=source.tensor,
+                    zero_point=zero_point,
+                    zero_axis=source.zero_axis % len(shape),
+                    nodes=_readers(source.value),
+                    shape=shape,
+                    axis=_summed_axis(node, left, len(shape), source.transposed),
+                    unpackable=_unpackable(source, node, left, shape, inputs, model.graph),
+                )
     return Weights(list(found.values()), quantized)
+
+
+@dataclass
+class _Source:
+    """The constant behind an operand, and what stands between the two."""
+
+    value: Any
+    tensor: Any
+    transposed: bool = False
+    changed: str | None = None
+    """The operator, other than Transpose, that its numbers go through."""
+    zero_point: Any = None
+    zero_axis: int = 1
+
+
+def _source(value: Any) -> _Source | None:
+    """The constant of two or more axes behind an operand, or None."""
+    transposed, changed, zero_point, zero_axis = False, None, None, 1
+    while value is not None:
+        if (tensor := _constant(value)) is not None:
+            if len(tensor.shape) < 2 or not _is_numeric(tensor):
+                return None
+            if not _is_float(tensor) and changed is None:  # a quantized operator's own
+                changed = _QUANTIZED
+            return _Source(value, tensor, transposed, changed, zero_point, zero_axis)
+        producer = value.producer()
+        if producer is None or producer.domain not in ("", "ai.onnx"):
+            return None
+        if producer.op_type == "Transpose":
+            value = producer.inputs[0]
+            rank = len(value.shape) if value.shape is not None else None
+            if rank != 2 and tuple(producer.attributes.get_ints("perm", (1, 0))) != (1, 0):
+                return None
+            transposed = not transposed
+        elif producer.op_type in ("DequantizeLinear", "QuantizeLinear", "Cast", "Identity"):
+            changed = producer.op_type if "Linear" in producer.op_type else changed or producer.op_type
+            if producer.op_type == "DequantizeLinear":
+                zero_point = _constant(producer.inputs[2]) if len(producer.inputs) > 2 else None
+                zero_axis = producer.attributes.get_int("axis", 1)
+            elif producer.op_type == "QuantizeLinear":  # what it starts from is float, where 0 stands for 0
+                zero_point = None
+            value = producer.inputs[0]
+        else:
+            return None
+    return None
+
+
+def _constant(value: Any) -> Any:
+    """The tensor of an initializer or a Constant node, or None."""
+    if value is None:
+        return None
+    if value.is_initializer():
+        return value.const_value
+    producer = value.producer()
+    if producer is None or producer.op_type != "Constant" or producer.domain not in ("", "ai.onnx"):
+        return None
+    attribute = producer.attributes.get("value")
+    return attribute.as_tensor() if attribute is not None else None
 
 
 def _initializer(value: Any) -> tuple[Any, bool]:
     """The initializer behind an operand, or None, and whether a Transpose of two axes stands between."""
-    transposed = False
-    producer = value.producer() if value is not None else None
-    if producer is not None and producer.op_type == "Transpose" and not producer.domain:
-        value, transposed = producer.inputs[0], True
-        if value.shape is None or len(value.shape) != 2:
-            return None, False
-    return (value if value is not None and value.is_initializer() else None), transposed
+    source = _source(value)
+    plain = source is not None and source.changed is None and source.value.is_initializer()
+    return (source.value, source.transposed) if source is not None and plain else (None, False)
 
 
 def _readers(value: Any) -> list[Any]:
@@ -158,38 +247,50 @@ def _readers(value: Any) -> list[Any]:
     return nodes
 
 
-def _summed_axis(node: Any, place: int, rank: int, transposed: bool) -> int:
+def _summed_axis(node: Any, left: bool, rank: int, transposed: bool) -> int:
     if node.op_type == "ConvTranspose":
         return 0  # (C, N / groups, ...)
-    if node.op_type == "Conv":
-        return 1  # (N, C / groups, ...)
-    last = place == 0
+    if node.op_type not in _PRODUCTS:
+        return 1  # of a convolution: (N, C / groups, ...)
+    last = left
     if node.op_type == "Gemm":
-        last ^= bool(node.attributes.get_int("transB" if place else "transA", 0))
+        last ^= bool(node.attributes.get_int("transA" if left else "transB", 0))
     last ^= transposed
     return rank - 1 if last else rank - 2
 
 
-def _unpackable(value: Any, place: int, shape: tuple[int, ...], inputs: Collection[str]) -> str | None:
+def _unpackable(
+    source: _Source, node: Any, left: bool, shape: tuple[int, ...], inputs: Collection[str], main: Any
+) -> str | None:
+    value = source.value
+    if source.changed is not None:
+        quantized = source.changed == _QUANTIZED or "Linear" in source.changed
+        return f"{'quantized' if quantized else 'converted'} ({source.changed})"
+    if node.graph is not main or not value.is_initializer():
+        return "it is not an initializer of the main graph"
     if value.name in inputs:
         return "it is an input of the graph too, which a caller may set"
     if value.is_graph_output():
         return "it is an output of the graph"
     if len(shape) != 2:
         return f"it has {len(shape)} axes, not 2"
-    if place == 0:
+    if left:
         return "it is the left operand of its node"
-    for node in _readers(value):
-        multiplies = not node.domain and node.op_type in ("MatMul", "Gemm")
-        if not multiplies or _initializer(node.inputs[1])[0] is not value or _initializer(node.inputs[0])[0] is value:
-            return f"it is shared: the node {node.name or node.op_type} ({node.op_type}) reads it too"
-        if node.op_type == "Gemm" and (
-            node.attributes.get_int("transA", 0)
-            or node.attributes.get_float("alpha", 1.0) != 1.0
-            or node.attributes.get_float("beta", 1.0) != 1.0
+    for reader in _readers(value):
+        multiplies = not reader.domain and reader.op_type in ("MatMul", "Gemm")
+        if (
+            not multiplies
+            or _initializer(reader.inputs[1])[0] is not value
+            or _initializer(reader.inputs[0])[0] is value
         ):
-            return f"the node {node.name} scales or transposes its operands"
-    axes = {_summed_axis(node, 1, 2, _initializer(node.inputs[1])[1]) for node in _readers(value)}
+            return f"it is shared: the node {reader.name or reader.op_type} ({reader.op_type}) reads it too"
+        if reader.op_type == "Gemm" and (
+            reader.attributes.get_int("transA", 0)
+            or reader.attributes.get_float("alpha", 1.0) != 1.0
+            or reader.attributes.get_float("beta", 1.0) != 1.0
+        ):
+            return f"the node {reader.name} scales or transposes its operands"
+    axes = {_summed_axis(reader, False, 2, _initializer(reader.inputs[1])[1]) for reader in _readers(value)}
     return None if len(axes) == 1 else "it is shared by nodes that sum over different axes"
 
 
@@ -199,12 +300,22 @@ def _is_float(tensor: Any) -> bool:
     return tensor.dtype in (onnx_ir.DataType.FLOAT, onnx_ir.DataType.FLOAT16, onnx_ir.DataType.BFLOAT16)
 
 
+def _is_numeric(tensor: Any) -> bool:
+    """Whether it may be a weight: floats, or the integers of a quantized one."""
+    import onnx_ir
+
+    integers = ("INT4", "UINT4", "INT8", "UINT8", "FLOAT8E4M3FN", "FLOAT8E5M2")
+    return _is_float(tensor) or tensor.dtype in {getattr(onnx_ir.DataType, name) for name in integers}
+
+
 def as_tensor(tensor: Any) -> Tensor:
     """The numbers of an onnx_ir tensor; those of a file stay mapped until they are used."""
     array = tensor.numpy()
     if array.dtype.name == "bfloat16":  # a type of numpy's that torch does not know
         array = array.view("uint16")
+    elif array.dtype.name.startswith(("float8", "int4", "uint4")):
+        array = array.astype("float32" if array.dtype.name.startswith("float8") else "int8")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nothing here writes
         numbers = torch.from_numpy(array)
-    return numbers.view(torch.bfloat16) if numbers.dtype == torch.uint16 else numbers
+    return numbers.view(torch.bfloat16) if array.dtype.name == "uint16" else numbers

@@ -12,7 +12,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from onnx import helper, numpy_helper
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
 from typer.testing import CliRunner
 
 import swiftprune.onnx
@@ -21,7 +22,7 @@ from exporters.onnx.cli import app
 from swiftprune.errors import CheckpointError, FormatError, OutputError, SwiftpruneError
 from swiftprune.sparse24.format import Packed24, unpack
 from tests import onnx_graphs
-from tests.onnx_graphs import linear, save, sparse
+from tests.onnx_graphs import FloatArray, linear, save, sparse
 
 FORMS = ("MatMul", "Transpose", "Gemm", "GemmT")
 
@@ -161,7 +162,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
             [helper.make_node("DequantizeLinear", ["q", "s"], ["w"], name="dequantize"), one("MatMul")],
             {"q": np.zeros((16, 16), np.int8), "s": np.array(0.5, np.float32)}, {"x": [2, 16]}, {"y": [2, 16]},
         ),
-        r"dequantize: quantized \(DequantizeLinear\)",
+        r"q: quantized \(DequantizeLinear\)",
     ),
 }  # fmt: skip
 
@@ -245,9 +246,11 @@ def damaged(folder: Path, how: str) -> Path:
 def test_damaged_models_say_where(tmp_path: Path, how: str, message: str) -> None:
     (tmp_path / "secret").write_bytes(bytes(4096))
     path = damaged(tmp_path / "m", how)
-    for use in (lambda: pack_model(path, tmp_path / "out.onnx"), lambda: check_weights(path)):
-        with pytest.raises(CheckpointError, match=message):
-            use()
+    with pytest.raises(CheckpointError, match=message):
+        pack_model(path, tmp_path / "out.onnx")
+    if how != "old opset":  # which is only too old for the packed operator
+        with pytest.raises(CheckpointError, match=message.replace("18 to", "1 to")):
+            check_weights(path)
 
 
 def test_packing_twice_is_refused(tmp_path: Path) -> None:
@@ -299,6 +302,141 @@ def test_check_takes_convolutions_by_input_channel(tmp_path: Path) -> None:
     weight[2, :3, 1, 1] = 1
     (found,) = check_weights(save(onnx_graphs.model([node], {"w": weight}, *shapes), tmp_path / "m.onnx"))
     assert found.problem == "3 non-zeros in group 0 of output 22"  # 2 * 9 + 1 * 3 + 1
+
+
+def quantized(weight: FloatArray, zero: Any) -> NDArray[np.uint8]:
+    return np.asarray((np.round(weight * 64) + zero).clip(0, 255), np.uint8)
+
+
+def placed(where: str, weight: FloatArray) -> Any:
+    """A model that multiplies by `weight` (N, K), which stands where exporters may put it."""
+    outputs, inputs = weight.shape
+    columns = np.ascontiguousarray(weight.T)
+    node = helper.make_node
+    ends = {"x": [2, inputs]}, {"y": [2, outputs]}
+    tensor = numpy_helper.from_array(columns, "w")
+    product = node("MatMul", ["x", "w"], ["y"])
+    scale, zeros = np.full(outputs, 1 / 64, np.float32), np.arange(100, 100 + outputs, dtype=np.uint8)
+    match where:
+        case "opset 7":
+            return onnx_graphs.model([product], {"w": columns}, ends[0], ends[1], opset=7)
+        case "Constant":
+            return onnx_graphs.model([node("Constant", [], ["w"], value=tensor), product], {}, *ends)
+        case "branch" | "outside of the branch":
+            inner, outer = ([tensor], {}) if where == "branch" else ([], {"w": columns})
+            branch = helper.make_graph(
+                [node("MatMul", ["x", "w"], ["z"])], "branch", [],
+                [helper.make_tensor_value_info("z", TensorProto.FLOAT, [2, outputs])], inner,
+            )  # fmt: skip
+            choose = node("If", ["c"], ["y"], then_branch=branch, else_branch=branch)
+            made = onnx_graphs.model([choose], outer, *ends)
+            made.graph.input.append(helper.make_tensor_value_info("c", TensorProto.BOOL, []))
+            return made
+        case "function":
+            made = onnx_graphs.model([node("Layer", ["x"], ["y"], domain="own")], {}, *ends)
+            opsets = [helper.make_opsetid("", 20)]
+            body = [node("Constant", [], ["w"], value=tensor), product]
+            made.functions.append(helper.make_function("own", "Layer", ["x"], ["y"], body, opsets))
+            made.opset_import.append(helper.make_opsetid("own", 1))
+            return made
+        case "Cast":
+            nodes = [node("Cast", ["h"], ["w"], to=TensorProto.FLOAT), product]
+            return onnx_graphs.model(nodes, {"h": columns.astype(np.float16)}, *ends)
+        case "Q/DQ of a float":
+            nodes = [node("QuantizeLinear", ["f", "s", "z"], ["q"]), node("DequantizeLinear", ["q", "s", "z"], ["w"])]
+            numbers: dict[str, NDArray[Any]] = {
+                "f": columns,
+                "s": np.array(1 / 64, np.float32),
+                "z": np.array(128, np.uint8),
+            }
+            return onnx_graphs.model([*nodes, product], numbers, *ends)
+        case "DQ" | "DQ and Transpose":
+            turned = where == "DQ and Transpose"
+            stored = quantized(weight, zeros[:, None]) if turned else quantized(columns, zeros)
+            of = node("DequantizeLinear", ["q", "s", "z"], ["d" if turned else "w"], axis=0 if turned else 1)
+            more = [node("Transpose", ["d"], ["w"], perm=[1, 0])] if turned else []
+            # And an activation goes through the same, which is no weight.
+            acts = [node("QuantizeLinear", ["x", "a", "b"], ["qx"]), node("DequantizeLinear", ["qx", "a", "b"], ["dx"])]
+            numbers: dict[str, NDArray[Any]] = {
+                "q": stored,
+                "s": scale,
+                "z": zeros,
+                "a": np.array(0.1, np.float32),
+                "b": np.array(3, np.uint8),
+            }
+            return onnx_graphs.model([of, *more, *acts, node("MatMul", ["dx", "w"], ["y"])], numbers, *ends)
+        case "MatMulInteger":
+            nodes = [
+                node("DynamicQuantizeLinear", ["x"], ["q", "a", "b"]),
+                node("MatMulInteger", ["q", "w", "b", "z"], ["i"]),
+                node("Cast", ["i"], ["y"], to=TensorProto.FLOAT),
+            ]  # fmt: skip
+            return onnx_graphs.model(nodes, {"w": quantized(columns, 7), "z": np.array(7, np.uint8)}, *ends)
+    raise AssertionError(where)
+
+
+@pytest.mark.parametrize(
+    "where",
+    [
+        "opset 7", "Constant", "branch", "outside of the branch", "function", "Cast", "Q/DQ of a float", "DQ",
+        "DQ and Transpose", "MatMulInteger",
+    ],
+)  # fmt: skip
+def test_check_finds_weights_wherever_they_stand(where: str, tmp_path: Path) -> None:
+    """And tells the sparse from the dense there, by the value that stands for zero."""
+    good = sparse(16, 32)
+    path = save(placed(where, good), tmp_path / "m.onnx")
+    onnx.checker.check_model(str(path))
+    found = check_weights(path)
+    assert [(weight.problem, weight.impossible) for weight in found] == [(None, False)] * len(found)
+    assert len(found) == (2 if where == "branch" else 1)
+    assert found[0].sparsity == pytest.approx((good == 0).mean())
+    assert CliRunner().invoke(app, ["check", str(path), "--require"]).exit_code == 0
+    bad = good.copy()
+    bad[3, 8:11] = 1
+    path = save(placed(where, bad), tmp_path / "m.onnx")
+    assert {weight.problem for weight in check_weights(path)} == {"3 non-zeros in group 2 of output 3"}
+    assert CliRunner().invoke(app, ["check", str(path), "--require"]).exit_code != 0
+
+
+def test_check_tells_what_cannot_be_sparse(tmp_path: Path) -> None:
+    """The stem of a vision model has three input channels, a depthwise convolution one: no pruning helps those."""
+    node = helper.make_node
+    stem, depth = np.ones((8, 3, 3, 3), np.float32), np.ones((8, 1, 3, 3), np.float32)
+    nodes = [
+        node("Conv", ["x", "stem"], ["a"], pads=[1, 1, 1, 1]), node("Conv", ["a", "depth"], ["b"], group=8),
+        node("Conv", ["b", "point"], ["y"]),
+    ]  # fmt: skip
+    shapes: Any = {"x": [1, 3, 5, 5]}, {"y": [1, 6, 3, 3]}
+    weights = {"stem": stem, "depth": depth, "point": sparse(6, 8).reshape(6, 8, 1, 1)}
+    path = save(onnx_graphs.model(nodes, weights, *shapes), tmp_path / "m.onnx")
+    assert [(weight.name, weight.impossible) for weight in check_weights(path)] == [
+        ("stem", True), ("depth", True), ("point", False),
+    ]  # fmt: skip
+    run = CliRunner().invoke(app, ["check", str(path), "--require"])
+    assert run.exit_code == 0
+    assert "1 of 3 weights are 2:4; 2 cannot be" in run.output
+    path = save(onnx_graphs.model(nodes[:1], {"stem": stem}, shapes[0], {"a": [1, 8, 5, 5]}), tmp_path / "m.onnx")
+    run = CliRunner().invoke(app, ["check", str(path), "--require"])
+    assert "no weight can be 2:4, first stem" in str(run.exception)
+
+
+def test_to_see_nothing_is_no_success(tmp_path: Path) -> None:
+    path = save(onnx_graphs.model([helper.make_node("Relu", ["x"], ["y"])], {}, {"x": [2]}, {"y": [2]}), tmp_path / "m")
+    run = CliRunner().invoke(app, ["check", str(path), "--require"])
+    assert "no weight was found" in str(run.exception)
+    path = save(linear(sparse(16, 32)), tmp_path / "m.onnx")
+    run = CliRunner().invoke(app, ["check", str(path), "--require", "--ignore", "haed"])
+    assert "--ignore 'haed': no module of the model has a name" in str(run.exception)
+
+
+def test_weights_in_constant_nodes_are_packed(tmp_path: Path) -> None:
+    weight = sparse(16, 32)
+    report = pack_model(save(placed("Constant", weight), tmp_path / "m.onnx"), tmp_path / "packed.onnx")
+    assert list(report.packed.values()) == [(16, 32)]
+    x = np.random.default_rng(0).standard_normal((2, 32)).astype(np.float32)
+    (y,) = swiftprune.onnx.session(tmp_path / "packed.onnx").run(None, {"x": x})
+    assert np.allclose(y, x @ weight.T, atol=1e-5)
 
 
 def test_the_command_line(tmp_path: Path) -> None:
