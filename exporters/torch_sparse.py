@@ -5,7 +5,8 @@ For every packed linear of shape (N, K), N a multiple of 32 and K of 64, in floa
     <module>.weight       (N, K/2)          the packed values, as in the packed format
     <module>.weight_meta  (N, K/16) int16   the same nibbles, four to a word, in CUTLASS' own order
 
-`load` rebuilds `SparseSemiStructuredTensorCUTLASS` from them; multiplying needs a CUDA device.
+`load` rebuilds `SparseSemiStructuredTensorCUTLASS` from them, on the device they are to stay on: torch moves no such
+tensor. Multiplying needs a CUDA device.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ def unsuitable_reason(shape: tuple[int, int], dtype: torch.dtype) -> str | None:
     return semi_structured.unsuitable_reason("cutlass", shape, dtype)
 
 
-def load(folder: str | Path) -> dict[str, Tensor]:
-    """All tensors of a `--target torch` export by name, linears as `SparseSemiStructuredTensorCUTLASS` (N, K).
+def load(folder: str | Path, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    """All tensors of a `--target torch` export by name, on `device`, linears as `SparseSemiStructuredTensorCUTLASS`.
 
     Raises CheckpointError for a damaged folder and FormatError for one of another format.
     """
@@ -41,7 +42,7 @@ def load(folder: str | Path) -> dict[str, Tensor]:
         raise FormatError(f"{folder}: has the format {found!r}, not {FORMAT!r}; export with --target torch")
     tensors: dict[str, Tensor] = {}
     for shard in checkpoint.shards:
-        tensors.update(load_file(checkpoint.folder / shard))
+        tensors.update(load_file(checkpoint.folder / shard, device=str(device)))
     for name in [name for name in tensors if name + METADATA_SUFFIX in tensors]:
         values, metadata = tensors[name], tensors.pop(name + METADATA_SUFFIX)
         shape = torch.Size((values.shape[0], 2 * values.shape[1]))

@@ -247,7 +247,11 @@ def run_command(
         Path | None,
         typer.Option(metavar="FOLDER", help="The sparse weights as transformers loads them, to check answers against."),
     ] = None,
-    require_gpu: Annotated[bool, typer.Option("--require-gpu", help="Stop when there is no GPU.")] = False,
+    device: Annotated[
+        Literal["auto", "cpu", "cuda"],
+        typer.Option(help="What transformers runs on. [b]auto[/]: a GPU where there is one."),
+    ] = "auto",
+    require_gpu: Annotated[bool, typer.Option("--require-gpu", help="Stop unless the engine runs on a GPU.")] = False,
     folder: Folder = DEMO_FOLDER,
     out: Annotated[
         Path | None, typer.Option(help="Write the result to this .json file, or under a name of its own into a folder.")
@@ -271,6 +275,8 @@ def run_command(
             made = end_to_end.find(model, folder, "transformers" if engine == "torch" else engine, dtype, progress)
             sides, name, reference = made.sides, made.name, reference or made.reference
         if engine == "torch":
+            if require_gpu:
+                raise SettingsError("--require-gpu: --engine torch times the layers on the CPU; see gpu-suite")
             shapes = [(layer.rows, layer.cols) for layer in roofline.linears(sides["sparse"]) if layer.packed]
             found: results.Result = layers.measure(
                 list(dict.fromkeys(shapes)), tokens=_numbers(at_once, "--at-once"),
@@ -282,8 +288,10 @@ def run_command(
                 at_once=_numbers(at_once, "--at-once"), prompt_tokens=_numbers(prompt_tokens, "--prompt-tokens"),
                 new_tokens=_numbers(new_tokens, "--new-tokens"), rounds=rounds, starts=min(starts, rounds),
                 threads=threads or torch.get_num_threads(), dense_linears=dense_linears,
-                dtype="float32" if engine == "onnxruntime" else dtype,
+                dtype="float32" if engine == "onnxruntime" else dtype, device=device,
             )  # fmt: skip
+            if require_gpu and not settings.on_gpu:
+                raise SettingsError(f"--require-gpu: --engine {engine} runs on the CPU here")
             # Quality first: a text or task that cannot be used should not cost an hour of timing.
             rows = [quality.perplexity(sides, text, windows=windows, progress=progress)] if text else []
             rows += quality.tasks(sides, task, limit=limit, dtype=dtype, progress=progress) if task else []
@@ -303,12 +311,14 @@ def gpu_suite_command(
 ) -> None:
     """Every correctness check and measurement of the GPU backends, in under ten minutes, into one file.
 
+    The file is written anew after every measurement, so that what there is outlives the machine.
     Exit code 1 when a check failed.
     """
     gpu.require()
+    file = out / "gpu-suite.json"
     with ProgressBars(Console(stderr=True)) as progress:
-        result = gpu.suite(budget_seconds=budget, progress=progress)
-    _finish(result, gpu.markdown(result), out / "gpu-suite.json")
+        result = gpu.suite(budget_seconds=budget, progress=progress, keep=lambda now: results.save(now, file))
+    _finish(result, gpu.markdown(result), file)
     if not all(check.passed for check in result.checks):
         sys.exit(1)
 

@@ -29,7 +29,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from runtime_bench.conditions import FREQUENCY_LIMIT, judged, watch
+from runtime_bench.conditions import FREQUENCY_LIMIT, Conditions, judged, watch
 from runtime_bench.gpu_backends import (
     BACKENDS,
     DENSE,
@@ -281,24 +281,38 @@ def suite(
     tokens: Sequence[int] = TOKENS,
     rounds: int = ROUNDS,
     clock: Callable[[], float] = time.monotonic,
+    keep: Callable[[GpuResult], None] = lambda _: None,
 ) -> GpuResult:
     """Checks, then measures cell after cell (16-bit types first, one shape through all tokens) within the budget.
 
-    `device` is the first GPU by default; SettingsError when there is none. `clock` counts seconds.
+    `device` is the first GPU by default; SettingsError when there is none. `clock` counts seconds. `keep` is given what
+    there is after the checks and after every cell, since rented machines go away. Ctrl-C ends it with what there is.
     """
     end = clock() + budget_seconds
     device = device or CudaDevice()
     gpu = device.facts()
+    machine = this_machine(gpu=gpu)
     major, minor = map(int, gpu.compute_capability.split("."))
     contest = _Contest(device, backends, (major, minor), rounds)
     planned = [(dtype, shape, m) for dtype in dtypes for shape in shapes for m in tokens]
     checked: list[GpuCheck] = []
     cells: list[GpuCell] = []
-    peaks = stopped = None
+    peaks = None
+    stopped: str | None = "it was not finished"
+
+    def so_far(conditions: Conditions | None = None) -> GpuResult:
+        times = [time for cell in cells for time in cell.times if time.status == "ok"]
+        return GpuResult(
+            machine=machine, conditions=conditions, command="swiftprune-bench gpu-suite", checks=checked, peaks=peaks,
+            cells=cells, left_out=len(planned) - len(cells), stopped=stopped, l2_flush_mb=device.flush_bytes >> 20,
+            graph_capture=bool(times) and all(time.graph for time in times),
+        )  # fmt: skip
+
     with torch.inference_mode(), watch() as seen:
         for name, check in checks(device.place, backends, contest.capability):
             progress(f"check {name}", len(cells), len(planned))
             checked.append(_checked(name, check))
+        keep(so_far())
         try:
             peaks = contest.peaks(dtypes)
             longest = 0.0
@@ -309,7 +323,12 @@ def suite(
                     stopped = f"the budget of {budget_seconds:g} s was used"
                     break
                 cells.append(contest.cell(dtype, shape, m))
+                keep(so_far())
                 longest = max(longest, clock() - begin)
+            else:
+                stopped = None
+        except KeyboardInterrupt:
+            stopped = "it was stopped"
         except RuntimeError as error:
             # After an illegal access, say, CUDA answers nothing more; what was measured before it stands.
             stopped = f"the device gave up: {_said(error)}"
@@ -319,11 +338,7 @@ def suite(
     clocks = [cell.sm_clock_mhz for cell in cells if cell.sm_clock_mhz]
     if clocks and min(clocks) < (1 - FREQUENCY_LIMIT) * max(clocks):
         conditions.warnings.append(f"GPU clocks went from {min(clocks):.0f} to {max(clocks):.0f} MHz")
-    return GpuResult(
-        machine=this_machine(gpu=gpu), conditions=conditions, command="swiftprune-bench gpu-suite", checks=checked,
-        peaks=peaks, cells=cells, left_out=len(planned) - len(cells), stopped=stopped,
-        l2_flush_mb=device.flush_bytes >> 20, graph_capture=bool(ok) and all(time.graph for time in ok.values()),
-    )  # fmt: skip
+    return so_far(conditions)
 
 
 def _said(error: Exception) -> str:
@@ -366,7 +381,7 @@ class _Contest:
             self._held = (dtype, shape)
         x = inputs(tokens, shape[1], DTYPES[dtype], self.device.place, seed=tokens)
         expected = truth(x, self._weight)
-        entries = [self._entry(name, run, x, expected) for name, run in self._runs.items()]
+        entries = [self._entry(backend, self._runs[backend.name], x, expected) for backend in self.backends]
         contestants = [(entry, entry.call.run) for entry in entries if entry.call]
         order = random.Random(tokens)
         for _ in range(self.rounds):
@@ -387,16 +402,17 @@ class _Contest:
         except Exception as error:
             return _said(error)
 
-    def _entry(self, backend: str, run: Run | str, x: Tensor, expected: Tensor) -> _Entry:
+    def _entry(self, backend: Backend, run: Run | str, x: Tensor, expected: Tensor) -> _Entry:
         """Ready to be timed if the very call that would be timed, graph and all, is right."""
+        name = backend.name
         if isinstance(run, str):
-            return _Entry(backend, "unavailable", run)
+            return _Entry(name, "unavailable", run)
         try:
             call = self.device.captured(lambda: run(x))
-            error, wrong = fault(call.run(), expected, x.dtype)
+            error, wrong = fault(call.run(), expected, x.dtype, backend.quantized)
         except Exception as raised:
-            return _Entry(backend, "unavailable", _said(raised))
-        return _Entry(backend, "void", wrong, error) if wrong else _Entry(backend, error=error, call=call)
+            return _Entry(name, "unavailable", _said(raised))
+        return _Entry(name, "void", wrong, error) if wrong else _Entry(name, error=error, call=call)
 
     def peaks(self, dtypes: Sequence[str]) -> GpuPeaks:
         """Medians of a few calls. What fails here is left out; the cells say why."""

@@ -2,11 +2,15 @@
 
 Unmeasured: written against the sources of torch 2.13, checked on CPU tensors only; none of this has run on a GPU yet.
 
-A weight is (N, K), inputs are (M, K) and outputs (M, N), for M tokens. 16-bit floats give their own type, int8 gives
-int32 and float8_e4m3fn gives bfloat16, with all scales 1.
+A weight is (N, K), inputs are (M, K) and outputs (M, N), for M tokens.
 
-All but the dense one are the backends of `Linear24`: what is measured is what serves, with whatever it does around the
-operators (filling up tokens with zeros, turning outputs around). `unpack` expands the weight and multiplies densely.
+With 16-bit inputs all but the dense ones are layers, `Linear24` on that backend: what is measured is what serves, with
+whatever it does around the operators (filling up tokens with zeros, turning outputs around, quantizing inputs, scaling
+outputs). `unpack` expands the weight and multiplies densely. `cublas-int8` and `cublas-fp8` are what the 8-bit backends
+compete with: dense, and quantized in the same way.
+
+With int8 or float8_e4m3fn inputs it is torch's operators alone, all scales 1, giving int32 and bfloat16: no layer runs
+that, but it tells what of an 8-bit layer's time is the product.
 """
 
 from __future__ import annotations
@@ -23,7 +27,7 @@ from torch.sparse import SparseSemiStructuredTensorCUTLASS
 
 from swiftprune.sparse24 import dispatch
 from swiftprune.sparse24.format import pack, unpack, unpackable_reason
-from swiftprune.sparse24.kernels import reference, semi_structured, triton_linear
+from swiftprune.sparse24.kernels import gpu, reference, semi_structured, triton_linear
 from swiftprune.sparse24.kernels.gpu import CAPABILITY
 from swiftprune.sparse24.kernels.semi_structured import ACCUMULATED, filled
 from swiftprune.sparse24.linear import Linear24
@@ -33,10 +37,13 @@ DTYPES = {name: getattr(torch, name) for name in ("bfloat16", "float16", "int8",
 """By their names in results; the most informative first."""
 TOLERANCE = {torch.bfloat16: 5e-3, torch.float16: 2e-3, torch.int8: 0.0, torch.float8_e4m3fn: 2e-2}
 """Of the relative Frobenius error. int8 is exact in int32; Hopper adds fp8 products up in less than fp32."""
+QUANTIZED_TOLERANCE = {torch.int8: 3e-2, torch.float8_e4m3fn: 6e-2}
+"""The same where 16-bit weights, and inputs perhaps, were taken to 8 bits."""
 _CUBLAS_MULTIPLE = {torch.int8: 8, torch.float8_e4m3fn: 16}  # of N and K
 _INT_MM_ROWS = 32  # torch._int_mm refuses up to 16 tokens
 _CHUNK = 512  # tokens
 _CPU = torch.device("cpu")
+_NEWEST = (semi_structured.CUTLASS_MAJOR, 9)  # where every backend has kernels; `major` and `quantized` tell the rest
 CHECKED_SHAPES = ((64, 128), (256, 512))
 ODD_SHAPE = (24, 132)  # 33 groups in a row
 CHECKED_TOKENS = (1, 7, 16, 33)
@@ -55,9 +62,15 @@ class Backend:
     """Lays out the weight, on its device, and returns what multiplies inputs by it. May raise anything."""
     major: int | None = None
     """The only major compute capability that it has kernels for, if there is just one."""
+    quantized: torch.dtype | None = None
+    """The type of 8 bits that it takes 16-bit weights, and inputs perhaps, to."""
 
     def refusal(self, dtype: torch.dtype, shape: tuple[int, int], capability: tuple[int, int]) -> str | None:
         """Why a device of this compute capability cannot do it, or None when nothing is known to be in the way."""
+        if self.quantized and dtype.itemsize == 1:
+            return f"{self.name} quantizes 16-bit inputs"
+        if self.quantized and capability < (least := CAPABILITY[self.quantized]):
+            return f"{self.name} needs compute capability {version(least)}, and this is {version(capability)}"
         if capability < (least := CAPABILITY[dtype]):
             return f"{short(dtype)} needs compute capability {version(least)}, and this is {version(capability)}"
         if self.major not in (None, capability[0]):
@@ -110,14 +123,17 @@ def relative_error(y: Tensor, expected: Tensor) -> float | None:
     return float((y.double() - expected).norm() / expected.norm().clamp_min(torch.finfo(torch.float64).tiny))
 
 
-def fault(y: Tensor, expected: Tensor, dtype: torch.dtype) -> tuple[float | None, str | None]:
-    """The relative error of `y` for a weight of `dtype`, and why it disqualifies `y` or None."""
+def fault(
+    y: Tensor, expected: Tensor, dtype: torch.dtype, quantized: torch.dtype | None = None
+) -> tuple[float | None, str | None]:
+    """The relative error of `y` for a weight of `dtype` that was `quantized` or not, and why it disqualifies `y`."""
+    tolerance = QUANTIZED_TOLERANCE[quantized] if quantized else TOLERANCE[dtype]
     error = relative_error(y, expected)
     if error is None:
         wrong = f"of shape {tuple(y.shape)}" if y.shape != expected.shape else "with NaN or infinities"
         return None, f"gave a result {wrong}"
-    if error > TOLERANCE[dtype]:
-        return error, f"wrong result: relative error {error:.2g}, tolerance {TOLERANCE[dtype]:g}"
+    if error > tolerance:
+        return error, f"wrong result: relative error {error:.2g}, tolerance {tolerance:g}"
     return error, None
 
 
@@ -128,12 +144,28 @@ def _pair(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _cutlass(weight: Tensor) -> Run:
+    if weight.dtype.itemsize > 1:
+        return _linear24("cutlass", weight)
     values, metadata = semi_structured.to_cutlass(*_pair(weight))
     return partial(semi_structured.cutlass_linear, values=values, metadata=metadata)
 
 
 def _cusparselt(weight: Tensor) -> Run:
+    if weight.dtype.itemsize > 1:
+        return _linear24("cusparselt", weight)
     return partial(semi_structured.cusparselt_linear, compressed=semi_structured.compress_cusparselt(*_pair(weight)))
+
+
+def _cublas_quantized(quantized: torch.dtype, weight: Tensor) -> Run:
+    """Dense, with 8-bit weights and inputs as `Linear24` has them."""
+    rows, weight_scale = semi_structured.quantize_rows(weight, quantized)
+    product = _cublas(rows)
+
+    def run(x: Tensor) -> Tensor:
+        numbers, x_scale = semi_structured.quantize_rows(x, quantized)
+        return semi_structured.scaled(product(numbers), x_scale, weight_scale, None, x.dtype)
+
+    return run
 
 
 def _cublas(weight: Tensor) -> Run:
@@ -164,6 +196,17 @@ def _cublas_limits(shape: tuple[int, int], dtype: torch.dtype) -> str | None:
     return _multiples("cuBLAS", dtype, shape, (_CUBLAS_MULTIPLE.get(dtype, 1),) * 2)
 
 
+def _served(name: str) -> Backend:
+    """An 8-bit backend of `Linear24`."""
+    backend = gpu.BACKENDS[name]
+
+    def limits(shape: tuple[int, int], dtype: torch.dtype) -> str | None:
+        return _packed_limits(shape, dtype) or backend.refusal(dtype, shape, _NEWEST)
+
+    major = semi_structured.CUTLASS_MAJOR if name.startswith("cutlass") else None
+    return Backend(name, limits, partial(_linear24, name), major=major, quantized=backend.quantized)
+
+
 def _multiples(name: str, dtype: torch.dtype, shape: tuple[int, int], of: tuple[int, int]) -> str | None:
     if shape[0] % of[0] or shape[1] % of[1]:
         return f"{name} needs {short(dtype)} weights in multiples of {of}, not {shape}"
@@ -179,6 +222,11 @@ BACKENDS = (
     Backend("triton", _triton_limits, partial(_linear24, "triton")),
     Backend("unpack", _triton_limits, partial(_linear24, "unpack")),
     Backend(dispatch.REFERENCE, _packed_limits, partial(_linear24, dispatch.REFERENCE)),
+    Backend(f"{DENSE}-int8", _cublas_limits, partial(_cublas_quantized, torch.int8), quantized=torch.int8),
+    Backend(
+        f"{DENSE}-fp8", _cublas_limits, partial(_cublas_quantized, torch.float8_e4m3fn), quantized=torch.float8_e4m3fn
+    ),
+    *(_served(name) for name, backend in gpu.BACKENDS.items() if backend.quantized),
 )
 """The dense one first; it multiplies the zeros too."""
 
@@ -236,7 +284,8 @@ def _check_products(place: torch.device, backend: Backend, dtype: torch.dtype) -
         run = backend.prepare(weight)
         for tokens in CHECKED_TOKENS:
             x = inputs(tokens, cols, dtype, place)
-            worst = max(worst, _right(run(x), truth(x, weight), dtype, f"({rows}, {cols}), {tokens} tokens"))
+            y, where = run(x), f"({rows}, {cols}), {tokens} tokens"
+            worst = max(worst, _right(y, truth(x, weight), dtype, where, backend.quantized))
     return f"largest relative error {worst:.1e}"
 
 
@@ -249,7 +298,7 @@ def _check_zeros(place: torch.device, backend: Backend) -> str:
     weight[0:-1:2] = torch.where(weight[0:-1:2] == 0, -0.0, weight[0:-1:2])
     x = inputs(7, cols, torch.bfloat16, place)
     y = backend.prepare(weight)(x)
-    error = _right(y, truth(x, weight), torch.bfloat16, f"({rows}, {cols})")
+    error = _right(y, truth(x, weight), torch.bfloat16, f"({rows}, {cols})", backend.quantized)
     if (y[:, 0::4] != 0).any():
         raise MismatchError("rows of zeros gave something else than zeros")
     return f"relative error {error:.1e}"
@@ -269,9 +318,11 @@ def _check_cutlass_layout(place: torch.device) -> str:
     return "bit for bit the same products"
 
 
-def _right(y: Tensor, expected: Tensor, dtype: torch.dtype, where: str) -> float:
+def _right(
+    y: Tensor, expected: Tensor, dtype: torch.dtype, where: str, quantized: torch.dtype | None = None
+) -> float:  # fmt: skip
     """The relative error; raises when it is too large."""
-    error, wrong = fault(y, expected, dtype)
+    error, wrong = fault(y, expected, dtype, quantized)
     if wrong or error is None:
         raise MismatchError(f"{where}: {wrong}")
     return error

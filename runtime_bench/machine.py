@@ -118,7 +118,10 @@ def _cpu_name(facts: dict[str, str]) -> str:
 
 def _revision() -> str:
     here = Path(__file__).parent
-    run = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True, check=False
-    )
+    try:
+        run = subprocess.run(
+            ["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True, check=False
+        )
+    except OSError:  # no git here
+        return "unknown: git is not installed"
     return run.stdout.strip() or "not a git checkout"

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 
 from pydantic import BaseModel
 
-from runtime_bench.statistics import quantile
+from runtime_bench.statistics import quantile, spread
 
 
 class Timing(BaseModel):
@@ -27,10 +27,7 @@ class Timing(BaseModel):
     @property
     def spread(self) -> float:
         """Half of the interquartile range over the median."""
-        if len(self.seconds) < 4:
-            return (max(self.seconds) - min(self.seconds)) / 2 / self.median
-        low, _, high = statistics.quantiles(self.seconds, n=4)
-        return (high - low) / 2 / self.median
+        return spread(self.seconds)
 
 
 def interleaved(contestants: Mapping[str, Callable[[], object]], *, rounds: int, warmup: int = 1) -> dict[str, Timing]:

@@ -55,6 +55,8 @@ class RunSettings:
     threads: int = field(default_factory=torch.get_num_threads)
     dtype: str = "bfloat16"
     dense_linears: Literal["torch", "onednn"] = "torch"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """What transformers runs on; `auto` is a GPU where there is one."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -65,6 +67,12 @@ class RunSettings:
             raise SettingsError(f"unknown dtype {self.dtype!r}; known: {', '.join(DTYPES)}")
         if self.engine == "onnxruntime" and self.dtype != "float32":
             raise SettingsError("ONNX Runtime computes in float32 on CPUs; the type of packed values is the file's own")
+        if self.device == "cuda":
+            gpu.require()
+        if self.device != "auto" and self.engine != "transformers":
+            raise SettingsError(f"--device is for --engine transformers; {self.engine} chooses by itself")
+        if self.dense_linears == "onednn" and self.on_gpu:
+            raise SettingsError("--dense-linears onednn is for CPUs; add --device cpu")
         if self.dense_linears == "onednn" and self.engine != "transformers":
             raise SettingsError("--dense-linears onednn is for --engine transformers; other engines have their own")
         if self.dense_linears == "onednn" and not onednn.takes(getattr(torch, self.dtype)):
@@ -78,6 +86,11 @@ class RunSettings:
             raise SettingsError(f"--starts must be between 1 and --rounds ({self.rounds}), not {self.starts}")
 
     @property
+    def on_gpu(self) -> bool:
+        """Whether the engine runs on a GPU."""
+        return self.engine != "onnxruntime" and self.device != "cpu" and torch.cuda.is_available()
+
+    @property
     def jobs(self) -> list[Job]:
         return [
             Job(self.workload, *lengths)
@@ -87,7 +100,8 @@ class RunSettings:
     @property
     def options(self) -> Options:
         longest = max(self.prompt_tokens) + max(self.new_tokens)
-        return Options(self.dtype, self.threads, self.dense_linears, max(longest, CHECK_TOKENS * 2))
+        device = "cuda" if self.on_gpu else "cpu"
+        return Options(self.dtype, self.threads, self.dense_linears, max(longest, CHECK_TOKENS * 2), device)
 
 
 @dataclass(frozen=True)
@@ -168,7 +182,7 @@ def measure(
          for side, values in (("dense", metric.dense), ("sparse", metric.sparse))},
     )  # fmt: skip
     seen.result.warnings += run.notes
-    device = gpu.facts() if torch.cuda.is_available() else None
+    device = gpu.facts() if settings.on_gpu else None
     return RunResult(
         machine=this_machine((*PACKAGES, settings.engine), device).model_copy(update={"threads": settings.threads}),
         environment={name: os.environ.get(name, value) for name, value in ENVIRONMENT.items()}
@@ -284,7 +298,7 @@ class _Run:
             raise RuntimeError(f"the {side} side ran on {self._linears[side]} and then on {facts.linears}")
 
     def _note_peaks(self) -> None:
-        if torch.cuda.is_available():  # what the engine ran on may not be the CPU
+        if self._settings.on_gpu:  # which these peaks are not of
             return
         seen = roofline.measure(getattr(torch, self._settings.dtype), self._settings.threads)
         self.peaks = seen if self.peaks is None else roofline.best(self.peaks, seen)

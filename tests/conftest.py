@@ -56,6 +56,7 @@ def cuda_operators(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     def product(weight: Tensor, dense: Tensor, bias: Tensor | None, out_dtype: torch.dtype | None) -> Tensor:
         assert dense.dtype == weight.dtype
+        assert dense.data_ptr() % 16 == 0, "misaligned operand"
         assert dense.stride(0) == 1, "8-bit kernels take the dense side column-major only"
         assert dense.shape[1] % (8 if dense.element_size() == 2 else 16) == 0
         sums = weight.double() @ dense.double()
@@ -81,6 +82,7 @@ def cuda_operators(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         transpose_result: bool = False, alg_id: int = 0, split_k: int = 1, split_k_mode: int = -1,
     ) -> Tensor:  # fmt: skip
         assert alpha is None
+        assert dense.t().is_contiguous(), "cuSPARSELt takes the rows of x to be adjacent, whatever their strides"
         y = product(packed, dense, bias, out_dtype)
         return y.t().contiguous() if transpose_result else y
 

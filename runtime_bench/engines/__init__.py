@@ -26,6 +26,8 @@ class Options:
     """What runs the linears that are dense, in transformers."""
     longest: int = 512
     """Tokens of the longest sequence, prompt and answer, that will come."""
+    device: str = "cpu"
+    """What transformers runs on, `cpu` or `cuda`; other engines choose by themselves."""
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ class TransformersModel:
     def __init__(self, folder: Path, options: Options) -> None:
         self.engine_version = importlib.metadata.version("transformers")
         dtype: torch.dtype = getattr(torch, options.dtype)
-        self._model = load_whole_model(folder, dtype=dtype)
+        self._model = load_whole_model(folder, dtype=dtype).to(options.device)
         self._model.generation_config.eos_token_id = None  # every answer is as long as asked for
         linears = [module for module in self._model.modules() if isinstance(module, (Linear24, nn.Linear))]
         self.linears = dict(Counter(module.backend if isinstance(module, Linear24) else DENSE for module in linears))
@@ -40,7 +40,7 @@ class TransformersModel:
 
     @torch.inference_mode()
     def generate(self, prompts: list[list[int]], new_tokens: int, arrived: Callable[[], None]) -> list[list[int]]:
-        ids = torch.tensor(prompts)
+        ids = torch.tensor(prompts, device=self._model.device)
         answer = self._model.generate(
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False,
             pad_token_id=0, streamer=_Clock(arrived),

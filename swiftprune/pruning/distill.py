@@ -306,8 +306,11 @@ class Distillation:
         self.validations = [Validation(**validation) for validation in progress["validations"]]
         for name, parameter in self._trained.items():
             parameter.data.copy_(stored[f"weight {name}"])
-            self._adam.state[parameter] = {key: stored[f"{key} {name}"] for key in ("step", "exp_avg", "exp_avg_sq")}
-            self._best[name] = stored[f"best {name}"]
+            # A fused step takes no state from another device.
+            self._adam.state[parameter] = {
+                key: stored[f"{key} {name}"].to(parameter.device) for key in ("step", "exp_avg", "exp_avg_sq")
+            }
+            self._best[name] = stored[f"best {name}"].to(parameter.device)
 
 
 def _learning_rate(used: float) -> float:

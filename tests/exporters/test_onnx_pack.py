@@ -357,14 +357,14 @@ def placed(where: str, weight: FloatArray) -> Any:
             more = [node("Transpose", ["d"], ["w"], perm=[1, 0])] if turned else []
             # And an activation goes through the same, which is no weight.
             acts = [node("QuantizeLinear", ["x", "a", "b"], ["qx"]), node("DequantizeLinear", ["qx", "a", "b"], ["dx"])]
-            numbers: dict[str, NDArray[Any]] = {
+            initializers: dict[str, NDArray[Any]] = {
                 "q": stored,
                 "s": scale,
                 "z": zeros,
                 "a": np.array(0.1, np.float32),
                 "b": np.array(3, np.uint8),
             }
-            return onnx_graphs.model([of, *more, *acts, node("MatMul", ["dx", "w"], ["y"])], numbers, *ends)
+            return onnx_graphs.model([of, *more, *acts, node("MatMul", ["dx", "w"], ["y"])], initializers, *ends)
         case "MatMulInteger":
             nodes = [
                 node("DynamicQuantizeLinear", ["x"], ["q", "a", "b"]),

@@ -105,6 +105,7 @@ class SwiftpruneConfig(QuantizationConfig):  # type: ignore[misc]
         self._unfinished.discard(prefix)
         if self._unfinished:
             return
+        _enter_compile_key(sorted(f"{backend} {dtype} {on}" for backend, dtype, on in self._served))
         for (backend, dtype, on), count in self._served.items():
             slow = backend == dispatch.REFERENCE
             logger.log(
@@ -179,6 +180,25 @@ class SwiftpruneLinearMethod(LinearMethodBase):  # type: ignore[misc]
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         y: Tensor = layer.linear24.multiply(x, bias)
         return y
+
+
+def _enter_compile_key(backends: list[str]) -> None:
+    """Makes `backends` part of the key of vLLM's compile cache.
+
+    Compiled graphs name the backend of each linear, but vLLM's key knows nothing of SWIFTPRUNE_BACKEND or a measured
+    table: without this a graph made for other backends would be loaded, and run.
+    """
+    from vllm.config import get_current_vllm_config_or_none
+
+    config = get_current_vllm_config_or_none()
+    if config is None:  # not within an engine
+        return
+    if isinstance(config.additional_config, dict):
+        before = config.additional_config.get(QUANT_METHOD, [])  # of a draft model, say
+        config.additional_config[QUANT_METHOD] = sorted({*before, *backends})
+    else:
+        logger.warning("swiftprune: additional_config takes no entries, so vLLM's compile cache does not know the "
+                       "backends; after changing them, start it once with VLLM_DISABLE_COMPILE_CACHE=1")  # fmt: skip
 
 
 # By name, since the decorator for it is younger (0.17) than the list.

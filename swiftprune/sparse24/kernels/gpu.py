@@ -83,7 +83,7 @@ class _SemiStructured(GpuBackend):
     """One of torch's operators for 2:4 tensor cores."""
 
     def multiply(self, x: Tensor, held: Mapping[str, Tensor], bias: Tensor | None) -> Tensor:
-        flat = x.reshape(-1, x.shape[-1])
+        flat = semi_structured.aligned_rows(x)
         if self.quantized is None:
             y = self._product(flat, held, bias)
         else:

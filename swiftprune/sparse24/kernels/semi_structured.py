@@ -33,6 +33,8 @@ ACCUMULATED = {torch.int8: torch.int32, torch.float8_e4m3fn: torch.bfloat16}
 _LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 _METADATA_WORD = {1: torch.int32, 2: torch.int16}  # of CUTLASS, by bytes of a value
 _BITS = {1: torch.int8, 2: torch.int16}
+ALIGNMENT = 16
+"""Bytes of the widest load."""
 _ROWS_APART = 8  # rows 8 apart stand next to each other in CUTLASS' metadata
 
 
@@ -159,6 +161,15 @@ def _kind(backend: str) -> type[SparseSemiStructuredTensor]:
 def _tokens_multiple(backend: str, dtype: torch.dtype) -> int:
     """What the operator wants the number of tokens to be a multiple of."""
     return int(_kind(backend)._DTYPE_SHAPE_CONSTRAINTS[dtype].dense_min_rows)
+
+
+def aligned_rows(x: Tensor) -> Tensor:
+    """`x` (..., K) as (M, K), rows next to each other and at an address that vector loads take: a copy if need be.
+
+    cuSPARSELt takes rows to be K apart, whatever their strides are.
+    """
+    flat = x.reshape(-1, x.shape[-1]).contiguous()
+    return flat.clone() if flat.data_ptr() % ALIGNMENT else flat
 
 
 def filled(x: Tensor, multiple: int) -> Tensor:

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from swiftprune.errors import SettingsError
+from swiftprune.sparse24.kernels.semi_structured import ALIGNMENT, aligned_rows
 
 WEIGHTS_PER_BYTE = 8  # of metadata
 CONFIGS_VARIABLE = "SWIFTPRUNE_TRITON_CONFIGS"
-_ALIGNMENT = 16  # bytes, of the widest loads
 BUILT_IN = Path(__file__).with_name("triton_configs.toml")
 _FEWEST_STEPS = 4  # of a program; below, splitting K further costs more than it spreads
 _FINISHED_ROWS = 256
@@ -98,7 +98,7 @@ def shares_of(config: Config, rows: int, width: int, tokens: int, multiprocessor
 
 def _alignment(width: int) -> int:
     """Bytes of metadata that rows of `width` of them are a multiple of, as far as that widens loads."""
-    return math.gcd(width, _ALIGNMENT)
+    return math.gcd(width, ALIGNMENT)
 
 
 def linear24(
@@ -114,9 +114,7 @@ def linear24(
 
     rows, half = values.shape
     columns = 2 * half
-    flat = x.reshape(-1, columns).contiguous()
-    if flat.data_ptr() % _ALIGNMENT:
-        flat = flat.clone()
+    flat = aligned_rows(x)
     tokens = flat.shape[0]
     y = torch.empty(*x.shape[:-1], rows, dtype=x.dtype, device=x.device)
     config = config or config_for(_device_name(x.device), tokens)
