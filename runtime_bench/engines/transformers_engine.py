@@ -31,11 +31,11 @@ class TransformersModel:
         dtype: torch.dtype = getattr(torch, options.dtype)
         self._model = load_whole_model(folder, dtype=dtype).to(options.device)
         self._model.generation_config.eos_token_id = None  # every answer is as long as asked for
-        linears = [module for module in self._model.modules() if isinstance(module, (Linear24, nn.Linear))]
+        linears = [module for module in self._model.modules() if isinstance(module, nn.Linear)]
         self.linears = dict(Counter(module.backend if isinstance(module, Linear24) else DENSE for module in linears))
         if options.dense_linears == "onednn":
             for name, module in list(self._model.named_modules()):
-                if isinstance(module, nn.Linear):
+                if isinstance(module, nn.Linear) and not isinstance(module, Linear24):
                     self._model.set_submodule(name, _Prepacked(module))
 
     @torch.inference_mode()

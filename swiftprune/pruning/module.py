@@ -23,6 +23,7 @@ from swiftprune.pruning.progress import Progress, silent
 from swiftprune.pruning.score import METHODS, InputStats, Method, find_method
 from swiftprune.pruning.targets import Ignore, compile_ignore
 from swiftprune.sparse24.format import GROUP, prune_and_pack, unpack, unpackable_reason
+from swiftprune.sparse24.linear import Linear24
 
 Layer = nn.Linear | nn.Conv1d | nn.Conv2d
 Forward = Callable[[nn.Module, Any], object]
@@ -131,9 +132,11 @@ def _find_layers(module: nn.Module, ignored: Ignore) -> tuple[dict[str, Layer], 
     dense: dict[str, str] = {}
     for name, child in module.named_modules():
         parameters = dict(child.named_parameters(recurse=False))
-        if all(parameter.ndim < 2 for parameter in parameters.values()):
+        if not isinstance(child, Linear24) and all(parameter.ndim < 2 for parameter in parameters.values()):
             continue
-        if not isinstance(child, Layer):
+        if isinstance(child, Linear24):
+            dense[name] = "it is packed already"
+        elif not isinstance(child, Layer):
             dense[name] = f"{type(child).__name__} is not a Linear, Conv1d or Conv2d"
         elif ignored.search(name):
             dense[name] = f"matches ignore {ignored.pattern}"

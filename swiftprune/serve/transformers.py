@@ -96,4 +96,5 @@ class SwiftpruneQuantizer(HfQuantizer):  # type: ignore[misc]
 
     @property
     def is_trainable(self) -> bool:
-        return False
+        """Adapters on top are: packed weights pass gradients through, and have none themselves."""
+        return True

@@ -16,14 +16,16 @@ from swiftprune.sparse24.kernels import gpu, native, reference
 from swiftprune.sparse24.plan import Plan
 
 
-class Linear24(nn.Module):
+class Linear24(nn.Linear):
     """y = x W^T + b over a packed W (N, K). x is (..., K) and y (..., N), both of the dtype of the weight.
+
+    It is an nn.Linear, so that what is put on top of one, as adapters are, goes on top of it.
 
     It starts on the backend `reference`, holding the packed pair as the parameters `weight` (N, K/2) and `weight_meta`
     (N, ceil(K/8)), ready to be filled by a loader: the weight is unpacked for every call and multiplied densely, so
     this is right everywhere and faster nowhere. `use_backend` moves the weight into the layout of a fast backend, or
-    those of a plan for GPUs, and drops the pair; `packed` and `state_dict` still give it, bit for bit, unless the
-    backend holds 8-bit values.
+    those of a plan for GPUs, and drops the pair, of which an empty `weight` stays that tells type and device; `packed`
+    and `state_dict` still give the pair, bit for bit, unless the backend holds 8-bit values.
     """
 
     weight: nn.Parameter
@@ -33,7 +35,7 @@ class Linear24(nn.Module):
     def __init__(
         self, in_features: int, out_features: int, *, bias: bool, dtype: torch.dtype, device: torch.device | str = "cpu"
     ) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # nn.Linear's own would make a dense weight
         self.in_features = in_features
         self.out_features = out_features
         self.dtype = dtype
@@ -43,8 +45,9 @@ class Linear24(nn.Module):
         values = torch.empty(out_features, in_features // GROUP * KEPT, dtype=dtype, device=device)
         metadata = torch.empty(out_features, metadata_width(in_features), dtype=torch.uint8, device=device)
         self._hold_pair(Packed24(values, metadata))
-        self.bias = (
-            nn.Parameter(torch.empty(out_features, dtype=dtype, device=device), requires_grad=False) if bias else None
+        self.register_parameter(
+            "bias",
+            nn.Parameter(torch.empty(out_features, dtype=dtype, device=device), requires_grad=False) if bias else None,
         )
 
     @classmethod
@@ -100,7 +103,12 @@ class Linear24(nn.Module):
             for name, tensor in held.items():
                 self.register_buffer(name, tensor, persistent=False)
             self._laid_out = tuple(held)
+        if backend != dispatch.REFERENCE:
+            self.weight = nn.Parameter(packed.values.new_empty(0), requires_grad=False)
         return self
+
+    def reset_parameters(self) -> None:
+        """Packed weights are made elsewhere, so there is nothing to draw."""
 
     def forward(self, x: Tensor) -> Tensor:
         return self.multiply(x, self._parameters.get("bias"))

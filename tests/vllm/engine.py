@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm import LLM, SamplingParams
+from vllm.lora.request import LoRARequest
 
 TOKENS = 16
 # Differences of log probabilities: of sums in another order, and of activations rounded to eight bits in every layer.
@@ -39,9 +40,14 @@ def engine(folder: Path, **options: Any) -> Iterator[LLM]:
         gc.collect()  # vLLM's process groups must be gone before the next engine makes its own
 
 
-def answers(llm: LLM, prompts: Sequence[list[int]] = PROMPTS, tokens: int = TOKENS) -> list[Answer]:
+def answers(
+    llm: LLM, prompts: Sequence[list[int]] = PROMPTS, tokens: int = TOKENS, adapter: Path | None = None
+) -> list[Answer]:
     sampling = SamplingParams(temperature=0, max_tokens=tokens, logprobs=2, ignore_eos=True)
-    outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], sampling, use_tqdm=False)
+    outputs = llm.generate(
+        [{"prompt_token_ids": prompt} for prompt in prompts], sampling, use_tqdm=False,
+        lora_request=LoRARequest(adapter.name, 1, str(adapter)) if adapter else None,
+    )  # fmt: skip
     return [
         Answer(
             list(output.outputs[0].token_ids),

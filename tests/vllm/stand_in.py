@@ -29,6 +29,7 @@ class StandIn(gpu.GpuBackend):
 FEW, MANY = StandIn("test-only-few"), StandIn("test-only-many")
 MOST_OF_FEW = 4
 PLAN = f"{FEW.name}<={MOST_OF_FEW},{MANY.name}"
+OTHER_WAY = f"{MANY.name}<={MOST_OF_FEW},{FEW.name}"
 
 
 def install() -> None:

@@ -9,7 +9,7 @@ import pytest
 from swiftprune.sparse24 import dispatch
 from tests.vllm import stand_in
 from tests.vllm.conftest import Answers, Checkpoints
-from tests.vllm.engine import PROMPTS, TOKENS, TOLERANCE, ask, assert_same
+from tests.vllm.engine import PROMPTS, TOKENS, TOLERANCE, answers, ask, assert_same, engine
 
 SERVED = f"12 2:4 linears run on the backend {stand_in.PLAN}. {dispatch.BACKEND_VARIABLE}={stand_in.PLAN} asks for it"
 
@@ -43,6 +43,32 @@ def test_the_number_of_tokens_decides(
     assert few <= {*range(1, stand_in.MOST_OF_FEW + 1)}
     assert many
     assert min(many) > stand_in.MOST_OF_FEW
+
+
+@pytest.mark.usefixtures("plan_asked_for")
+def test_a_compiled_graph_of_other_backends_is_not_taken_from_the_cache(
+    checkpoints: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two runs on one cache: what the second plan names runs. vLLM's key knows nothing of how a plan was asked for."""
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path / "cache"))
+    keys = []
+    for plan in (stand_in.PLAN, stand_in.OTHER_WAY, stand_in.PLAN):
+        monkeypatch.setenv(dispatch.BACKEND_VARIABLE, plan)
+        for backend in (stand_in.FEW, stand_in.MANY):
+            backend.tokens.clear()
+        keys.append(compiled_key(checkpoints("llama-gqa-tied", "packed")))
+        few, many = (stand_in.FEW, stand_in.MANY) if plan == stand_in.PLAN else (stand_in.MANY, stand_in.FEW)
+        assert few.tokens
+        assert max(few.tokens) <= stand_in.MOST_OF_FEW
+        assert all(count > stand_in.MOST_OF_FEW for count in many.tokens)
+    assert keys[0] == keys[2] != keys[1]
+
+
+def compiled_key(folder: Path) -> str:
+    """Answers a prompt, and returns what vLLM keys its compiled graphs by."""
+    with engine(folder, dtype="float32", enforce_eager=False) as llm:
+        answers(llm, [[*range(5, 15)]], tokens=3)
+        return str(llm.llm_engine.vllm_config.compute_hash())
 
 
 @pytest.mark.usefixtures("plan_asked_for")

@@ -169,17 +169,40 @@ class SwiftpruneLinearMethod(LinearMethodBase):  # type: ignore[misc]
             return
         name = f"{self.prefix}.weight"
         if self.config.from_bitmask:
-            packed = bitmask.from_bitmask(layer.compressed.data, layer.bitmask.data, name)
+            mask = layer.bitmask.data
+            if _holds_random_weights():
+                mask = torch.full_like(mask, 0b0011_0011)
+            packed = bitmask.from_bitmask(layer.compressed.data, mask, name)
             del layer.compressed, layer.bitmask, layer.shape
         else:
             packed = Packed24(layer.weight.data, layer.weight_meta.data)
             del layer.weight, layer.weight_meta
+        if _holds_random_weights():
+            packed = _any_packed(packed)
         layer.linear24 = Linear24.from_packed(packed, name=name)
+        # By this vLLM's LoRA finds the device on which adapters of the layer belong; nothing reads numbers from it.
+        layer.weight_packed = packed.values.new_empty(0)
         self.config.finished(self.prefix, layer.linear24, packed.values.device.type)
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         y: Tensor = layer.linear24.multiply(x, bias)
         return y
+
+
+def _holds_random_weights() -> bool:
+    """Whether vLLM was told to fill up weights with whatever (`--load-format dummy`), to measure without reading."""
+    from vllm.config import get_current_vllm_config_or_none
+
+    config = get_current_vllm_config_or_none()
+    return config is not None and config.load_config.load_format == "dummy"
+
+
+def _any_packed(packed: Packed24) -> Packed24:
+    """A valid pair of the same shape: the first two of every four are kept."""
+    metadata = torch.full_like(packed.metadata, 0x44)
+    if packed.shape[1] // GROUP % _GROUPS_PER_BYTE:
+        metadata[:, -1] = 0x4
+    return Packed24(torch.nan_to_num(packed.values, 0, 0, 0), metadata)
 
 
 def _enter_compile_key(backends: list[str]) -> None:
