@@ -6,23 +6,32 @@ rounds of both files give one of three verdicts, by one-sided Mann-Whitney tests
 
 - `pass`: a slowdown of the limit or more can be ruled out. A true slowdown beyond the limit is passed at most at the
   error rate, whatever the distribution of the noise, provided it is the same in both files.
-- `regression`: a slowdown of the limit or less can be ruled out, at the error rate over all comparisons together.
+- `regression`: a slowdown of the limit or less can be ruled out, at the error rate over all comparisons together
+  (Hochberg, Biometrika 1988: of n that are slower, the least certain one is held to the error rate itself, the most
+  certain one to an n-th of it).
 - `unclear`: the rounds allow both. More rounds, or a quieter machine, decide it.
+
+What is printed is what was tested: `at most` is the bound that a pass has below the limit, and `at least` the one that
+a regression has above it.
 
 All must pass for exit code 0. Any regression is exit code 1. Otherwise it is 2: unclear, void, or nothing to compare.
 """
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from runtime_bench.layers import LayersResult
 from runtime_bench.results import RunResult
-from runtime_bench.statistics import CONFIDENCE, Shift, least_p, shift
+from runtime_bench.statistics import CONFIDENCE, Shift, least_p
 
 Verdict = Literal["pass", "regression", "unclear", "void", "missing"]
+MIN_ROUNDS = 10
+"""What is advised, and the default of `run`: with fewer, noise that machines have decides too often."""
 EXIT_CODES: dict[Verdict, int] = {"pass": 0, "regression": 1, "unclear": 2, "void": 2, "missing": 2}
 
 
@@ -33,7 +42,11 @@ class Comparison:
     what: str
     verdict: Verdict
     detail: str
-    shift: Shift | None = None
+    slowdown: float | None = None
+    at_least: float = -1.0
+    """One-sided, at the error rate that this comparison is held to among all."""
+    at_most: float = math.inf
+    """One-sided, at the error rate."""
 
 
 @dataclass(frozen=True)
@@ -65,9 +78,14 @@ def judge(
     for base in alike:
         for what, series in _series(base, metrics):
             known.setdefault(what, []).extend(series.speedups)
+    rows: dict[str, Comparison | Shift] = {
+        what: _compared(series, known.get(what, []), what, 1 - confidence) for what, series in fresh.items()
+    }
+    shifts = {what: row for what, row in rows.items() if isinstance(row, Shift)}
+    shares = _shares({what: found.p_beyond(max_regression) for what, found in shifts.items()}, 1 - confidence)
     return [
-        _compare(what, series, known.get(what, []), max_regression, confidence, len(fresh))
-        for what, series in fresh.items()
+        _judged(what, row, max_regression, 1 - confidence, shares[what]) if isinstance(row, Shift) else row
+        for what, row in rows.items()
     ]
 
 
@@ -77,28 +95,54 @@ def exit_code(comparisons: Sequence[Comparison]) -> int:
     return 1 if 1 in codes else max(codes, default=2)
 
 
-def _compare(
-    what: str, new: Series, old: list[float], limit: float, confidence: float, comparisons: int
-) -> Comparison:  # fmt: skip
+def _compared(new: Series, old: list[float], what: str, error: float) -> Comparison | Shift:
+    """How the two differ, or why that cannot be said."""
     if new.void:
         return Comparison(what, "void", new.void)
     if not old:
         return Comparison(what, "missing", "the baseline has no such case, or it is void there")
-    error = 1 - confidence
-    if least_p(len(old), len(new.speedups)) >= error:
-        return Comparison(what, "unclear", f"{len(new.speedups)} rounds against {len(old)} are too few for any verdict")
-    found = shift(old, new.speedups, limit, confidence)
-    if found.p_beyond < error / comparisons:
-        return Comparison(what, "regression", f"slower by more than {limit:.1%} (p = {found.p_beyond:.2g})", found)
-    if found.p_within < error:
-        return Comparison(what, "pass", f"not slower by {limit:.1%} (p = {found.p_within:.2g})", found)
-    return Comparison(what, "unclear", _advice(found, limit), found)
+    count = len(new.speedups)
+    if least_p(len(old), count) >= error:
+        enough = next(rounds for rounds in itertools.count(count) if least_p(max(len(old), rounds), rounds) < error)
+        return Comparison(what, "unclear", f"{count} rounds against {len(old)} are too few for any verdict; "
+                                           f"take {max(enough, MIN_ROUNDS)} or more")  # fmt: skip
+    return Shift(old, new.speedups)
 
 
-def _advice(found: Shift, limit: float) -> str:
+def _shares(p: dict[str, float], error: float) -> dict[str, float]:
+    """The error rate that each comparison is held to, by Hochberg's procedure over all values of p.
+
+    From the largest p on, the k-th is held to error / k. The first one that is below that takes all smaller ones along.
+    """
+    shares: dict[str, float] = {}
+    reached: float | None = None
+    for rank, what in enumerate(sorted(p, key=p.__getitem__, reverse=True), start=1):
+        share = reached or error / rank
+        if p[what] < share:
+            reached = share
+        shares[what] = share
+    return shares
+
+
+def _judged(what: str, found: Shift, limit: float, error: float, share: float) -> Comparison:
+    at_least, at_most = found.low(share), found.high(error)
+    if at_least > limit:
+        verdict: Verdict = "regression"
+        detail = f"slower by more than {limit:.1%} (p = {found.p_beyond(limit):.2g})"
+    elif at_most < limit:
+        verdict = "pass"
+        detail = f"not slower by {limit:.1%} (p = {found.p_within(limit):.2g})"
+    else:
+        verdict, detail = "unclear", _advice(found.slowdown, at_least, at_most, limit)
+    return Comparison(what, verdict, detail, found.slowdown, at_least, at_most)
+
+
+def _advice(slowdown: float, at_least: float, at_most: float, limit: float) -> str:
     """How many rounds would do, if the noise stays: an interval shrinks with the root of their number."""
-    distance = abs(limit - found.slowdown)
-    half = (found.high - found.low) / 2
+    distance = abs(limit - slowdown)
+    half = max(slowdown - at_least, at_most - slowdown)
+    if not math.isfinite(half) or at_least <= -1:
+        return f"too few rounds to tell; take {MIN_ROUNDS} or more"
     if distance < half / 10:
         return f"right at the limit of {limit:.1%}; take many more rounds, or another limit"
     return f"too noisy to tell; about {max((half / distance) ** 2, 1.5):.1f} times as many rounds would do"
@@ -143,8 +187,10 @@ def _series(result: Any, metrics: Sequence[str]) -> Iterator[tuple[str, Series]]
 
 
 def markdown(comparisons: Sequence[Comparison]) -> str:
-    lines = ["| what | verdict | slowdown | why |", "| --- | --- | ---: | --- |"]
+    lines = ["| what | verdict | slowdown | at least | at most | why |", "| --- | --- | ---: | ---: | ---: | --- |"]
     for row in comparisons:
-        change = f"{row.shift.slowdown:+.1%} ({row.shift.low:+.1%} to {row.shift.high:+.1%})" if row.shift else ""
-        lines.append(f"| {row.what} | {row.verdict} | {change} | {row.detail} |")
+        change = f"{row.slowdown:+.1%}" if row.slowdown is not None else ""
+        at_least = f"{row.at_least:+.1%}" if row.at_least > -1 else ""
+        at_most = f"{row.at_most:+.1%}" if math.isfinite(row.at_most) else ""
+        lines.append(f"| {row.what} | {row.verdict} | {change} | {at_least} | {at_most} | {row.detail} |")
     return "\n".join(lines)

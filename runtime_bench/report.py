@@ -313,7 +313,9 @@ def _trade_off_warnings(result: TradeOff) -> list[str]:
 
 
 def verdict(speedup: Interval) -> str:
-    """What may be claimed of it."""
+    """What may be claimed of it: of one round, nothing."""
+    if not speedup.confidence:
+        return "no certain difference"
     if speedup.low > 1:
         return "faster"
     return "slower" if speedup.high < 1 else "no certain difference"
@@ -406,8 +408,7 @@ def _change(metric: Metric | None) -> str:
     if metric is None:
         return "-"
     dense, sparse = (quantity(statistics.median(values)) for values in (metric.dense, metric.sparse))
-    speedup = metric.speedup()
-    return f"{dense} -> {sparse} {metric.unit}, {speedup.value:.2f}x ({speedup.low:.2f}-{speedup.high:.2f})"
+    return f"{dense} -> {sparse} {metric.unit}, {metric.speedup():.2fx}"
 
 
 def _gpu_table(result: GpuResult) -> str:

@@ -26,6 +26,18 @@ def result(speedup: float, noise: float = 0.01, rounds: int = 10, seed: int = 0,
     return found.model_copy(update={"cases": [case], **changes})
 
 
+def of_speedups(*cases: np.ndarray) -> RunResult:
+    """A run of a case for each, whose rounds had these speedups."""
+    found = run_result()
+    found.cases = [
+        found.cases[0].model_copy(
+            update={"at_once": at_once, "metrics": [metric("tpot", [DENSE] * len(each), (DENSE / each).tolist())]}
+        )
+        for at_once, each in enumerate(cases)
+    ]
+    return found
+
+
 def verdicts(new: RunResult, *old: RunResult, **options: float) -> list[str]:
     return [row.verdict for row in gate.judge(new, old, **options)]  # type: ignore[arg-type]
 
@@ -48,8 +60,45 @@ def test_noise_is_not_called_a_pass_nor_a_regression() -> None:
 
 def test_too_few_rounds_decide_nothing() -> None:
     (row,) = gate.judge(result(1.0, rounds=1), [result(1.7)])
-    assert (row.verdict, row.detail) == ("unclear", "1 rounds against 10 are too few for any verdict")
+    assert (row.verdict, row.detail) == (
+        "unclear", "1 rounds against 10 are too few for any verdict; take 10 or more",
+    )  # fmt: skip
     assert verdicts(result(1.0, rounds=2), result(1.7)) == ["regression"]
+
+
+def test_four_rounds_show_that_all_cases_are_slower_by_a_fifth() -> None:
+    """Each by itself has a p of 1/70, more than a sixth of the error rate, but they bear each other out."""
+    rounds = [np.array([1.70, 1.71, 1.72, 1.73]) * (1 + case / 100) for case in range(6)]
+    rows = gate.judge(of_speedups(*(each / 1.2 for each in rounds)), [of_speedups(*rounds)])
+    assert [row.verdict for row in rows] == ["regression"] * 6
+    assert all(0.05 < row.at_least < 0.2 < row.at_most for row in rows)
+    one_slower = [rounds[0] / 1.2, *rounds[1:]]
+    rows = gate.judge(of_speedups(*one_slower), [of_speedups(*rounds)])
+    assert [row.verdict for row in rows] == ["unclear"] + ["pass"] * 5
+    assert "take 10 or more" in rows[0].detail
+
+
+def test_a_file_passes_against_itself() -> None:
+    for speedups in (np.full(10, 1.7), np.exp(np.random.default_rng(3).normal(0, 0.02, 10))):
+        assert verdicts(of_speedups(speedups), of_speedups(speedups)) == ["pass"]
+
+
+@settings(max_examples=60)
+@given(st.lists(st.tuples(st.integers(3, 12), st.floats(0.8, 1.3), st.floats(0.001, 0.2)), min_size=1, max_size=5))
+def test_what_is_printed_is_what_was_tested(cases: list[tuple[int, float, float]]) -> None:
+    random = np.random.default_rng(len(cases))
+    old, new = (
+        of_speedups(*(np.exp(random.normal(0, scale, rounds)) / factor for rounds, factor, scale in planted))
+        for planted in ([(rounds, 1.0, scale) for rounds, _, scale in cases], cases)
+    )
+    limit = 0.05
+    for row in gate.judge(new, [old], max_regression=limit):
+        if row.slowdown is None:
+            continue
+        assert (row.verdict == "regression") == (row.at_least > limit)
+        assert (row.verdict == "pass") == (row.at_most < limit)
+        assert row.at_least <= row.slowdown + 1e-12
+        assert row.slowdown <= row.at_most + 1e-12
 
 
 def test_several_baselines_are_taken_together() -> None:
@@ -145,8 +194,7 @@ def test_a_true_slowdown_of_a_tenth_is_passed_no_more_often_than_stated(
     experiments, passed = 200, 0
     for _ in range(experiments):
         old, new = (np.exp(NOISE[noise](random, rounds, scale)) for _ in range(2))
-        found = gate._compare("x", gate.Series((new / 1.1).tolist()), old.tolist(), limit, 0.95, 1)
-        passed += found.verdict == "pass"
+        passed += verdicts(of_speedups(new / 1.1), of_speedups(old), max_regression=limit) == ["pass"]
     # 5% of 200 is 10; 26 or more have a probability of 1e-5, so that 12 examples seldom fail by chance.
     assert passed < 26
 

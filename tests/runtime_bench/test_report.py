@@ -170,7 +170,7 @@ def test_vllm_workloads_without_tpot() -> None:
     only = case().model_copy(update={"metrics": [metric("latency", [3.0], [2.0], unit="s")], "itl_ms": {}})
     result = run_result(cases=[only])
     assert "3.00 → 2.00 s time of the whole request" in page(result).text
-    assert "3.00 -> 2.00 s, 1.50x (1.50-1.50)" in report.markdown([result])
+    assert "3.00 -> 2.00 s, 1.50x (one round)" in report.markdown([result])
 
 
 def test_a_void_case_shows_its_reason_and_no_figure() -> None:
@@ -270,8 +270,9 @@ def test_markdown_table() -> None:
     assert report.markdown([result]) == (
         "| model | engine | case | TTFT | TPOT | tokens/s |\n"
         "| --- | --- | --- | ---: | ---: | ---: |\n"
-        "| SmolLM2-135M | transformers | batch, 1 at once, 64 in, 48 out | 300.0 -> 150.0 ms, 2.00x (2.00-2.00) "
-        "| 110.0 -> 55.0 ms, 2.00x (2.00-2.00) | 9.00 -> 13.5 tok/s, 1.50x (1.50-1.50) |\n"
+        "| SmolLM2-135M | transformers | batch, 1 at once, 64 in, 48 out "
+        "| 300.0 -> 150.0 ms, 2.00x (2.00-2.00, 75% sure) "
+        "| 110.0 -> 55.0 ms, 2.00x (2.00-2.00, 75% sure) | 9.00 -> 13.5 tok/s, 1.50x (1.50-1.50, 75% sure) |\n"
         "| SmolLM2-135M | transformers | batch, 8 at once, 64 in, 48 out "
         "| void: its process was ended by SIGKILL; was there enough memory? | - | - |\n"
         "\n"
