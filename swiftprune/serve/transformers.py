@@ -21,6 +21,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from swiftprune.sparse24 import format as format24
 from swiftprune.sparse24.format import METADATA_SUFFIX, QUANT_METHOD
+from swiftprune.sparse24.kernels import native
 from swiftprune.sparse24.linear import Linear24
 
 logger = logging.getLogger(__name__)
@@ -83,10 +84,14 @@ class SwiftpruneQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         served: Counter[str] = Counter()
+        files = native.MappedFiles()
         for name, module in model.named_modules():
             if isinstance(module, Linear24):
-                format24.validate(module.packed, f"{name}.weight")
-                served[module.use_backend().backend] += 1
+                pair = module.packed
+                served[module.use_backend(name=f"{name}.weight").backend] += 1
+                if module.backend in native.LINEAR_ISAS:  # so that no more than one weight is in memory twice
+                    files.drop(pair.values)
+                    files.drop(pair.metadata)
         for backend, count in served.items():
             logger.info("%d 2:4 linears run on the backend %s", count, backend)
         return model

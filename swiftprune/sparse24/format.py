@@ -132,13 +132,13 @@ def unpack(packed: Packed24 | Tensor, name: str = "weight") -> Tensor:
     """
     if isinstance(packed, Tensor):
         return packed
-    _check_shapes(packed, name)
+    check_shapes(packed, name)
     return dispatch.kernels(packed.values.device).unpack(packed.values, packed.metadata, name)
 
 
 def validate(packed: Packed24, name: str = "weight") -> None:
     """Checks every MUST of the specification that a reader can check. Raises FormatError."""
-    _check_shapes(packed, name)
+    check_shapes(packed, name)
     values, metadata = packed.values, packed.metadata
     if not torch.isfinite(values).all():
         row, column = (~torch.isfinite(values)).nonzero()[0].tolist()
@@ -166,7 +166,8 @@ def _check_device(name: str, *tensors: Tensor) -> None:
         raise FormatError(f"{name}: is on the meta device, which holds no numbers; load the weights first")
 
 
-def _check_shapes(packed: Packed24, name: str) -> None:
+def check_shapes(packed: Packed24, name: str) -> None:
+    """Raises FormatError when the two tensors do not belong together, whatever they hold."""
     values, metadata = packed.values, packed.metadata
     _check_device(name, values, metadata)
     if values.ndim != 2 or 0 in values.shape or values.shape[1] % KEPT or values.dtype not in VALUE_DTYPES:

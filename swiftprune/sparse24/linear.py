@@ -55,13 +55,13 @@ class Linear24(nn.Linear):
         cls, packed: Packed24, bias: Tensor | None = None, backend: str | None = None, name: str = "weight"
     ) -> Linear24:
         """A layer over `packed`, checked, on `backend` (default: the fastest here). `name` is for error messages."""
-        format24.validate(packed, name)
+        format24.check_shapes(packed, name)
         rows, cols = packed.shape
         layer = cls(cols, rows, bias=bias is not None, dtype=packed.values.dtype, device=torch.device("meta"))
         layer._hold_pair(packed)
         if bias is not None:
             layer.bias = nn.Parameter(bias.detach().to(packed.values.dtype).contiguous(), requires_grad=False)
-        return layer.use_backend(backend)
+        return layer.use_backend(backend, name)
 
     @property
     def packed(self) -> Packed24:
@@ -76,33 +76,40 @@ class Linear24(nn.Linear):
             return Packed24(*found)
         return Packed24(*native.from_stream(self.stream, self.dtype, self.out_features, self.in_features))
 
-    def use_backend(self, backend: str | None = None) -> Linear24:
+    def use_backend(self, backend: str | None = None, name: str = "weight") -> Linear24:
         """Repacks the weight for `backend`, by default the fastest on this machine. Returns the layer itself.
 
-        Raises SettingsError when the backend is unknown or cannot run here (see `dispatch.linear_backend`), and when
-        the present one holds 8-bit values, from which no other can be filled.
+        A pair is checked on the way out of the backend `reference`, with which a layer starts; `name` is for that.
+        Raises FormatError when it breaks the format, SettingsError when the backend is unknown or cannot run here (see
+        `dispatch.linear_backend`), and when the present one holds 8-bit values, from which no other can be filled.
         """
         shape = (self.out_features, self.in_features)
         backend = dispatch.linear_backend(self.dtype, backend, self._held().device, shape)
+        native_next = backend in dispatch.BACKENDS[:-1]
+        if self.backend == dispatch.REFERENCE and not native_next:
+            format24.validate(self.packed, name)
         native_before = self.backend != dispatch.REFERENCE and not self._laid_out
-        if backend == self.backend or (native_before and backend in dispatch.BACKENDS[:-1]):
+        if backend == self.backend or (native_before and native_next):
             self.backend = backend  # all native ones have one layout
             return self
         packed = self.packed
-        for name in ("weight", "weight_meta", "stream", *self._laid_out):
-            if name in self._parameters or name in self._buffers:
-                delattr(self, name)
+        if native_next and (stream := native.to_stream(packed.values, packed.metadata)) is None:
+            format24.validate(packed, name)
+            raise AssertionError(f"{name}: the native check and the slow one disagree")
+        for held in ("weight", "weight_meta", "stream", *self._laid_out):
+            if held in self._parameters or held in self._buffers:
+                delattr(self, held)
         self._laid_out = ()
         self.backend = backend
         if backend == dispatch.REFERENCE:
             self._hold_pair(packed)
         elif backend in dispatch.BACKENDS:
-            self.register_buffer("stream", native.to_stream(packed.values, packed.metadata), persistent=False)
+            self.register_buffer("stream", stream, persistent=False)
         else:
-            held = gpu.lay_out(Plan.parse(backend).backends, packed.values.detach(), packed.metadata.detach())
-            for name, tensor in held.items():
-                self.register_buffer(name, tensor, persistent=False)
-            self._laid_out = tuple(held)
+            tensors = gpu.lay_out(Plan.parse(backend).backends, packed.values.detach(), packed.metadata.detach())
+            for held, tensor in tensors.items():
+                self.register_buffer(held, tensor, persistent=False)
+            self._laid_out = tuple(tensors)
         if backend != dispatch.REFERENCE:
             self.weight = nn.Parameter(packed.values.new_empty(0), requires_grad=False)
         return self

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from swiftprune.errors import FormatError, SettingsError
 from swiftprune.pruning.module import prune_module
 from swiftprune.sparse24 import dispatch
-from swiftprune.sparse24.format import Packed24, pack, prune_and_pack, unpack
+from swiftprune.sparse24.format import Packed24, pack, prune_and_pack, unpack, validate
 from swiftprune.sparse24.kernels import native, reference
 from swiftprune.sparse24.linear import Linear24
 from swiftprune.sparse24.score_factors import ScoreFactors
@@ -91,6 +91,7 @@ def test_sums_are_kept_in_float32(backend: str, dtype: torch.dtype, tokens: int,
     packed = random_packed(24, 4 * groups, dtype, generator)
     x = torch.randn(tokens, 4 * groups, generator=generator).to(dtype)
     stream = native.to_stream(packed.values, packed.metadata)
+    assert stream is not None
     sums = native.linear24(backend, x, stream, None, 24, out_dtype=torch.float32)
     assert sums.dtype == torch.float32
     assert relative_error(sums, product(x, packed, None), x, packed) < SUM_ERROR
@@ -108,6 +109,7 @@ def test_which_values_meet_which_inputs(backend: str, dtype: torch.dtype, tokens
     x = torch.randint(-2, 3, (tokens, 332), generator=generator).to(dtype)
     want = product(x, packed, None).float()
     stream = native.to_stream(packed.values, packed.metadata)
+    assert stream is not None
     poison = torch.full((10, tokens, 19), float("nan"))  # freed at once: the next allocations get this memory
     del poison
     for _ in range(5):
@@ -182,6 +184,7 @@ def test_wrong_inputs_are_refused(backend: str, dtype: torch.dtype) -> None:
 def test_kernels_refuse_what_does_not_fit() -> None:
     packed = random_packed(5, 12, torch.float32, torch.Generator())
     stream = native.to_stream(packed.values, packed.metadata)
+    assert stream is not None
     with pytest.raises(ValueError, match="does not fit a stream"):
         native.linear24("generic", torch.ones(1, 128), stream, None, 5)
     if "avx512_bf16" in native.linear_isas(torch.bfloat16):
@@ -196,6 +199,7 @@ def test_the_stream_in_bits() -> None:
     metadata[2, 4] = 0b1101_0100  # group 9: positions 1 and 3
     metadata[3, 4] = 0b1110_0100  # group 9: positions 2 and 3
     stream = native.to_stream(values, metadata)
+    assert stream is not None
     assert stream.numel() == 576
     words = stream[:64].view(torch.int16).view(2, 4, 4)
     second = 0b01_01_01_01_01_01_01_01  # position 1 for all eight groups
@@ -254,6 +258,7 @@ def test_compiled_layers_give_the_same(backend: str, dtype: torch.dtype) -> None
 def test_the_operators_follow_the_rules_of_torch() -> None:
     packed = random_packed(12, 64, torch.float32, torch.Generator().manual_seed(4))
     stream = native.to_stream(packed.values, packed.metadata)
+    assert stream is not None
     x = torch.randn(3, 64, requires_grad=True)
     torch.library.opcheck(torch.ops.swiftprune.unpack24, (packed.values, packed.metadata))
     torch.library.opcheck(torch.ops.swiftprune.linear24, (x, stream, torch.ones(12), 12, "generic"))
@@ -346,3 +351,39 @@ def test_tensors_without_numbers_are_refused() -> None:
     ):
         with pytest.raises(FormatError, match=r"meta device|different devices"):
             call()
+
+
+@given(
+    rows=st.integers(1, 20), groups=st.integers(1, 40), dtype=st.sampled_from(DTYPES), seed=st.integers(0, 2**31),
+    spoil=st.sampled_from(["nothing", "nibble", "padding", "inf", "nan"]),
+)  # fmt: skip
+def test_what_is_laid_out_is_checked_as_the_specification_says(
+    rows: int, groups: int, dtype: torch.dtype, seed: int, spoil: str
+) -> None:
+    """Every pair that breaks the format anywhere is refused, and no other."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(rows, 4 * groups, generator=generator).to(dtype)
+    packed = prune_and_pack(weight, ScoreFactors.of_magnitude(4 * groups))
+    values, metadata = packed.values.clone(), packed.metadata.clone()
+    row, group = int(torch.randint(rows, (), generator=generator)), int(torch.randint(groups, (), generator=generator))
+    if spoil == "nibble":
+        bad = [0x0, 0x1, 0x2, 0x3, 0x5, 0x6, 0x7, 0xA, 0xB, 0xF][seed % 10]
+        shift = group % 2 * 4
+        metadata[row, group // 2] = int(metadata[row, group // 2]) & (0xF0 >> shift) | bad << shift
+    elif spoil == "padding" and groups % 2:
+        metadata[row, -1] |= 0x40
+    elif spoil in ("inf", "nan"):
+        values[row, 2 * group + seed % 2] = float("-inf") if spoil == "inf" else float("nan")
+    try:
+        validate(Packed24(values, metadata))
+    except FormatError:
+        assert native.to_stream(values, metadata) is None
+        with pytest.raises(FormatError, match=r"^w: "):
+            Linear24.from_packed(Packed24(values, metadata), name="w")
+    else:
+        assert spoil == "nothing" or (spoil == "padding" and groups % 2 == 0)
+        stream = native.to_stream(values, metadata)
+        assert stream is not None
+        back = native.from_stream(stream, dtype, rows, 4 * groups)
+        assert torch.equal(back[0], values)
+        assert torch.equal(back[1], metadata)

@@ -117,16 +117,53 @@ def linear_kernel(isa: str, dtype: torch.dtype) -> int:
     return int(_native.linear24_for(isa, _DTYPES[dtype]))
 
 
-def to_stream(values: Tensor, metadata: Tensor) -> Tensor:
-    """The packed pair of tensors in the layout of the linear kernels (csrc/stream.h): uint8, 1-D."""
+def to_stream(values: Tensor, metadata: Tensor) -> Tensor | None:
+    """The packed pair of tensors in the layout of the linear kernels (csrc/stream.h): uint8, 1-D.
+
+    None when the pair breaks the format: `format.validate` says where.
+    """
     values, metadata = _pair(values, metadata)
     rows, half = values.shape
     stream = torch.empty(stream_bytes(values.dtype, rows, 2 * half), dtype=torch.uint8)
-    _native.to_stream(
+    valid = _native.to_stream(
         _DTYPES[values.dtype], values.data_ptr(), metadata.data_ptr(), rows, 2 * half,
         stream.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
-    return stream
+    return stream if valid else None
+
+
+class MappedFiles:
+    """The memory of this process that files are mapped to, and the way to let go of it (Linux; elsewhere nothing)."""
+
+    def __init__(self) -> None:
+        self._ranges: list[tuple[int, int]] = []
+        self._misses = 0
+
+    def drop(self, tensor: Tensor) -> None:
+        """Lets go of the pages of `tensor` if they are of a file, from which they are read again when need be."""
+        begin = tensor.data_ptr()
+        if not self._holds(begin, tensor.nbytes) and self._misses < 3:  # else it stands in memory of its own
+            self._ranges = _ranges_of_files()
+            self._misses += not self._holds(begin, tensor.nbytes)
+        if self._holds(begin, tensor.nbytes):
+            _native.drop_pages(begin, tensor.nbytes)
+
+    def _holds(self, begin: int, nbytes: int) -> bool:
+        return any(start <= begin and begin + nbytes <= end for start, end in self._ranges)
+
+
+def _ranges_of_files() -> list[tuple[int, int]]:
+    try:
+        lines = Path("/proc/self/maps").read_text().splitlines()
+    except OSError:
+        return []
+    ranges = []
+    for line in lines:
+        fields = line.split(maxsplit=5)
+        if len(fields) == 6 and fields[5].startswith("/") and "deleted" not in fields[5]:
+            start, _, end = fields[0].partition("-")
+            ranges.append((int(start, 16), int(end, 16)))
+    return ranges
 
 
 def from_stream(stream: Tensor, dtype: torch.dtype, rows: int, cols: int) -> tuple[Tensor, Tensor]:

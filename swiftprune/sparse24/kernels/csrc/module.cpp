@@ -161,12 +161,15 @@ NB_MODULE(_native, m) {
   m.def("to_stream", [](int dtype, uintptr_t values, uintptr_t metadata, int64_t rows, int64_t cols, uintptr_t stream,
                         int threads) {
     advise_huge_pages(at<void*>(stream), stream_bytes(static_cast<Dtype>(dtype), rows, cols));
-    over_rows(blocks_of(rows), threads, [&](int64_t first, int64_t last) {
-      to_stream(static_cast<Dtype>(dtype), at<const void*>(values), at<const uint8_t*>(metadata), rows, cols,
-                at<void*>(stream), first, last);
-      return Status{};
+    const auto found = over_rows(blocks_of(rows), threads, [&](int64_t first, int64_t last) {
+      const bool valid = to_stream(static_cast<Dtype>(dtype), at<const void*>(values), at<const uint8_t*>(metadata),
+                                   rows, cols, at<void*>(stream), first, last);
+      return valid ? Status{} : Status{Fault::kBadMetadata, first};
     });
+    return static_cast<Fault>(std::get<0>(found)) == Fault::kNone;
   });
+
+  m.def("drop_pages", [](uintptr_t begin, int64_t bytes) { drop_pages(begin, bytes); });
 
   m.def("from_stream", [](int dtype, uintptr_t stream, int64_t rows, int64_t cols, uintptr_t values,
                           uintptr_t metadata, int threads) {

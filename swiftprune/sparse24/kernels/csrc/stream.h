@@ -47,8 +47,13 @@ int64_t stream_bytes(Dtype, int64_t rows, int64_t cols);
 // Asks for huge pages under memory that is about to be written; a hint, without effect where it is not understood.
 void advise_huge_pages(void* begin, int64_t bytes);
 
+// Lets go of the whole pages within, which are read from their file again if need be; only for mapped files.
+void drop_pages(uintptr_t begin, int64_t bytes);
+
 // Blocks [first, last) of the stream from the canonical pair of tensors (sparse24.h), and back; exact inverses.
-void to_stream(Dtype, const void* values, const uint8_t* metadata, int64_t rows, int64_t cols, void* stream,
+// The pair comes from a file, so it is checked on the way: false when a nibble, an unused one or a value breaks the
+// format. Which one that is, is for the slow check to say.
+bool to_stream(Dtype, const void* values, const uint8_t* metadata, int64_t rows, int64_t cols, void* stream,
                int64_t first, int64_t last);
 void from_stream(Dtype, const void* stream, int64_t rows, int64_t cols, void* values, uint8_t* metadata, int64_t first,
                  int64_t last);
