@@ -5,6 +5,19 @@
 >>> report = export("./my-model", "./my-model-2of4", PruneSettings(calibration="text.txt"))  # doctest: +SKIP
 """
 
-from exporters.checkpoint import ExportReport, Target, export
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from exporters.checkpoint import ExportReport, Target, export
 
 __all__ = ["ExportReport", "Target", "export"]
+
+
+def __getattr__(name: str) -> Any:
+    """On first use, so that `exporters.start` comes before torch."""
+    if name not in __all__:
+        raise AttributeError(f"module 'exporters' has no attribute {name!r}")
+    return getattr(importlib.import_module("exporters.checkpoint"), name)

@@ -77,6 +77,8 @@ class ExportReport(BaseModel):
     """By stage. After --resume, of the resumed run only."""
     layer_seconds: dict[str, float]
     """By layer kind: score, select and pack."""
+    fitted_samples: int | None = None
+    """Calibration sequences that were used, where a preset had to take fewer to keep to its minutes."""
     distillation: list[Validation] = []
     """Perplexity over minutes, on windows of the calibration text that were held back."""
     evaluation: str | None = None
@@ -118,7 +120,7 @@ def export(
         workspace.check_space(_estimate(pipeline, target))
 
         pipeline.tokens, pipeline.orders = workspace.tokens(), workspace.orders()
-        pipeline.dense_linears = workspace.dense_linears()
+        pipeline.dense_linears, pipeline.fitted_samples = workspace.dense_linears(), workspace.fitted_samples()
         writer = _ShardWriter(pipeline, target, workspace)
         pipeline.run(writer)
         with pipeline.clock("write"):
@@ -212,6 +214,7 @@ class _ShardWriter:
         self.keep_tokens = workspace.keep_tokens
         self.keep_orders = workspace.keep_orders
         self.keep_dense_linears = workspace.keep_dense_linears
+        self.keep_fitted_samples = workspace.keep_fitted_samples
         self._pipeline = pipeline
         self._target = target
         self._workspace = workspace
@@ -337,6 +340,7 @@ class _ShardWriter:
             state
             | {
                 "format_version": format24.VERSION,
+                **({"fitted_samples": fitted} if (fitted := self._pipeline.fitted_samples) else {}),
                 "layers": [layer.model_dump() for layer in layers],
                 "dense": self._dense,
             },
@@ -354,7 +358,7 @@ class _ShardWriter:
             dense_linears=self._dense, bytes_before=checkpoint.nbytes, bytes_after=total,
             linear_bytes_before=linear_before, linear_bytes_after=linear_after,
             token_bytes_before=self._token_bytes(checkpoint.tensors), token_bytes_after=self._token_bytes(stored),
-            seconds={}, layer_seconds=dict(self._layer_seconds),
+            seconds={}, layer_seconds=dict(self._layer_seconds), fitted_samples=self._pipeline.fitted_samples,
         )  # fmt: skip
 
     def _pruned(self) -> list[Linear]:

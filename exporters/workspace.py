@@ -33,10 +33,11 @@ _STATE = "export-state.json"
 _TOKENS = "calibration-tokens.safetensors"
 _ORDERS = "permutations.safetensors"
 _DENSE = "dense-linears.json"
+_FITTED = "fitted-samples.json"
 _TRAINING = "training.safetensors"
 _DONE = ".done.json"
 # What only an unfinished export needs.
-_PASSING = {_STATE, _TOKENS, _ORDERS, _DENSE, _TRAINING}
+_PASSING = {_STATE, _TOKENS, _ORDERS, _DENSE, _FITTED, _TRAINING}
 
 
 class Workspace:
@@ -201,6 +202,14 @@ class Workspace:
 
     def keep_dense_linears(self, names: list[str]) -> None:
         self.write_json(_DENSE, names)
+
+    def fitted_samples(self) -> int | None:
+        """How many calibration sequences an interrupted run found to fit its minutes."""
+        path = self.folder / _FITTED
+        return int(json.loads(path.read_text())) if path.exists() else None
+
+    def keep_fitted_samples(self, samples: int) -> None:
+        self.write_json(_FITTED, samples)
 
     def copy(self, source: Path, name: str) -> None:
         """Copies the file `source` to `name`, which may be in a sub-folder."""

@@ -48,6 +48,18 @@ PATIENCE = 3
 # Logits in memory at a time: 16 MiB in fp32, which caches hold, and the same again for the teacher's.
 _CHUNK_LOGITS = 1 << 22
 _SAVE_SECONDS = 60.0
+ACTIVATION_BYTES = 800_000_000
+"""Of a step, about, for models that are distilled on CPUs."""
+
+
+def memory_bytes(parameters: int, pruned: int, compute: torch.dtype) -> int:
+    """About what distilling a model of so many parameters takes, of which so many are in pruned linears.
+
+    Both models, then of each pruned weight its gradient, Adam's two moments, its best value, its mask and what autograd
+    keeps of it in the type that is computed in; activations of a step and chunks of logits come on top.
+    """
+    per_pruned = 4 + 8 + 4 + 1 + compute.itemsize % 4
+    return parameters * (4 + compute.itemsize) + pruned * per_pruned + ACTIVATION_BYTES
 
 
 def check_supported(model: Any) -> None:

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from swiftprune.errors import CheckpointError, FormatError, SettingsError
-from swiftprune.pruning import distill, keep_dense, permute, refine_blocks
+from swiftprune.pruning import distill, keep_dense, memory, permute, refine_blocks
 from swiftprune.pruning.calibrate import BlockRunner
 from swiftprune.pruning.calibration_text import (
     calibration_tokens,
@@ -59,6 +59,9 @@ _TRAINING_WINDOWS = 4096
 _ORDER_TOKENS = 4096
 # Where the model samples its own text, it samples so many times more when it is distilled on as well.
 _TRAINING_SAMPLES = 3
+# Of the minutes of a preset, what pruning may take at most; the rest is for distillation.
+_PRUNING_SHARE = 0.6
+_LEAST_SAMPLES = 4
 # Of calibration, and of what is trained on, every so many windows is a conversation, if there are any.
 _EVERY_CONVERSATION = 4
 
@@ -199,6 +202,8 @@ class BlockStore(Protocol):
 
     def keep_dense_linears(self, names: list[str]) -> None: ...
 
+    def keep_fitted_samples(self, samples: int) -> None: ...
+
 
 class MemoryStore:
     """A BlockStore in memory, for `prune`."""
@@ -226,6 +231,8 @@ class MemoryStore:
 
     def keep_dense_linears(self, names: list[str]) -> None: ...
 
+    def keep_fitted_samples(self, samples: int) -> None: ...
+
 
 @dataclass
 class StageClock:
@@ -245,8 +252,8 @@ class StageClock:
 class Pipeline:
     """A pruning run over one checkpoint. Making it checks settings and headers; `run` does the work, stage by stage.
 
-    `tokens`, `orders` and `dense_linears` are what a run decides on the way; one that is resumed is given those of the
-    run before it. `clock` fills up on the way.
+    `tokens`, `orders`, `fitted_samples` and `dense_linears` are what a run decides on the way; one that is resumed is
+    given those of the run before it. `clock` fills up on the way.
     """
 
     def __init__(
@@ -266,6 +273,8 @@ class Pipeline:
         self.orders: Orders | None = None
         self.dense_linears: list[str] | None = None
         """Linears that `max_perplexity_ratio` left dense."""
+        self.fitted_samples: int | None = None
+        """Calibration sequences that fit into the minutes of a preset, where it set more."""
         self.validations: list[Validation] = []
         self._started = time.monotonic()
         self.needs = self._needs()
@@ -273,6 +282,7 @@ class Pipeline:
         self.targets: Targets = find_targets(self._model, checkpoint, ignore=self.settings.ignore, group=group)
         self._masks = KeepMasks(Path(self.settings.mask)) if self.settings.mask else None
         self._check_head()
+        self._check_memory()
         if self.settings.method == KEEP:
             self.targets = self._without_violations()
         else:
@@ -327,6 +337,34 @@ class Pipeline:
             if needed:
                 raise CheckpointError(f"{self.checkpoint.folder}: holds no output head, which {what} needs")
         self._announce("The checkpoint holds no output head; its body is pruned, and the output has none either.")
+
+    def _check_memory(self) -> None:
+        """Stages that need the whole model say what they need before any work, and stop where that is not there."""
+        s, count = self.settings, self.checkpoint.parameter_count
+        needs: dict[str, int] = {}
+        if "distill" in s.refine:
+            needs["--refine distill"] = distill.memory_bytes(count, self._pruned_count(), DTYPES[s.compute])
+        if s.max_perplexity_ratio is not None:
+            needs["--sparsity auto"] = 4 * (count + 2 * self._pruned_count())
+        if not needs:
+            return
+        what, needed = max(needs.items(), key=lambda item: item[1])
+        free = memory.available_bytes()
+        self._announce(f"{what} needs about {needed / 1e9:.1f} GB of memory, of which {free / 1e9:.1f} GB are free.")
+        if needed <= free:
+            return
+        error = SettingsError(f"{what} needs about {needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free; "
+                              "leave it out, or use a machine with more")  # fmt: skip
+        if what == "--refine distill":
+            self._leave_out("refine", s, error)
+            rest = tuple(stage for stage in s.refine if stage != "distill")
+            self.settings = s.model_copy(update={"refine": rest, "minutes": None, "steps": None})
+            return
+        raise error
+
+    def _pruned_count(self) -> int:
+        linears = (linear for block in self.targets.blocks for linear in block.linears)
+        return sum(torch.Size(self.checkpoint.tensors[linear.tensor].shape).numel() for linear in linears)
 
     def _without_violations(self) -> Targets:
         """For `keep`: linears that do not fit the pattern stay dense, with those that engines run as one with them."""
@@ -400,8 +438,14 @@ class Pipeline:
         return slice(start, start + count)
 
     def _calibration_tokens(self) -> Tensor | None:
+        """(samples, seqlen). Fewer, where time is short, are taken evenly, so that conversations keep their share."""
         tokens = self.load_tokens()
-        return None if tokens is None else tokens[: self.settings.samples]
+        if tokens is None:
+            return None
+        tokens = tokens[: self.settings.samples]
+        if self.fitted_samples is None or self.fitted_samples >= len(tokens):
+            return tokens
+        return tokens[torch.linspace(0, len(tokens) - 1, self.fitted_samples).round().long()]
 
     def _prepare(self, store: BlockStore) -> None:
         """Makes the calibration tokens and permutes the checkpoint, where that is asked for and not done yet."""
@@ -453,15 +497,7 @@ class Pipeline:
         unfinished = [index for index, block in enumerate(self.targets.blocks) if not store.finished(block)]
         if not unfinished:
             return
-        tokens = self._calibration_tokens()
-        runner = None
-        if tokens is not None and (self.needs != "nothing" or "blocks" in self.settings.refine):
-            with self.clock("calibrate"):
-                runner = BlockRunner(
-                    self._model, self.checkpoint, self.targets, tokens,
-                    compute=DTYPES[self.settings.compute],
-                    with_dense=self.needs == "drift" or "blocks" in self.settings.refine,
-                )  # fmt: skip
+        runner = self._runner()
         steps = len(runner.hidden) * (1 if self.settings.one_pass else 2) if runner else 1
         if "blocks" in self.settings.refine:
             steps += refine_blocks.STEPS
@@ -473,16 +509,59 @@ class Pipeline:
                     self._forward_finished(runner, block, store.load(block), tick)
                 continue
             start = time.monotonic()
-            with runner.block(block) if runner else nullcontext():
-                pruned = self._prune_block(block, runner, tick)
-                if runner and not self.settings.one_pass:
-                    with self.clock("calibrate"):
-                        runner.advance(block, self._by_parameter(block, pruned.weights), tick)
+            pruned = self._prune_and_advance(block, runner, tick)
+            if (
+                index == 0
+                and runner
+                and (fewer := self._too_many_samples(time.monotonic() - start, len(runner.hidden)))
+            ):
+                self.fitted_samples = fewer
+                store.keep_fitted_samples(fewer)
+                runner = self._runner()
+                start = time.monotonic()
+                pruned = self._prune_and_advance(block, runner, tick)
             tick.to_end(index + 1, steps)
             if not announced:
                 self._announce_cost(time.monotonic() - start, len(self.targets.blocks) - index)
                 announced = True
             yield pruned
+
+    def _runner(self) -> BlockRunner | None:
+        tokens = self._calibration_tokens()
+        if tokens is None or (self.needs == "nothing" and "blocks" not in self.settings.refine):
+            return None
+        with self.clock("calibrate"):
+            return BlockRunner(
+                self._model, self.checkpoint, self.targets, tokens, compute=DTYPES[self.settings.compute],
+                with_dense=self.needs == "drift" or "blocks" in self.settings.refine,
+            )  # fmt: skip
+
+    def _prune_and_advance(self, block: Block, runner: BlockRunner | None, tick: Callable[[], None]) -> PrunedBlock:
+        with runner.block(block) if runner else nullcontext():
+            pruned = self._prune_block(block, runner, tick)
+            if runner and not self.settings.one_pass:
+                with self.clock("calibrate"):
+                    runner.advance(block, self._by_parameter(block, pruned.weights), tick)
+        return pruned
+
+    def _too_many_samples(self, seconds: float, samples: int) -> int | None:
+        """How many calibration sequences a preset can afford, if fewer than the first block, so slow, was pruned on."""
+        minutes = self.settings.minutes
+        if minutes is None or "samples" not in self.settings.from_preset or self.fitted_samples is not None:
+            return None
+        spent = (time.monotonic() - self._started) / 60
+        whole = seconds * len(self.targets.blocks) / 60
+        room = _PRUNING_SHARE * minutes - spent
+        if spent - seconds / 60 + whole <= _PRUNING_SHARE * minutes:
+            return None
+        fewer = max(_LEAST_SAMPLES, int(samples * room / whole))
+        if fewer >= samples:
+            return None
+        self._announce(
+            f"One block took {seconds:.1f} s, so all on {samples} calibration sequences would take too much of "
+            f"{minutes:g} minutes: {fewer} are used instead. To use more, give --samples or more --minutes."
+        )
+        return fewer
 
     def _announce_cost(self, seconds: float, blocks: int) -> None:
         """Says how long it will all take, from one block that was pruned, before most of it is done."""

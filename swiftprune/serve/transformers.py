@@ -3,14 +3,21 @@
 >>> import swiftprune.serve.transformers
 >>> model = transformers.AutoModelForCausalLM.from_pretrained("./my-model-2of4")  # doctest: +SKIP
 
-Without that import transformers stops with a shape mismatch; it never runs on wrong weights.
+Without that import transformers stops with a shape mismatch, or says `Unknown quantization type, got swiftprune`; it
+never runs on wrong weights. For tools that import nothing of their user's, run them through this module:
+
+    python -m swiftprune.serve.transformers lm_eval --model hf --model_args pretrained=./my-model-2of4 --tasks arc_easy
 """
 
 from __future__ import annotations
 
 import logging
+import runpy
+import shutil
+import sys
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -103,3 +110,18 @@ class SwiftpruneQuantizer(HfQuantizer):  # type: ignore[misc]
     def is_trainable(self) -> bool:
         """Adapters on top are: packed weights pass gradients through, and have none themselves."""
         return True
+
+
+def run(command: str, arguments: list[str]) -> None:
+    """Runs a Python tool, by the name that a shell finds it by, in this process, where the format is registered."""
+    path = shutil.which(command)
+    if path is None and not Path(command).is_file():
+        sys.exit(f"{command}: no such command; give the name of a tool that is written in Python, or of a script")
+    sys.argv = [command, *arguments]
+    runpy.run_path(path or command, run_name="__main__")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 2:
+        sys.exit("usage: python -m swiftprune.serve.transformers COMMAND [ARGUMENTS], lm_eval say")
+    run(sys.argv[1], sys.argv[2:])

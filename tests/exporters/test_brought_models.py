@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,7 @@ from transformers import (
 import swiftprune.serve.transformers  # noqa: F401 - registers the packed format
 from exporters import export
 from swiftprune.errors import CheckpointError, SettingsError
+from swiftprune.pruning import memory
 from swiftprune.pruning.checkpoint import Checkpoint
 from swiftprune.pruning.pipeline import Pipeline, PruneSettings
 from swiftprune.pruning.quality import make_settings
@@ -324,3 +327,48 @@ def test_a_hub_repository_gives_one_copy_of_its_weights(
         Checkpoint.open("owner/name")
     with pytest.raises(SettingsError, match="is a local folder, which has no revisions"):
         Checkpoint.open(hub, revision="v2")
+
+
+def test_a_stage_that_does_not_fit_into_memory_is_refused_before_any_work(
+    tiny_models: Callable[[str], Path], text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A preset leaves distillation out instead; both say how much is needed and how much there is."""
+    folder, said = tiny_models("llama-gqa-tied"), list[str]()
+    given: dict[str, Any] = {"calibration": str(text_file), "samples": 4, "seqlen": 32}
+    monkeypatch.setattr(memory, "available_bytes", lambda: 100_000_000)
+    with pytest.raises(SettingsError, match=r"--refine distill needs about 0\.8 GB of memory, and 0\.1 GB are free"):
+        Pipeline(Checkpoint(folder), PruneSettings(method="wanda", refine=("distill",), steps=2, **given))
+    left = Pipeline(Checkpoint(folder), make_settings("balanced", given), announce=said.append)
+    assert (left.settings.refine, left.settings.minutes) == ((), None)
+    assert any("Left out of --quality" in text and "0.1 GB are free" in text for text in said)
+
+
+def test_the_limit_of_the_process_counts() -> None:
+    code = "from swiftprune.pruning.memory import available_bytes; print(available_bytes())"
+    run = ["prlimit", "--data=2500000000", sys.executable, "-c", code]
+    found = int(subprocess.run(run, capture_output=True, text=True, check=True).stdout)
+    assert 0 < found < 2_500_000_000
+
+
+TOOL = """
+import sys
+from transformers import AutoModelForCausalLM
+print(type(AutoModelForCausalLM.from_pretrained(sys.argv[1]).model.layers[0].mlp.up_proj).__name__, sys.argv[2:])
+"""
+
+
+def test_tools_that_know_nothing_of_the_format_run_through_a_module(
+    tiny_models: Callable[[str], Path], tmp_path: Path
+) -> None:
+    export(tiny_models("llama-gqa-tied"), tmp_path / "out", NO_DATA)
+    (tmp_path / "tool.py").write_text(TOOL)
+    start = [sys.executable, "-m", "swiftprune.serve.transformers"]
+    run = subprocess.run(
+        [*start, str(tmp_path / "tool.py"), str(tmp_path / "out"), "--more"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.stdout == "Linear24 ['--more']\n", run.stderr
+    run = subprocess.run([*start, "no-such-tool"], capture_output=True, text=True, check=False)
+    assert "no-such-tool: no such command" in run.stderr

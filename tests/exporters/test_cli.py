@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -161,3 +162,25 @@ def test_a_missing_model(tmp_path: Path) -> None:
     run = command(tmp_path / "nothing")
     assert run.returncode == 3
     assert "no such folder" in run.stderr
+
+
+def test_threads_wait_as_the_machine_allows_and_the_caller_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before torch is loaded, since its threads read it once."""
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"):
+        monkeypatch.delenv(name, raising=False)
+    code = """
+import os, sys
+import psutil
+from exporters import start
+psutil.cpu_percent = lambda seconds: float(sys.argv[1])
+start.choose_waiting()
+print("torch" in sys.modules, os.environ.get("OMP_WAIT_POLICY"), os.environ.get("GOMP_SPINCOUNT"))
+"""
+    for busy, given, said in (
+        ("3", {}, "False None 20000"), ("60", {}, "False passive None"),
+        ("60", {"OMP_WAIT_POLICY": "active"}, "False active None"), ("3", {"GOMP_SPINCOUNT": "7"}, "False None 7"),
+    ):  # fmt: skip
+        run = subprocess.run(
+            [sys.executable, "-c", code, busy], env=os.environ | given, capture_output=True, text=True, check=False
+        )
+        assert run.stdout.strip() == said, run.stderr

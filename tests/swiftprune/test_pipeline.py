@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,7 @@ from swiftprune.pruning.mask import Pattern
 from swiftprune.pruning.pairs import keep_pairs
 from swiftprune.pruning.pipeline import MemoryStore, Pipeline, PruneSettings, prune
 from swiftprune.pruning.progress import silent
+from swiftprune.pruning.quality import make_settings
 from swiftprune.pruning.score import Needs
 from swiftprune.pruning.sparsegpt import sparsegpt
 from swiftprune.pruning.targets import empty_model, find_targets
@@ -577,3 +580,37 @@ def test_a_finished_run_is_not_run_forward_again(
         store.save(done)
     monkeypatch.setattr(BlockRunner, "_run", lambda *_: pytest.fail("a block was run"))
     assert list(pipeline.blocks(store)) == []
+
+
+def test_a_preset_fits_itself_to_its_minutes(
+    tiny_models: Callable[[str], Path], text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a machine where a sample of a block takes a tenth of a second; what was chosen is said, kept and resumed."""
+    prune_block = Pipeline._prune_block
+    seen: list[int] = []
+
+    def slow(self: Pipeline, block: Any, runner: Any, tick: Any) -> Any:
+        seen.append(len(runner.hidden))
+        time.sleep(0.1 * len(runner.hidden))
+        return prune_block(self, block, runner, tick)
+
+    monkeypatch.setattr(Pipeline, "_prune_block", slow)
+    folder, said = tiny_models("llama-gqa-tied"), list[str]()
+    given = {"calibration": str(text_file), "seqlen": 32, "compute": "float32", "minutes": 0.06}
+    settings = make_settings("balanced", given).model_copy(update={"samples": 24})
+    with pytest.raises(KeyboardInterrupt):
+        export(folder, tmp_path / "out", settings, announce=said.append, progress=stop_after_block_one)
+    report = export(folder, tmp_path / "out", settings, announce=said.append, resume=True)
+    assert report.fitted_samples is not None
+    assert 4 <= report.fitted_samples < 24
+    assert seen[0] == 24
+    assert set(seen[1:]) == {report.fitted_samples}
+    assert any(f"{report.fitted_samples} are used instead" in text for text in said)
+    assert json.loads((tmp_path / "out" / "swiftprune.json").read_text())["fitted_samples"] == report.fitted_samples
+    asked = settings.model_copy(update={"from_preset": frozenset(), "minutes": 0.02})
+    assert export(folder, tmp_path / "asked", asked).fitted_samples is None
+
+
+def stop_after_block_one(stage: str, done: float, total: float) -> None:
+    if stage == "prune" and done / total > 0.4:
+        raise KeyboardInterrupt

@@ -1,0 +1,35 @@
+"""Where `swiftprune-export` starts: how threads wait is chosen before torch, which reads it once, is loaded.
+
+Threads that have done their share of a product spin until the others have. Beside another busy process they take from
+it, and from each other, the processors that it and they need: a training step of SmolLM2-135M on two cores went from
+1.6 to 8.8 seconds. Spinning for less costs nothing on a quiet machine, and on a busy one none at all is best
+(docs/lab-notes.md has the figures).
+"""
+
+from __future__ import annotations
+
+import os
+
+import psutil
+
+_SPINS = "20000"
+# Of all processors, what others may use of a machine that counts as quiet.
+_QUIET_PERCENT = 20.0
+_LOOK_SECONDS = 0.2
+
+
+def choose_waiting() -> None:
+    """Sets how OpenMP's threads wait, by how busy the machine is now, unless the caller's environment says it."""
+    if {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & set(os.environ):
+        return
+    if psutil.cpu_percent(_LOOK_SECONDS) > _QUIET_PERCENT:
+        os.environ["OMP_WAIT_POLICY"] = "passive"
+    else:
+        os.environ["GOMP_SPINCOUNT"] = _SPINS
+
+
+def main() -> None:
+    choose_waiting()
+    from exporters import cli  # brings torch
+
+    cli.main()
