@@ -678,7 +678,7 @@ def _narrow(label: str) -> str:
 
 def _wrapped(text: str) -> str:
     """For legends, which cut off what does not fit."""
-    return "<br>".join(html_text.escape(line) for line in textwrap.wrap(text, 40))
+    return "<br>".join(html_text.escape(line) for line in textwrap.wrap(text, 28))
 
 
 def _line_figure(lines: Sequence[Line], x_title: str, bound: float | None = None) -> dict[str, Any]:

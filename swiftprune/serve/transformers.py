@@ -95,7 +95,7 @@ class SwiftpruneQuantizer(HfQuantizer):  # type: ignore[misc]
         for name, module in model.named_modules():
             if isinstance(module, Linear24):
                 pair = module.packed
-                served[module.use_backend(name=f"{name}.weight").backend] += 1
+                served[module.use_checked(name=f"{name}.weight").backend] += 1
                 if module.backend in native.LINEAR_ISAS:  # so that no more than one weight is in memory twice
                     files.drop(pair.values)
                     files.drop(pair.metadata)

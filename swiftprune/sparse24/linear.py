@@ -61,7 +61,15 @@ class Linear24(nn.Linear):
         layer._hold_pair(packed)
         if bias is not None:
             layer.bias = nn.Parameter(bias.detach().to(packed.values.dtype).contiguous(), requires_grad=False)
-        return layer.use_backend(backend, name)
+        return layer.use_checked(backend, name)
+
+    def use_checked(self, backend: str | None = None, name: str = "weight") -> Linear24:
+        """As `use_backend`, of a pair that comes from a file: FormatError when it breaks the format, on any backend."""
+        packed = self.packed
+        self.use_backend(backend, name)
+        if self.backend not in native.LINEAR_ISAS:  # these check what they lay out
+            format24.validate(packed, name)
+        return self
 
     @property
     def packed(self) -> Packed24:
@@ -79,15 +87,13 @@ class Linear24(nn.Linear):
     def use_backend(self, backend: str | None = None, name: str = "weight") -> Linear24:
         """Repacks the weight for `backend`, by default the fastest on this machine. Returns the layer itself.
 
-        A pair is checked on the way out of the backend `reference`, with which a layer starts; `name` is for that.
-        Raises FormatError when it breaks the format, SettingsError when the backend is unknown or cannot run here (see
-        `dispatch.linear_backend`), and when the present one holds 8-bit values, from which no other can be filled.
+        Raises SettingsError when the backend is unknown or cannot run here (see `dispatch.linear_backend`), and when
+        the present one holds 8-bit values, from which no other can be filled. Laying a pair out for a native kernel
+        checks it, and raises FormatError with `name` when it breaks the format; see `use_checked`.
         """
         shape = (self.out_features, self.in_features)
         backend = dispatch.linear_backend(self.dtype, backend, self._held().device, shape)
         native_next = backend in dispatch.BACKENDS[:-1]
-        if self.backend == dispatch.REFERENCE and not native_next:
-            format24.validate(self.packed, name)
         native_before = self.backend != dispatch.REFERENCE and not self._laid_out
         if backend == self.backend or (native_before and native_next):
             self.backend = backend  # all native ones have one layout
