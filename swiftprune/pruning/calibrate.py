@@ -295,7 +295,7 @@ def _without_shared_containers(arguments: _Arguments) -> _Arguments:
 
 
 def _copied(value: Any, copies: dict[int, Any]) -> Any:
-    if isinstance(value, tuple) and type(value) is tuple:
+    if type(value) is tuple:
         return tuple(_copied(item, copies) for item in value)
     if not isinstance(value, list | MutableMapping):
         return value

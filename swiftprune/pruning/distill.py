@@ -58,7 +58,8 @@ def memory_bytes(parameters: int, pruned: int, compute: torch.dtype) -> int:
     Both models, then of each pruned weight its gradient, Adam's two moments, its best value, its mask and what autograd
     keeps of it in the type that is computed in; activations of a step and chunks of logits come on top.
     """
-    per_pruned = 4 + 8 + 4 + 1 + compute.itemsize % 4
+    kept_by_autograd = 0 if compute == torch.float32 else compute.itemsize
+    per_pruned = 4 + 8 + 4 + 1 + kept_by_autograd
     return parameters * (4 + compute.itemsize) + pruned * per_pruned + ACTIVATION_BYTES
 
 

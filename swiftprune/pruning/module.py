@@ -132,10 +132,10 @@ def _find_layers(module: nn.Module, ignored: Ignore) -> tuple[dict[str, Layer], 
     dense: dict[str, str] = {}
     for name, child in module.named_modules():
         parameters = dict(child.named_parameters(recurse=False))
-        if not isinstance(child, Linear24) and all(parameter.ndim < 2 for parameter in parameters.values()):
-            continue
         if isinstance(child, Linear24):
             dense[name] = "it is packed already"
+        elif all(parameter.ndim < 2 for parameter in parameters.values()):
+            continue
         elif not isinstance(child, Layer):
             dense[name] = f"{type(child).__name__} is not a Linear, Conv1d or Conv2d"
         elif ignored.search(name):

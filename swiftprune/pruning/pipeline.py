@@ -265,6 +265,7 @@ class Pipeline:
         self._announce = announce
         self._progress = progress
         self._model = empty_model(checkpoint)
+        self._places = frozenset(self._model.state_dict())
         self.settings = self._with_what_can_be_had(self._with_keep(settings)).resolved()
         self.pattern = Pattern.parse(self.settings.pattern)
         self.method = find_method(self.settings.method)
@@ -313,8 +314,7 @@ class Pipeline:
                 distill.check_supported(self._model)
             except SettingsError as error:
                 self._leave_out("refine", settings, error)
-                changes["refine"] = tuple(stage for stage in settings.refine if stage != "distill")
-                changes |= {"minutes": None, "steps": None}
+                changes |= _without_distill(settings)
         if settings.conversations and not has_conversations(self.checkpoint):
             self._announce("The model has no chat template, so no conversations are sampled.")
             changes["conversations"] = 0
@@ -357,8 +357,7 @@ class Pipeline:
                               "leave it out, or use a machine with more")  # fmt: skip
         if what == "--refine distill":
             self._leave_out("refine", s, error)
-            rest = tuple(stage for stage in s.refine if stage != "distill")
-            self.settings = s.model_copy(update={"refine": rest, "minutes": None, "steps": None})
+            self.settings = s.model_copy(update=_without_distill(s))
             return
         raise error
 
@@ -703,8 +702,9 @@ class Pipeline:
         A tensor that the model has no place for, as older checkpoints hold some, is not among them.
         """
         own = set(block.tensors)
-        places = self._model.state_dict()
-        return {name: tensor for name, tensor in self.targets.tensor_of.items() if tensor in own and name in places}
+        return {
+            name: tensor for name, tensor in self.targets.tensor_of.items() if tensor in own and name in self._places
+        }
 
     def _distilled(self, student: nn.Module, block: Block) -> PrunedBlock:
         linears = {linear.tensor: linear for linear in block.linears}
@@ -919,6 +919,12 @@ def _check_inputs(stats: dict[str, InputStats], block: Block, checkpoint: Checkp
             f"{checkpoint.folder}: input channel {channel} of {name} is not finite on the calibration text, though the "
             "weights of its block are; look for NaN or infinities in the embedding"
         )
+
+
+def _without_distill(settings: PruneSettings) -> dict[str, Any]:
+    """The fields of `settings` that leaving distillation out changes."""
+    rest = tuple(stage for stage in settings.refine if stage != "distill")
+    return {"refine": rest, "minutes": None, "steps": None}
 
 
 def _first_of(reasons: Mapping[str, str]) -> str:
