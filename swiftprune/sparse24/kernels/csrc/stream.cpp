@@ -27,12 +27,12 @@ void each_group(ChunkPointer stream, int64_t rows, int64_t cols, int64_t first, 
   }
 }
 
-// Bits 0, 1 of every nibble, or with `bits` shifted by 2 bits 2, 3, next to each other: 8 positions in 16 bits.
-uint64_t gather_positions(uint32_t bits) {
-  bits &= 0x33333333u;
-  bits = (bits | bits >> 2) & 0x0f0f0f0fu;
-  bits = (bits | bits >> 4) & 0x00ff00ffu;
-  return (bits | bits >> 8) & 0xffffu;
+// Bits 0, 1 of every nibble, next to each other: of eight nibbles in 32 bits 16, for each half of the word.
+uint64_t gather_positions(uint64_t nibbles) {
+  nibbles &= 0x3333333333333333u;
+  nibbles = (nibbles | nibbles >> 2) & 0x0f0f0f0f0f0f0f0fu;
+  nibbles = (nibbles | nibbles >> 4) & 0x00ff00ff00ff00ffu;
+  return (nibbles | nibbles >> 8) & 0x0000ffff0000ffffu;
 }
 
 // Whether the first position of each nibble is less than the second: per nibble, 4 + second - first - 1 >= 4.
@@ -41,35 +41,65 @@ bool all_ascend(uint32_t nibbles) {
   return (((second | 0x44444444u) - first - 0x11111111u) & 0x44444444u) == 0x44444444u;
 }
 
-// What 32 inputs of one row hold: eight groups, or those that are left at its end, filled up with zeros.
+// What 32 inputs of one row hold, eight groups, or those that are left at its end, filled up with zeros: values packed
+// into words, and a nibble for each group.
 template <class Bits>
 struct HalfRow {
-  Bits kept[kHalfGroups][kKept];
-  uint32_t nibbles;  // one a group
+  static constexpr int kWords = kHalfGroups * kKept * sizeof(Bits) / sizeof(uint64_t);
+  uint64_t words[kWords] = {};
+  uint32_t nibbles = 0;
 };
 
-// False when a nibble, the unused one behind the last or a value breaks the format.
+// The last `count` groups of a row; false when a nibble, or the unused one behind the last, breaks the format.
 template <class Bits>
-bool read_half(const Bits* kept, const uint8_t* metadata, int64_t count, Bits exponent, HalfRow<Bits>& half) {
-  bool valid = true;
-  if (count == kHalfGroups) {
-    std::memcpy(half.kept, kept, sizeof half.kept);
-    std::memcpy(&half.nibbles, metadata, sizeof half.nibbles);
-    valid = all_ascend(half.nibbles);
-  } else {
-    half = {};
-    std::memcpy(half.kept, kept, count * kKept * sizeof(Bits));
-    for (int64_t g = 0; g < count; ++g) {
-      const auto nibble = static_cast<uint8_t>(metadata[g / 2] >> (g % 2 * 4) & 15);
-      valid &= valid_nibble(nibble);
-      half.nibbles |= static_cast<uint32_t>(nibble) << (4 * g);
-    }
-    if (count % 2) valid &= metadata[count / 2] >> 4 == 0;
+bool read_end(const Bits* kept, const uint8_t* metadata, int64_t count, HalfRow<Bits>& half) {
+  bool valid = count % 2 == 0 || metadata[count / 2] >> 4 == 0;
+  std::memcpy(half.words, kept, count * kKept * sizeof(Bits));
+  for (int64_t g = 0; g < count; ++g) {
+    const auto nibble = static_cast<uint8_t>(metadata[g / 2] >> (g % 2 * 4) & 15);
+    valid &= valid_nibble(nibble);
+    half.nibbles |= static_cast<uint32_t>(nibble) << (4 * g);
   }
-  Bits infinite = 0;
-  for (int64_t i = 0; i < kHalfGroups * kKept; ++i)  // all bits of the exponent set: infinite, or not a number
-    infinite |= static_cast<Bits>((half.kept[i / kKept][i % kKept] & exponent) == exponent);
-  return valid && !infinite;
+  return valid;
+}
+
+// False when a nibble breaks the format.
+template <class Bits>
+inline bool read_half(const Bits* kept, const uint8_t* metadata, int64_t count, HalfRow<Bits>& half) {
+  if (count < kHalfGroups) return read_end(kept, metadata, count, half);
+  std::memcpy(half.words, kept, sizeof half.words);
+  std::memcpy(&half.nibbles, metadata, sizeof half.nibbles);
+  return all_ascend(half.nibbles);
+}
+
+// The same bits in each value of a word.
+template <class Bits>
+constexpr uint64_t in_each(Bits bits) {
+  return sizeof(Bits) == 2 ? bits * 0x0001000100010001u : bits * 0x0000000100000001u;
+}
+
+// With the sign bit of a value set where that value is infinite or not a number: all bits of its exponent are set, so
+// that adding the lowest of them carries into the sign.
+template <class Bits>
+uint64_t not_finite(const HalfRow<Bits>& half, Bits exponent) {
+  const auto lowest = static_cast<Bits>(exponent & -exponent);
+  uint64_t found = 0;
+  for (uint64_t word : half.words) found |= (word & in_each(exponent)) + in_each(lowest);
+  return found & ~in_each(static_cast<Bits>(exponent | (lowest - 1)));
+}
+
+// The values of two rows, group by group; one group takes half a word, or of fp32 a whole one.
+template <class Bits>
+void interleave(const HalfRow<Bits>& a, const HalfRow<Bits>& b, Bits* out) {
+  constexpr uint64_t kLow = 0xffffffffu;
+  auto* to = reinterpret_cast<char*>(out);
+  for (int i = 0; i < HalfRow<Bits>::kWords; ++i, to += 2 * sizeof(uint64_t)) {
+    const bool narrow = sizeof(Bits) == 2;
+    const uint64_t first = narrow ? (a.words[i] & kLow) | b.words[i] << 32 : a.words[i];
+    const uint64_t second = narrow ? a.words[i] >> 32 | (b.words[i] & ~kLow) : b.words[i];
+    std::memcpy(to, &first, sizeof first);
+    std::memcpy(to + sizeof first, &second, sizeof second);
+  }
 }
 
 template <class Bits>
@@ -78,31 +108,29 @@ bool to_stream_as(const void* values, const uint8_t* metadata, int64_t rows, int
   auto* stream = static_cast<Chunk<Bits>*>(out);
   const int64_t stride = metadata_stride(cols), groups = cols / kGroup, halves = ceil_div(groups, kHalfGroups);
   bool valid = true;
+  uint64_t unfinite = 0;
   for (int64_t block = first; block < last; ++block) {
     Chunk<Bits>* chunks = stream + block * chunks_of(cols);
     if (halves % 2) chunks[chunks_of(cols) - 1] = {};  // of which the second half is not written
-    for (int64_t pair = 0; pair < kRowPairs; ++pair) {
-      const int64_t row = block * kBlockRows + 2 * pair;
-      for (int64_t half = 0; half < halves; ++half) {
-        const int64_t g = half * kHalfGroups, count = std::min(kHalfGroups, groups - g);
+    for (int64_t half = 0; half < halves; ++half) {
+      const int64_t g = half * kHalfGroups, count = std::min(kHalfGroups, groups - g);
+      for (int64_t pair = 0; pair < kRowPairs; ++pair) {
         HalfRow<Bits> both[2] = {};
-        for (int64_t odd = 0; odd < std::min<int64_t>(2, rows - row); ++odd)
-          valid &= read_half(static_cast<const Bits*>(values) + (row + odd) * (cols / kKept) + g * kKept,
-                             metadata + (row + odd) * stride + g / 2, count, exponent, both[odd]);
+        for (int64_t odd = 0; odd < 2; ++odd) {
+          const int64_t row = block * kBlockRows + 2 * pair + odd;
+          if (row >= rows) break;
+          valid &= read_half(static_cast<const Bits*>(values) + row * (cols / kKept) + g * kKept,
+                             metadata + row * stride + g / 2, count, both[odd]);
+          unfinite |= not_finite(both[odd], exponent);
+        }
         Chunk<Bits>& chunk = chunks[half / 2];
-        uint64_t positions = 0;
-        for (int odd = 1; odd >= 0; --odd)
-          positions = positions << 32 | gather_positions(both[odd].nibbles >> 2) << 16 |
-                      gather_positions(both[odd].nibbles);
-        chunk.metadata[half % 2][pair] = positions;
-        Bits* to = chunk.values[half % 2][pair];
-        for (int64_t i = 0; i < kHalfGroups; ++i)
-          for (int64_t odd = 0; odd < 2; ++odd)
-            std::memcpy(to + i * kGroup + odd * kKept, both[odd].kept[i], sizeof both[odd].kept[i]);
+        interleave(both[0], both[1], chunk.values[half % 2][pair]);
+        const uint64_t nibbles = both[0].nibbles | static_cast<uint64_t>(both[1].nibbles) << 32;
+        chunk.metadata[half % 2][pair] = gather_positions(nibbles) | gather_positions(nibbles >> 2) << 16;
       }
     }
   }
-  return valid;
+  return valid && !unfinite;
 }
 
 template <class Bits>
