@@ -14,7 +14,7 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor
 
-from exporters import torch_sparse
+from exporters import model_card, torch_sparse
 from exporters.onnx.export import DecoderReport, write_decoder
 from exporters.onnx.trace import require_packages
 from exporters.workspace import MANIFEST, Workspace
@@ -23,7 +23,7 @@ from swiftprune.pruning.calibration_text import chat_template, load_tokenizer, s
 from swiftprune.pruning.checkpoint import INDEX_NAME, Checkpoint, TensorEntry, shard_entries
 from swiftprune.pruning.distill import Validation
 from swiftprune.pruning.evaluate import perplexity
-from swiftprune.pruning.pipeline import DTYPES, DtypeName, LayerResult, Pipeline, PrunedBlock, PruneSettings
+from swiftprune.pruning.pipeline import DTYPES, Check, DtypeName, LayerResult, Pipeline, PrunedBlock, PruneSettings
 from swiftprune.pruning.progress import Announce, Progress, silent, unheard
 from swiftprune.pruning.targets import FUSED, Block, Linear, Targets
 from swiftprune.pruning.text_files import read_text
@@ -81,6 +81,8 @@ class ExportReport(BaseModel):
     """Calibration sequences that were used, where a preset had to take fewer to keep to its minutes."""
     distillation: list[Validation] = []
     """Perplexity over minutes, on windows of the calibration text that were held back."""
+    check: Check | None = None
+    """On calibration text that was held back; None where none was, or the check was left out."""
     evaluation: str | None = None
     """On what perplexity was measured: how many windows, of how many tokens, and what they begin with."""
     perplexity_before: float | None = None
@@ -89,8 +91,9 @@ class ExportReport(BaseModel):
 
 def export(
     model: str | Path, out: str | Path, settings: PruneSettings | None = None, *, target: Target = "packed",
-    resume: bool = False, overwrite: bool = False, evaluate: str | Path | None = None, progress: Progress = silent,
-    announce: Announce = unheard, revision: str | None = None, trust_remote_code: bool = False,
+    resume: bool = False, overwrite: bool = False, evaluate: str | Path | None = None, check: bool = True,
+    progress: Progress = silent, announce: Announce = unheard, revision: str | None = None,
+    trust_remote_code: bool = False,
 ) -> ExportReport:  # fmt: skip
     """Prunes `model` (local folder or hub id) and writes the result to the folder `out`.
 
@@ -98,8 +101,8 @@ def export(
     (see exporters.torch_sparse), `sparse24-bitmask` (see swiftprune.sparse24.bitmask), `onnx` and `onnx-dense` (see
     exporters.onnx.export). The output is built in `OUT.partial` and renamed at the end; after an interruption
     `resume=True` continues it and gives the same bytes. `evaluate` names a text on which perplexity is measured before
-    and after, by transformers. `announce` is told what the run will cost once a block is done. Raises the errors of
-    swiftprune.errors.
+    and after, by transformers; `check` measures it in any case, on a little calibration text that was held back.
+    `announce` is told what the run will cost once a block is done. Raises the errors of swiftprune.errors.
     """
     settings = settings or PruneSettings()
     _check_target(settings.resolved(), target)
@@ -119,13 +122,14 @@ def export(
         workspace.begin(state)
         workspace.check_space(_estimate(pipeline, target))
 
-        pipeline.tokens, pipeline.orders = workspace.tokens(), workspace.orders()
+        pipeline.data, pipeline.orders = workspace.data(), workspace.orders()
         pipeline.dense_linears, pipeline.fitted_samples = workspace.dense_linears(), workspace.fitted_samples()
         writer = _ShardWriter(pipeline, target, workspace)
         pipeline.run(writer)
+        found = pipeline.check(writer) if check else None
         with pipeline.clock("write"):
             writer.write_outside()
-            report = writer.complete(state)
+            report = writer.complete(state, found)
         if target in _ONNX:
             with pipeline.clock("onnx"):
                 report = writer.write_onnx(report, progress)
@@ -211,7 +215,7 @@ class _ShardWriter:
 
     def __init__(self, pipeline: Pipeline, target: Target, workspace: Workspace) -> None:
         self.training: Path | None = workspace.training
-        self.keep_tokens = workspace.keep_tokens
+        self.keep_data = workspace.keep_data
         self.keep_orders = workspace.keep_orders
         self.keep_dense_linears = workspace.keep_dense_linears
         self.keep_fitted_samples = workspace.keep_fitted_samples
@@ -321,7 +325,7 @@ class _ShardWriter:
             if self._workspace.done(shard) is None:
                 self._workspace.write_shard(shard, self._unpruned(names), [])
 
-    def complete(self, state: dict[str, Any]) -> ExportReport:
+    def complete(self, state: dict[str, Any], check: Check | None) -> ExportReport:
         """Makes the workspace a whole checkpoint: writes index, config and manifest, copies the tokenizer."""
         workspace, checkpoint = self._workspace, self._checkpoint
         shards = [self._shard_name(index) for index in range(len(self._blocks) + len(self._outside))]
@@ -341,11 +345,19 @@ class _ShardWriter:
             | {
                 "format_version": format24.VERSION,
                 **({"fitted_samples": fitted} if (fitted := self._pipeline.fitted_samples) else {}),
+                **({"check": check.model_dump()} if check else {}),
                 "layers": [layer.model_dump() for layer in layers],
                 "dense": self._dense,
             },
         )
         pruned = self._pruned()
+        workspace.write_text(
+            model_card.NAME,
+            model_card.model_card(
+                checkpoint, self._pipeline.settings, self._target, check, pruned=len(pruned), dense=self._dense,
+                bytes_before=checkpoint.nbytes, bytes_after=total,
+            ),
+        )  # fmt: skip
         linear_before = sum(checkpoint.tensors[linear.tensor].nbytes for linear in pruned)
         linear_after = sum(
             stored[name].nbytes
@@ -359,6 +371,7 @@ class _ShardWriter:
             linear_bytes_before=linear_before, linear_bytes_after=linear_after,
             token_bytes_before=self._token_bytes(checkpoint.tensors), token_bytes_after=self._token_bytes(stored),
             seconds={}, layer_seconds=dict(self._layer_seconds), fitted_samples=self._pipeline.fitted_samples,
+            check=check,
         )  # fmt: skip
 
     def _pruned(self) -> list[Linear]:
@@ -407,7 +420,7 @@ class _ShardWriter:
         if self._target == "onnx":
             config["quantization_config"] = self._declaration(format24.FORMAT)
         workspace.write_json(f"{ONNX_FOLDER}/config.json", config)
-        for name in (MANIFEST, *self._copied()):
+        for name in (MANIFEST, model_card.NAME, *self._copied()):
             if not (out / name).exists():  # the builder copies some
                 workspace.copy(workspace.folder / name, f"{ONNX_FOLDER}/{name}")
         return report.model_copy(

@@ -29,16 +29,16 @@ from rich.progress import (
 from rich.progress import Progress as RichProgress
 from rich.table import Table
 
+from exporters import info
 from exporters.checkpoint import ExportReport, export
 from exporters.onnx.export import CHECK_TOKENS
 from swiftprune.errors import InterruptedByUserError, SettingsError, SwiftpruneError
-from swiftprune.pruning.compute import faster_type
 from swiftprune.pruning.quality import QUALITIES, make_settings
 from swiftprune.pruning.score import METHODS
 from swiftprune.pruning.targets import DEFAULT_IGNORE
 from swiftprune.pruning.text_files import DEFAULT_COLUMN
 
-app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
+app = typer.Typer(rich_markup_mode="rich", pretty_exceptions_enable=False)
 
 
 class TargetChoice(enum.StrEnum):
@@ -74,47 +74,36 @@ class ComputeChoice(enum.StrEnum):
 
 
 DEFAULT_RATIO = 1.5
-_QUALITY_HELP = "Sets the options below for the wait you can afford; each may still be given.\n\n" + "\n\n".join(
-    f"[b]{name}[/]: {quality.summary}" for name, quality in QUALITIES.items()
+_ABLATIONS = [name for name in METHODS if name.startswith("swiftprune-") and name != "swiftprune-pairs"]
+_QUALITY_HELP = "The wait you can afford. Without it: three minutes for a small model, mask and weights solved for.\n\n"
+_QUALITY_HELP += "\n\n".join(f"[b]{name}[/]: {quality.summary}" for name, quality in QUALITIES.items())
+_METHOD_HELP = (
+    "\n\n".join(f"[b]{name}[/]: {method.summary}" for name, method in METHODS.items() if name not in _ABLATIONS)
+    + "\n\nAblations of the paper's metric:\n\n"
+    + "\n\n".join(f"[b]{name}[/]: {METHODS[name].summary}" for name in _ABLATIONS)
 )
-_METHOD_HELP = "How weights are scored.\n\n" + "\n\n".join(f"[b]{name}[/]: {m.summary}" for name, m in METHODS.items())
+# Groups of options in --help, behind those that most runs need.
+_MASKS = "Which weights go"
+_DATA = "Calibration"
+_REFINING = "Stages around the mask (--quality sets them)"
+_FILES = "Source and output"
 
 _EPILOG = """
 [b]Examples[/]
 
-Prune to 2:4 on text the model samples itself, and pack:
+  swiftprune-export ./my-model --out ./my-model-2of4 [dim]# prune to 2:4 on text the model samples itself, and pack[/]
 
-  swiftprune-export ./my-model --format 2:4 --out ./my-model-2of4
+  swiftprune-export ./my-model --calibration train.txt --evaluate test.txt [dim]# on your own text, and measured[/]
 
-Calibrate on your own text, measure perplexity before and after:
+  swiftprune-export ./my-model --calibration train.txt --quality balanced [dim]# also trained, in ten minutes[/]
 
-  swiftprune-export ./my-model --calibration train.txt --evaluate test.txt --out ./out
+  swiftprune-export ./my-model --calibration train.txt --sparsity auto --max-perplexity-ratio 1.3
 
-A model good enough to ship, in ten minutes or an hour:
+  swiftprune-export ./my-model --target onnx --out ./my-model-onnx [dim]# then swiftprune-onnx generate[/]
 
-  swiftprune-export ./my-model --quality balanced --calibration train.txt
-  swiftprune-export ./my-model --quality best --calibration train.txt
+  swiftprune-export ./my-2of4-model --method keep [dim]# pack what another tool made 2:4, as it is[/]
 
-Best one-shot quality, zeros in place for any engine:
-
-  swiftprune-export ./my-model --method admm --calibration train.txt --target dense
-
-As sparse as perplexity allows, the most sensitive layers dense:
-
-  swiftprune-export ./my-model --quality balanced --sparsity auto --max-perplexity-ratio 1.3 --calibration train.txt
-
-For ONNX Runtime; `swiftprune-onnx generate` runs it:
-
-  swiftprune-export ./my-model --calibration train.txt --target onnx --out ./my-model-onnx
-
-Pack what another tool has made 2:4 already, as it is, or by masks that were published:
-
-  swiftprune-export ./my-2of4-model --method keep
-  swiftprune-export ./my-model --mask mask_compressed.npz
-
-No data, seconds instead of minutes:
-
-  swiftprune-export ./my-model --calibration none
+  swiftprune-export info ./my-model-2of4 [dim]# what a folder holds, and what engines do with it[/]
 
 [b]Exit codes[/]  0 done, 2 wrong settings, 3 unusable checkpoint, 4 unusable text, 5 output cannot be written,
 6 weights break the format (NaN, say), 130 interrupted, 1 a bug.
@@ -137,13 +126,6 @@ def export_command(
     out: Annotated[
         Path | None, typer.Option(help="Output folder. Default: MODEL with the format appended, here.")
     ] = None,
-    method: Annotated[
-        str | None,
-        typer.Option(
-            help=_METHOD_HELP,
-            show_default="swiftprune; swiftprune-data-free with --calibration none; keep where MODEL says it is sparse",
-        ),
-    ] = None,
     calibration: Annotated[
         str,
         typer.Option(
@@ -151,93 +133,10 @@ def export_command(
             ".parquet, also compressed, or a folder of them; or a data set id, id:config:split."
         ),
     ] = "self",
-    text_column: Annotated[
-        str,
-        typer.Option(
-            help="Where rows of JSON, Parquet and data sets have their text. Rows with `messages` instead of `text` go "
-            "through the chat template."
-        ),
-    ] = DEFAULT_COLUMN,
-    mask: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="Masks made elsewhere, .npz or .safetensors: for each weight a bool array, or its packed bits, as "
-            "MaskLLM publishes them. Sets --method keep.",
-        ),
-    ] = None,
-    strict: Annotated[
-        bool, typer.Option("--strict", help="With --method keep: end with an error at a linear that is not sparse yet.")
-    ] = False,
     quality: Annotated[
         QualityChoice | None,
-        typer.Option(help=_QUALITY_HELP, show_default="none: what the options below say"),
+        typer.Option(help=_QUALITY_HELP, show_default="what the options below say"),
     ] = None,
-    permute: Annotated[
-        bool | None,
-        typer.Option(
-            "--permute/--no-permute",
-            help="First reorder input channels so that important weights do not share a group of four; the model "
-            "stays the same, and costs the same.",
-            show_default="--no-permute",
-        ),
-    ] = None,
-    refine: Annotated[
-        str | None,
-        typer.Option(
-            metavar="STAGES",
-            help="After the mask, any of, with commas: [b]weights[/]: least squares for the kept weights; "
-            "[b]blocks[/]: train each block to give what the dense one gives; "
-            "[b]distill[/]: train them to predict what the dense model does, on the calibration text.",
-        ),
-    ] = None,
-    minutes: Annotated[
-        float | None, typer.Option(help="With distill: how long the whole run may take, evaluation aside.")
-    ] = None,
-    steps: Annotated[
-        int | None, typer.Option(min=1, help="With distill: steps instead of minutes, which is reproducible.")
-    ] = None,
-    samples: Annotated[int | None, typer.Option(min=1, help="Calibration sequences.", show_default="32")] = None,
-    seqlen: Annotated[int | None, typer.Option(min=1, help="Tokens in each of them.", show_default="512")] = None,
-    conversations: Annotated[
-        int | None,
-        typer.Option(
-            min=0,
-            help="Sequences more that a model with a chat template samples as conversations: a quarter of what is "
-            "calibrated and trained on, so that it can still hold them.",
-            show_default="0; --quality sets it",
-        ),
-    ] = None,
-    sparsity: Annotated[
-        SparsityChoice,
-        typer.Option(
-            help="[b]full[/]: all linears of the decoder; [b]auto[/]: leave those dense, in the order of what they "
-            "gain per byte, that it takes to stay within --max-perplexity-ratio."
-        ),
-    ] = SparsityChoice.FULL,
-    max_perplexity_ratio: Annotated[
-        float | None,
-        typer.Option(
-            help="With --sparsity auto: the most that perplexity on calibration text may be, over the dense model's.",
-            show_default=f"{DEFAULT_RATIO}",
-        ),
-    ] = None,
-    one_pass: Annotated[
-        bool | None,
-        typer.Option(
-            "--one-pass/--in-turn",
-            help="Calibrate on the dense model, in half the time, or on the blocks pruned so far.",
-            show_default="--in-turn",
-        ),
-    ] = None,
-    compute: Annotated[
-        ComputeChoice | None,
-        typer.Option(
-            help="Type in which calibration and training multiply. [b]auto[/]: the faster one here.",
-            show_default="float32; auto with --quality",
-        ),
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Picks (or samples) the calibration sequences.")] = 0,
     target: Annotated[
         TargetChoice,
         typer.Option(
@@ -247,33 +146,165 @@ def export_command(
             "TensorRT."
         ),
     ] = TargetChoice.PACKED,
+    evaluate: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Text on which to measure perplexity before and after.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue an interrupted export into the same --out.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace --out, or an unfinished export.")] = False,
+    method: Annotated[
+        str | None,
+        typer.Option(
+            rich_help_panel=_MASKS,
+            help=_METHOD_HELP,
+            show_default="admm; swiftprune-data-free with --calibration none; keep where MODEL says it is sparse",
+        ),
+    ] = None,
+    mask: Annotated[
+        Path | None,
+        typer.Option(
+            rich_help_panel=_MASKS,
+            metavar="FILE",
+            help="Masks made elsewhere, .npz or .safetensors: for each weight a bool array, or its packed bits, as "
+            "MaskLLM publishes them. Sets --method keep.",
+        ),
+    ] = None,
+    strict: Annotated[
+        bool,
+        typer.Option(
+            "--strict",
+            rich_help_panel=_MASKS,
+            help="With --method keep: end with an error at a linear that is not sparse yet.",
+        ),
+    ] = False,
     ignore: Annotated[
         str,
         typer.Option(
+            rich_help_panel=_MASKS,
             metavar="REGEX",
             help="Linears whose full name contains a match stay dense. Several with commas; after [b]re:[/] a match "
             "must begin at the start of the name, as in llm-compressor.",
         ),
     ] = DEFAULT_IGNORE,
-    dtype: Annotated[
-        DtypeChoice | None, typer.Option(help="Type of the written weights.", show_default="MODEL's")
+    sparsity: Annotated[
+        SparsityChoice,
+        typer.Option(
+            rich_help_panel=_MASKS,
+            help="[b]full[/]: all linears of the decoder; [b]auto[/]: leave those dense, in the order of what they "
+            "gain per byte, that it takes to stay within --max-perplexity-ratio.",
+        ),
+    ] = SparsityChoice.FULL,
+    max_perplexity_ratio: Annotated[
+        float | None,
+        typer.Option(
+            rich_help_panel=_MASKS,
+            help="With --sparsity auto: the most that perplexity on calibration text may be, over the dense model's.",
+            show_default=f"{DEFAULT_RATIO}",
+        ),
     ] = None,
-    evaluate: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Text on which to measure perplexity before and after.")
+    text_column: Annotated[
+        str,
+        typer.Option(
+            rich_help_panel=_DATA,
+            help="Where rows of JSON, Parquet and data sets have their text. Rows with `messages` instead of `text` go "
+            "through the chat template.",
+        ),
+    ] = DEFAULT_COLUMN,
+    samples: Annotated[
+        int | None, typer.Option(rich_help_panel=_DATA, min=1, help="Calibration sequences.", show_default="64")
+    ] = None,
+    seqlen: Annotated[
+        int | None, typer.Option(rich_help_panel=_DATA, min=1, help="Tokens in each of them.", show_default="256")
+    ] = None,
+    conversations: Annotated[
+        int | None,
+        typer.Option(
+            rich_help_panel=_DATA,
+            min=0,
+            help="Sequences more that a model with a chat template samples as conversations: a quarter of what is "
+            "calibrated and trained on, so that it can still hold them.",
+            show_default="0; --quality sets it",
+        ),
+    ] = None,
+    one_pass: Annotated[
+        bool | None,
+        typer.Option(
+            "--one-pass/--in-turn",
+            rich_help_panel=_DATA,
+            help="Calibrate on the dense model, in half the time, or on the blocks pruned so far.",
+            show_default="--in-turn",
+        ),
+    ] = None,
+    compute: Annotated[
+        ComputeChoice | None,
+        typer.Option(
+            rich_help_panel=_DATA,
+            help="Type in which calibration and training multiply. [b]auto[/]: the faster one here.",
+            show_default="auto",
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(rich_help_panel=_DATA, help="Picks (or samples) the calibration sequences.")] = 0,
+    check: Annotated[
+        bool,
+        typer.Option(
+            "--check/--no-check",
+            rich_help_panel=_DATA,
+            help="Measure perplexity before and after on a few windows of calibration text that nothing was calibrated "
+            "on: seconds.",
+        ),
+    ] = True,
+    permute: Annotated[
+        bool | None,
+        typer.Option(
+            "--permute/--no-permute",
+            rich_help_panel=_REFINING,
+            help="First reorder input channels so that important weights do not share a group of four; the model "
+            "stays the same, and costs the same.",
+            show_default="--no-permute",
+        ),
+    ] = None,
+    refine: Annotated[
+        str | None,
+        typer.Option(
+            rich_help_panel=_REFINING,
+            metavar="STAGES",
+            help="After the mask, any of, with commas: [b]weights[/]: least squares for the kept weights; "
+            "[b]blocks[/]: train each block to give what the dense one gives; "
+            "[b]distill[/]: train them to predict what the dense model does, on the calibration text.",
+        ),
+    ] = None,
+    minutes: Annotated[
+        float | None,
+        typer.Option(
+            rich_help_panel=_REFINING, help="With distill: how long the whole run may take, evaluation aside."
+        ),
+    ] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(
+            rich_help_panel=_REFINING, min=1, help="With distill: steps instead of minutes, which is reproducible."
+        ),
+    ] = None,
+    dtype: Annotated[
+        DtypeChoice | None,
+        typer.Option(rich_help_panel=_FILES, help="Type of the written weights.", show_default="MODEL's"),
     ] = None,
     revision: Annotated[
-        str | None, typer.Option(help="Branch, tag or commit of a hub id.", show_default="the newest")
+        str | None,
+        typer.Option(rich_help_panel=_FILES, help="Branch, tag or commit of a hub id.", show_default="the newest"),
     ] = None,
     trust_remote_code: Annotated[
         bool,
-        typer.Option("--trust-remote-code", help="Let transformers run the Python code that MODEL brings along."),
+        typer.Option(
+            "--trust-remote-code",
+            rich_help_panel=_FILES,
+            help="Let transformers run the Python code that MODEL brings along.",
+        ),
     ] = False,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Continue an interrupted export into the same --out.")
-    ] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace --out, or an unfinished export.")] = False,
     json: Annotated[
-        bool, typer.Option("--json", help="Print the report as JSON on stdout, all else on stderr.")
+        bool,
+        typer.Option("--json", rich_help_panel=_FILES, help="Print the report as JSON on stdout, all else on stderr."),
     ] = False,
 ) -> None:
     """Prune a language model's checkpoint to 2:4 sparsity and write it for serving.
@@ -290,7 +321,7 @@ def export_command(
         "conversations": conversations,
         "minutes": minutes, "steps": steps, "dtype": dtype.value if dtype else None,
         "refine": tuple(filter(None, refine.split(","))) if refine is not None else None,
-        "compute": faster_type() if compute is ComputeChoice.AUTO else compute.value if compute else None,
+        "compute": compute.value if compute else None,
     }  # fmt: skip
     settings = make_settings(
         quality.value if quality else None,
@@ -311,7 +342,7 @@ def export_command(
         with _heard_interruptions(), ProgressBars(Console(stderr=True)) as progress:
             report = export(
                 model, destination, settings, target=target.value, resume=resume, overwrite=overwrite,
-                evaluate=evaluate, progress=progress, announce=progress.announce, revision=revision,
+                evaluate=evaluate, check=check, progress=progress, announce=progress.announce, revision=revision,
                 trust_remote_code=trust_remote_code,
             )  # fmt: skip
     except KeyboardInterrupt:
@@ -427,6 +458,12 @@ def print_report(report: ExportReport, console: Console) -> None:
             f"perplexity on held-back calibration text {first.perplexity:.2f} -> {last.perplexity:.2f} in "
             f"{report.distillation[-1].minutes:.1f} minutes, {report.distillation[-1].step} steps",
         )
+    if found := report.check:
+        whole.add_row(
+            "on held-back text",
+            f"perplexity {found.ratio:.2f} times dense ({found.dense:.2f} -> {found.pruned:.2f}; "
+            f"{found.windows} windows of {found.seqlen} tokens)",
+        )
     if report.perplexity_before is not None:
         value = (
             f"{report.perplexity_after:.2f}"
@@ -468,4 +505,8 @@ def run(app: Callable[[], object]) -> None:
 
 
 def main() -> None:
-    run(app)
+    if sys.argv[1:2] == ["info"]:
+        del sys.argv[1]
+        run(info.app)
+    else:
+        run(app)

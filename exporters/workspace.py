@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from swiftprune.errors import OutputError
+from swiftprune.pruning.calibration_data import CalibrationData
 from swiftprune.pruning.checkpoint import Orders
 from swiftprune.pruning.progress import Announce, unheard
 
@@ -164,19 +165,22 @@ class Workspace:
         temporary.rename(self.folder / name)
 
     def write_json(self, name: str, value: Any) -> None:
+        self.write_text(name, json.dumps(value, indent=2, sort_keys=False) + "\n")
+
+    def write_text(self, name: str, text: str) -> None:
         with disk_errors(self.folder):
             temporary = self.folder / (name + ".tmp")
-            temporary.write_text(json.dumps(value, indent=2, sort_keys=False) + "\n")
+            temporary.write_text(text)
             temporary.rename(self.folder / name)
 
-    def tokens(self) -> Tensor | None:
+    def data(self) -> CalibrationData | None:
         """The calibration tokens that an interrupted run stored, so that resuming sees the same ones."""
         path = self.folder / _TOKENS
-        return load_file(path)["tokens"] if path.exists() else None
+        return CalibrationData(**load_file(path)) if path.exists() else None
 
-    def keep_tokens(self, tokens: Tensor) -> None:
+    def keep_data(self, data: CalibrationData) -> None:
         with disk_errors(self.folder):
-            self._write_tensors(_TOKENS, {"tokens": tokens})
+            self._write_tensors(_TOKENS, dict(vars(data)))
 
     def orders(self) -> Orders | None:
         """The permutations that an interrupted run found."""

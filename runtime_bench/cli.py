@@ -39,7 +39,7 @@ from runtime_bench import run as end_to_end
 from runtime_bench.engines import VLLM_WORKLOADS, Engine, Workload
 from runtime_bench.run import RunSettings
 from swiftprune.errors import SettingsError, SwiftpruneError
-from swiftprune.pruning.score import METHODS, find_method
+from swiftprune.pruning.score import KEEP, METHODS, find_method
 from swiftprune.sparse24.kernels.triton_linear import CONFIGS_VARIABLE
 from swiftprune.sparse24.plan import TABLE_VARIABLE
 
@@ -113,7 +113,7 @@ def methods_command(
     out: Result = None,
 ) -> None:
     """Quality: held-out perplexity and seconds of each pruning method on the demo model."""
-    names = method or list(METHODS)
+    names = method or [name for name in METHODS if name != KEEP]
     for name in names:
         find_method(name)
     with ProgressBars(Console(stderr=True)) as progress:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import statistics
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +18,30 @@ from transformers import AutoTokenizer
 import swiftprune.serve.transformers  # noqa: F401 - registers the packed format
 from exporters import ExportReport, export
 from exporters.cli import print_report
-from runtime_bench import demo_data
+from runtime_bench import demo_data, onednn
+from runtime_bench.engines import Options, transformers_engine
 from runtime_bench.trade_off import RECIPES
+from swiftprune.pruning.compute import ComputeName, faster_type
 from swiftprune.pruning.pipeline import PruneSettings
 from swiftprune.pruning.progress import Progress, silent
 from swiftprune.pruning.whole_model import load_whole_model
 
 PROMPTS = ["The capital of France is", "Water boils when", "In the year 1969, astronauts"]
 NEW_TOKENS = 24
+# Of the held-out text: four windows, so that measuring does not take longer than pruning.
+_HELD_OUT_CHARACTERS = 40_000
+# Speed: rounds in which each side generates once, so many tokens for a prompt of so many.
+_ROUNDS, _PROMPT_TOKENS, _TIMED_TOKENS = 5, 32, 32
+DENSE, PREPACKED, PACKED = "dense", "dense, prepacked by oneDNN", "packed 2:4"
 
 
 class DemoResult(BaseModel):
     model: Path
     report: ExportReport
+    dtype: str
+    """In which all sides of `tokens_per_second` compute."""
+    tokens_per_second: dict[str, list[float]]
+    """One sequence at a time in transformers, prompt included: by side, one figure a round, all sides in turn."""
     texts: list[tuple[str, str, str]]
     """Prompt, continuation by the dense model, continuation by the pruned one; greedy."""
 
@@ -35,12 +49,36 @@ class DemoResult(BaseModel):
 def run(folder: Path, method: str, progress: Progress = silent) -> DemoResult:
     data = demo_data.fetch(folder, progress)
     out = folder / f"{demo_data.MODEL_NAME}-2of4-{method}"
+    held_out = folder / "held-out-beginning.txt"
+    held_out.write_text(data.held_out.read_text()[:_HELD_OUT_CHARACTERS])
     _, less_text = RECIPES["admm, less text"]  # nearly all of ADMM's quality, in half of the time
     settings = PruneSettings(**less_text | {"method": method, "calibration": str(data.calibration)})
-    report = export(data.model, out, settings, evaluate=data.held_out, overwrite=True, progress=progress)
+    report = export(data.model, out, settings, evaluate=held_out, overwrite=True, progress=progress)
+    dtype = faster_type()
+    speed = _speed(data.model, out, dtype, progress)
     before, after = _continue(data.model), _continue(out)
     (folder / "report.json").write_text(json.dumps(report.model_dump(), indent=1) + "\n")
-    return DemoResult(model=data.model, report=report, texts=list(zip(PROMPTS, before, after, strict=True)))
+    return DemoResult(
+        model=data.model, report=report, dtype=dtype, tokens_per_second=speed,
+        texts=list(zip(PROMPTS, before, after, strict=True)),
+    )  # fmt: skip
+
+
+def _speed(model: Path, packed: Path, dtype: ComputeName, progress: Progress) -> dict[str, list[float]]:
+    options = Options(dtype=dtype, threads=torch.get_num_threads())
+    sides = {DENSE: transformers_engine.load(model, options), PACKED: transformers_engine.load(packed, options)}
+    if onednn.takes(getattr(torch, dtype)):
+        sides[PREPACKED] = transformers_engine.load(model, dataclasses.replace(options, dense_linears="onednn"))
+    prompt = [list(range(100, 100 + _PROMPT_TOKENS))]
+    speed: dict[str, list[float]] = {name: [] for name in sides}
+    for number in range(_ROUNDS + 1):
+        for name, side in sides.items():
+            start = time.perf_counter()
+            side.generate(prompt, _TIMED_TOKENS, lambda: None)
+            if number:  # the first warms up
+                speed[name].append(_TIMED_TOKENS / (time.perf_counter() - start))
+        progress("time tokens", number, _ROUNDS)
+    return speed
 
 
 def _continue(folder: Path) -> list[str]:
@@ -56,6 +94,14 @@ def _continue(folder: Path) -> list[str]:
 
 def show(result: DemoResult, console: Console) -> None:
     print_report(result.report, console)
+    speed = Table(title=f"tokens a second, one sequence at a time, {result.dtype}", title_justify="left")
+    for heading in ("", "median", "range", "x dense"):
+        speed.add_column(heading, justify="right" if heading else "left")
+    dense = statistics.median(result.tokens_per_second[DENSE])
+    for name, found in result.tokens_per_second.items():
+        middle = statistics.median(found)
+        speed.add_row(name, f"{middle:.1f}", f"{min(found):.1f}-{max(found):.1f}", f"{middle / dense:.2f}")
+    console.print(speed)
     table = Table(title="greedy continuations", title_justify="left", show_lines=True)
     for heading in ("prompt", "dense", "pruned"):
         table.add_column(heading)

@@ -130,17 +130,17 @@ def _sq_sum(stats: InputStats) -> Tensor:
 def _against_sparsegpt(data: DemoData, progress: Progress) -> Comparison:
     """Mask seconds over all linears of the demo model, same calibration tokens: selection alone, not the forwards."""
     seconds: dict[str, list[float]] = {"sparsegpt": [], "swiftprune": []}
-    tokens = None
+    calibration = None
     for method in ("swiftprune", "sparsegpt", "swiftprune"):
 
         def staged(stage: str, done: float, total: float, method: str = method) -> None:
             progress(f"{method}: {stage}", done, total)
 
         settings = PruneSettings(method=method, calibration=str(data.calibration), samples=8, seqlen=512)
-        pipeline = Pipeline(Checkpoint.open(data.model), settings, tokens=tokens, progress=staged)
+        pipeline = Pipeline(Checkpoint.open(data.model), settings, data=calibration, progress=staged)
         for _ in pipeline.blocks():
             pass
-        tokens = pipeline.tokens
+        calibration = pipeline.data
         seconds[method].append(pipeline.clock.seconds["mask"])
     return Comparison(
         name="swiftprune masks over SparseGPT, whole demo model", shape=None,

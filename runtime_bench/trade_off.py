@@ -169,7 +169,7 @@ def _run(data: DemoData, name: str, windows: dict[str, torch.Tensor], keep: Path
             perplexity=_perplexities(data.model, windows, staged),
         )  # fmt: skip
     quality, given = RECIPES[name]
-    settings = make_settings(quality, {"calibration": str(data.calibration), "compute": faster_type()} | given)
+    settings = make_settings(quality, {"calibration": str(data.calibration)} | given)
     with tempfile.TemporaryDirectory(dir=data.model.parent) as temporary:
         folder = (keep or Path(temporary)) / name.replace(" ", "")
         start = time.perf_counter()

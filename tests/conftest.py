@@ -23,6 +23,12 @@ hypothesis.settings.register_profile("swiftprune", deadline=None)
 hypothesis.settings.load_profile("swiftprune")
 
 
+@pytest.fixture(autouse=True)
+def _computes_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a test gets must not depend on whether its machine is faster in bfloat16."""
+    monkeypatch.setattr("swiftprune.pruning.pipeline.faster_type", lambda: "float32")
+
+
 @pytest.fixture(scope="session")
 def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("text") / "calibration.txt"

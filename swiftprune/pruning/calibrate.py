@@ -261,7 +261,7 @@ class _Recorder:
         step = max(1, len(rows) // self._tokens_kept)
         some = rows[step // 2 :: step][: self._tokens_kept].clone()
         stats.sample = some if stats.sample is None else torch.cat((stats.sample, some))
-        if self._needs == "input_sq_sum":
+        if self._needs in ("nothing", "input_sq_sum"):  # of nothing, whether inputs are finite
             stats.input_sq_sum = _plus(stats.input_sq_sum, rows.square().sum(0))
         elif self._needs == "group_gram":
             groups = rows.T.reshape(-1, GROUP, len(rows))

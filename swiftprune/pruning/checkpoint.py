@@ -26,7 +26,18 @@ SINGLE_NAME = "model.safetensors"
 # The float types of safetensors that a checkpoint to be pruned may use, and all others only for tensors left alone.
 _TORCH_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # Of a hub repository, all but its weights.
-_SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py", "LICENSE*", "NOTICE*", "USE_POLICY*")
+_SMALL_FILES = (
+    "*.json",
+    "*.jinja",
+    "*.model",
+    "*.txt",
+    "*.tiktoken",
+    "*.py",
+    "README.md",
+    "LICENSE*",
+    "NOTICE*",
+    "USE_POLICY*",
+)
 
 Orders = Mapping[str, Mapping[int, Tensor]]
 """By tensor and axis, the int64 indices in the order in which the entries along that axis are to stand."""
@@ -59,7 +70,7 @@ class Checkpoint:
         """Whether transformers may run Python code that the checkpoint brings along."""
         self.name = name or folder.resolve().name
         """The hub id, or the name of the folder."""
-        self.config: dict[str, Any] = _read_json(folder / "config.json")
+        self.config: dict[str, Any] = read_json(folder / "config.json")
         self.tensors: dict[str, TensorEntry] = _read_headers(folder)
         self._orders: Orders = {}
 
@@ -106,7 +117,7 @@ class Checkpoint:
         quantization = self.config.get("quantization_config") or {}
         declared = (quantization.get("sparsity_config") or {}).get("sparsity_structure")
         if declared is None and (self.folder / "swiftprune.json").is_file():  # of an export with zeros in place
-            declared = (_read_json(self.folder / "swiftprune.json").get("settings") or {}).get("pattern")
+            declared = (read_json(self.folder / "swiftprune.json").get("settings") or {}).get("pattern")
         return declared if isinstance(declared, str) else None
 
     @property
@@ -170,7 +181,7 @@ def _download(name: str, revision: str | None) -> Path:
     try:
         folder = take()
         index = folder / INDEX_NAME
-        shards = set(_read_json(index).get("weight_map", {}).values()) if index.exists() else {SINGLE_NAME}
+        shards = set(read_json(index).get("weight_map", {}).values()) if index.exists() else {SINGLE_NAME}
         folder = take(*sorted(shards))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         at = f" at revision {revision}" if revision else ""
@@ -186,7 +197,8 @@ def _download(name: str, revision: str | None) -> Path:
     return folder
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises CheckpointError that names the file."""
     try:
         value = json.loads(path.read_text())
     except FileNotFoundError:
@@ -207,7 +219,7 @@ def _read_headers(folder: Path) -> dict[str, TensorEntry]:
             logger.warning("%s: holds %s and %s; the first is read, as transformers reads it, and the shards of the "
                            "second are left out: delete what is stale", folder, SINGLE_NAME, INDEX_NAME)  # fmt: skip
     elif index_path.exists():
-        weight_map = _read_json(index_path).get("weight_map")
+        weight_map = read_json(index_path).get("weight_map")
         if not weight_map:
             raise CheckpointError(f"{index_path}: has no weight_map")
         shards = sorted(set(weight_map.values()))

@@ -23,8 +23,8 @@ def faster_type() -> ComputeName:
 
 
 def autocast(compute: torch.dtype, device: str = "cpu") -> torch.autocast:
-    """Products in `compute` within, of float32 tensors too."""
-    return torch.autocast(device, compute, enabled=compute != torch.float32)
+    """Products in `compute` within, of float32 tensors too. Weights may change meanwhile: no cast of one is kept."""
+    return torch.autocast(device, compute, enabled=compute != torch.float32, cache_enabled=False)
 
 
 def _fastest_product(dtype: torch.dtype) -> float:

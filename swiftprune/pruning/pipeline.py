@@ -18,14 +18,10 @@ from torch import Tensor, nn
 from swiftprune.errors import CheckpointError, FormatError, SettingsError
 from swiftprune.pruning import distill, keep_dense, memory, permute, refine_blocks
 from swiftprune.pruning.calibrate import BlockRunner
-from swiftprune.pruning.calibration_text import (
-    calibration_tokens,
-    has_conversations,
-    sampled_conversations,
-    shuffled_windows,
-)
+from swiftprune.pruning.calibration_data import CalibrationData, calibration_data
+from swiftprune.pruning.calibration_text import CalibrationText, has_conversations
 from swiftprune.pruning.checkpoint import Checkpoint, Orders
-from swiftprune.pruning.compute import ComputeName, autocast
+from swiftprune.pruning.compute import ComputeName, autocast, faster_type
 from swiftprune.pruning.distill import SEQLEN, Budget, Distillation, Validation
 from swiftprune.pruning.evaluate import perplexity
 from swiftprune.pruning.keep import KeepMasks, violations
@@ -33,6 +29,7 @@ from swiftprune.pruning.least_squares import refine_weights
 from swiftprune.pruning.mask import Pattern, first_violation, select
 from swiftprune.pruning.permute import find_orders
 from swiftprune.pruning.progress import Announce, Progress, silent, unheard
+from swiftprune.pruning.sampling import sampled_conversations
 from swiftprune.pruning.score import KEEP, InputStats, Needs, find_method
 from swiftprune.pruning.targets import (
     DEFAULT_IGNORE,
@@ -45,7 +42,7 @@ from swiftprune.pruning.targets import (
     fused_sets,
 )
 from swiftprune.pruning.text_files import DEFAULT_COLUMN
-from swiftprune.pruning.whole_model import load_whole_model
+from swiftprune.pruning.whole_model import FP32_PARAMETERS, load_whole_model
 from swiftprune.sparse24 import format as format24
 from swiftprune.sparse24.format import Packed24
 
@@ -65,6 +62,9 @@ _LEAST_SAMPLES = 4
 # Of calibration, and of what is trained on, every so many windows is a conversation, if there are any.
 _EVERY_CONVERSATION = 4
 
+# Of perplexity over the dense model's: beyond, text is poor enough to say so.
+POOR_RATIO = 3.0
+
 PrunedWeight = Packed24 | Tensor
 """A pruned weight: packed when the pattern is 2:4, else dense (N, K) with zeros."""
 
@@ -76,7 +76,7 @@ class PruneSettings(BaseModel):
 
     pattern: str = "2:4"
     method: str = ""
-    """A key of METHODS. Empty: `keep` for a checkpoint that declares the pattern, or with `mask`; else `swiftprune`, or
+    """A key of METHODS. Empty: `keep` for a checkpoint that declares the pattern, or with `mask`; else `admm`, or
     `swiftprune-data-free` without calibration."""
     calibration: str = "self"
     """`none`, `self`, a text file or a folder of them (see `text_files`), or a data set id."""
@@ -86,8 +86,8 @@ class PruneSettings(BaseModel):
     """For method `keep`: a file of masks that were made elsewhere (see `keep`)."""
     strict: bool = False
     """For method `keep`: stop at a linear that does not fit the pattern, rather than leave it dense."""
-    samples: int = Field(default=32, ge=1)
-    seqlen: int = Field(default=512, ge=1)
+    samples: int = Field(default=64, ge=1)
+    seqlen: int = Field(default=256, ge=1)
     conversations: int = Field(default=0, ge=0)
     """Sequences more that a model with a chat template samples as conversations, to keep it able to hold them."""
     seed: int = 0
@@ -96,8 +96,8 @@ class PruneSettings(BaseModel):
     """Type of the written weights; None keeps that of the checkpoint."""
     one_pass: bool = False
     """Calibrate on the dense model's hidden states, in one pass, and not on those of the blocks pruned so far."""
-    compute: ComputeName = "float32"
-    """Type in which calibration and training multiply; weights and statistics are float32 either way."""
+    compute: ComputeName | Literal["auto"] = "auto"
+    """Type in which calibration and training multiply, `auto`: the faster one here. All else is float32."""
     permute: bool = False
     """Reorder input channels first, at no cost at run time: see `permute`."""
     refine: tuple[Refinement, ...] = ()
@@ -115,9 +115,7 @@ class PruneSettings(BaseModel):
         """The same with defaults that depend on each other filled in. Raises SettingsError where they clash."""
         Pattern.parse(self.pattern)
         compile_ignore(self.ignore)
-        name = self.method or (
-            KEEP if self.mask else "swiftprune-data-free" if self.calibration == "none" else "swiftprune"
-        )
+        name = self.method or (KEEP if self.mask else "swiftprune-data-free" if self.calibration == "none" else "admm")
         method = find_method(name)
         for option, given in (("--mask", self.mask), ("--strict", self.strict)):
             if given and name != KEEP:
@@ -137,16 +135,17 @@ class PruneSettings(BaseModel):
         if "distill" not in self.refine and limited:
             raise SettingsError("--minutes and --steps limit distillation: add --refine distill")
         if method.needs == "nothing" and not (self.refine or self.permute or self.max_perplexity_ratio):
-            return self.model_copy(update={"method": name, "calibration": "none"})
+            return self.model_copy(update={"method": name, "calibration": "none", "compute": "float32"})
+        if self.calibration == "none" and self.max_perplexity_ratio is not None:
+            raise SettingsError("--sparsity auto measures perplexity: give --calibration self or a text file")
         if self.calibration == "none":
             raise SettingsError(f"--method {name} needs calibration data; give --calibration self or a text file, "
                                 "or use a data-free method (swiftprune-data-free, magnitude)")  # fmt: skip
         if self.one_pass and "blocks" in self.refine:
             raise SettingsError("--refine blocks works on the blocks pruned so far: leave out --one-pass")
-        if self.max_perplexity_ratio is not None and self.calibration == "none":
-            raise SettingsError("--sparsity auto measures perplexity: give --calibration self or a text file")
         ordered = tuple(stage for stage in get_args(Refinement) if stage in self.refine)
-        return self.model_copy(update={"method": name, "refine": ordered})
+        compute = faster_type() if self.compute == "auto" else self.compute
+        return self.model_copy(update={"method": name, "refine": ordered, "compute": compute})
 
 
 class LayerResult(BaseModel):
@@ -165,6 +164,20 @@ class LayerResult(BaseModel):
     @property
     def kind(self) -> str:
         return self.name.rpartition(".")[2]
+
+
+class Check(BaseModel):
+    """How good the pruned model is on calibration text that was held back: nothing was calibrated or trained on it."""
+
+    windows: int
+    seqlen: int
+    dense: float
+    """Perplexity of the model before pruning."""
+    pruned: float
+
+    @property
+    def ratio(self) -> float:
+        return self.pruned / self.dense
 
 
 @dataclass
@@ -196,7 +209,7 @@ class BlockStore(Protocol):
 
     def save(self, done: PrunedBlock) -> None: ...
 
-    def keep_tokens(self, tokens: Tensor) -> None: ...
+    def keep_data(self, data: CalibrationData) -> None: ...
 
     def keep_orders(self, orders: Orders) -> None: ...
 
@@ -225,7 +238,7 @@ class MemoryStore:
     def save(self, done: PrunedBlock) -> None:
         self.blocks[done.block.name] = done
 
-    def keep_tokens(self, tokens: Tensor) -> None: ...
+    def keep_data(self, data: CalibrationData) -> None: ...
 
     def keep_orders(self, orders: Orders) -> None: ...
 
@@ -252,12 +265,12 @@ class StageClock:
 class Pipeline:
     """A pruning run over one checkpoint. Making it checks settings and headers; `run` does the work, stage by stage.
 
-    `tokens`, `orders`, `fitted_samples` and `dense_linears` are what a run decides on the way; one that is resumed is
+    `data`, `orders`, `fitted_samples` and `dense_linears` are what a run decides on the way; one that is resumed is
     given those of the run before it. `clock` fills up on the way.
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, settings: PruneSettings, *, tokens: Tensor | None = None,
+        self, checkpoint: Checkpoint, settings: PruneSettings, *, data: CalibrationData | None = None,
         progress: Progress = silent, announce: Announce = unheard,
     ) -> None:  # fmt: skip
         checkpoint.refuse_quantized()
@@ -269,8 +282,10 @@ class Pipeline:
         self.settings = self._with_what_can_be_had(self._with_keep(settings)).resolved()
         self.pattern = Pattern.parse(self.settings.pattern)
         self.method = find_method(self.settings.method)
+        assert self.settings.compute != "auto"
+        self.compute = DTYPES[self.settings.compute]
         self.clock = StageClock()
-        self.tokens = tokens
+        self.data = data
         self.orders: Orders | None = None
         self.dense_linears: list[str] | None = None
         """Linears that `max_perplexity_ratio` left dense."""
@@ -343,7 +358,7 @@ class Pipeline:
         s, count = self.settings, self.checkpoint.parameter_count
         needs: dict[str, int] = {}
         if "distill" in s.refine:
-            needs["--refine distill"] = distill.memory_bytes(count, self._pruned_count(), DTYPES[s.compute])
+            needs["--refine distill"] = distill.memory_bytes(count, self._pruned_count(), self.compute)
         if s.max_perplexity_ratio is not None:
             needs["--sparsity auto"] = 4 * (count + 2 * self._pruned_count())
         if not needs:
@@ -405,29 +420,32 @@ class Pipeline:
         # In one pass inputs are those of the dense model, so there is no drift.
         return "gram" if needs == "drift" and self.settings.one_pass else needs
 
-    def load_tokens(self) -> Tensor | None:
-        """The (samples, seqlen) calibration tokens, made on the first call; None when the method needs none.
+    def load_data(self) -> CalibrationData | None:
+        """The calibration tokens, made on the first call; None when the method needs none.
 
-        Conversations stand at the end of these, and those that are too many for calibration follow. Where the model
-        samples all of its text and is distilled, more of it comes last. What follows is only for training.
+        Conversations stand at the end of the first `samples` rows, and those that are too many for calibration follow.
+        Where the model samples all of its text and is distilled, more of it comes last. What follows is only for
+        training.
         """
-        if self.tokens is None and self.settings.calibration != "none":
+        if self.data is None and self.settings.calibration != "none":
             with self.clock("calibration text"):
                 s = self.settings
                 more = _TRAINING_SAMPLES if s.calibration == "self" and "distill" in s.refine else 1
-                self.tokens = calibration_tokens(
-                    s.calibration, self.checkpoint,
-                    samples=s.samples * more, seqlen=s.seqlen, seed=s.seed, progress=self._progress,
-                    column=s.text_column,
+                self.data = calibration_data(
+                    s.calibration, self.checkpoint, samples=s.samples * more, seqlen=s.seqlen, seed=s.seed,
+                    compute=self.compute, progress=self._progress, column=s.text_column,
                 )  # fmt: skip
             if count := self.settings.conversations:
                 with self.clock("sample conversations"):
                     found = sampled_conversations(
-                        self.checkpoint, samples=count, seqlen=s.seqlen, seed=s.seed, progress=self._progress
-                    )
-                start = self._conversation_rows(len(self.tokens) + count).start
-                self.tokens = torch.cat([self.tokens[:start], found, self.tokens[start:]])
-        return self.tokens
+                        self.checkpoint, samples=count, seqlen=s.seqlen, seed=s.seed, compute=self.compute,
+                        progress=self._progress,
+                    )  # fmt: skip
+                tokens = self.data.tokens
+                start = self._conversation_rows(len(tokens) + count).start
+                tokens = torch.cat([tokens[:start], found, tokens[start:]])
+                self.data = CalibrationData(tokens, self.data.held_back)
+        return self.data
 
     def _conversation_rows(self, rows: int) -> slice:
         """Where conversations are, of so many rows of tokens."""
@@ -438,18 +456,18 @@ class Pipeline:
 
     def _calibration_tokens(self) -> Tensor | None:
         """(samples, seqlen). Fewer, where time is short, are taken evenly, so that conversations keep their share."""
-        tokens = self.load_tokens()
-        if tokens is None:
+        data = self.load_data()
+        if data is None:
             return None
-        tokens = tokens[: self.settings.samples]
+        tokens = data.tokens[: self.settings.samples]
         if self.fitted_samples is None or self.fitted_samples >= len(tokens):
             return tokens
         return tokens[torch.linspace(0, len(tokens) - 1, self.fitted_samples).round().long()]
 
     def _prepare(self, store: BlockStore) -> None:
         """Makes the calibration tokens and permutes the checkpoint, where that is asked for and not done yet."""
-        if self.tokens is None and (tokens := self.load_tokens()) is not None:
-            store.keep_tokens(tokens)
+        if self.data is None and (data := self.load_data()) is not None:
+            store.keep_data(data)
         if not self.settings.permute or self.checkpoint.is_permuted:
             return
         if self.orders is None:
@@ -463,9 +481,7 @@ class Pipeline:
         with self.clock("permute"):
             tokens = tokens[: max(1, _ORDER_TOKENS // tokens.shape[1])]
             tick = _Tick(self._progress, 0, len(self.targets.blocks) * len(tokens), "permute")
-            return find_orders(
-                self._model, self.checkpoint, self.targets, tokens, compute=DTYPES[self.settings.compute], tick=tick
-            )
+            return find_orders(self._model, self.checkpoint, self.targets, tokens, compute=self.compute, tick=tick)
 
     def run(self, store: BlockStore) -> None:
         """All stages in order: blocks that `store` has are not pruned again, and all of them are there at the end."""
@@ -531,7 +547,7 @@ class Pipeline:
             return None
         with self.clock("calibrate"):
             return BlockRunner(
-                self._model, self.checkpoint, self.targets, tokens, compute=DTYPES[self.settings.compute],
+                self._model, self.checkpoint, self.targets, tokens, compute=self.compute,
                 with_dense=self.needs == "drift" or "blocks" in self.settings.refine,
             )  # fmt: skip
 
@@ -582,13 +598,13 @@ class Pipeline:
         """
         with self.clock("distill"):
             tokens, _ = self._windows_to_train_and_to_judge()
-            teacher = self._load_whole(DTYPES[self.settings.compute])
+            teacher = self._load_whole(self.compute)
             student = self._load_whole(torch.float32)
             keep_masks = self._put_pruned(student, store)
             first = self.targets.blocks[0].name
             distillation = Distillation(
                 student, teacher, keep_masks, first.rpartition(".")[0] + ".", tokens,
-                compute=DTYPES[self.settings.compute], seed=self.settings.seed, state=store.training,
+                compute=self.compute, seed=self.settings.seed, state=store.training,
                 progress=self._progress,
             )  # fmt: skip
             self.validations = distillation.run(self._budget())
@@ -601,7 +617,7 @@ class Pipeline:
         """The linears to leave dense for `max_perplexity_ratio`. See `keep_dense`."""
         assert self.settings.max_perplexity_ratio is not None
         linears = {linear.name: linear.tensor for block in self.targets.blocks for linear in block.linears}
-        with self.clock("keep dense"), autocast(DTYPES[self.settings.compute]):
+        with self.clock("keep dense"), autocast(self.compute):
             _, windows = self._windows_to_train_and_to_judge()
             model = self._load_whole(torch.float32)
             dense_perplexity = perplexity(model, windows)
@@ -630,6 +646,45 @@ class Pipeline:
             results.append(_result(linear, before[tensor], weights[tensor], None, 0.0))
         return PrunedBlock(block, weights, results)
 
+    def check(self, store: BlockStore) -> Check | None:
+        """Perplexity of the dense and of the pruned model on the windows held back; None, and why is said, without."""
+        if self.data is None or not self.targets.head:
+            return None
+        if not len(self.data.held_back):
+            self._announce("Not checked: there is too little calibration text to hold any back.")
+            return None
+        count = self.checkpoint.parameter_count
+        dtype = torch.float32 if count <= FP32_PARAMETERS else torch.bfloat16
+        needed, free = dtype.itemsize * count, memory.available_bytes()
+        if needed > free:
+            self._announce(
+                f"Not checked: that needs the whole model, {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free."
+            )
+            return None
+        with self.clock("check"), autocast(self.compute):
+            model = self._load_whole(dtype)
+            measured = [perplexity(model, self.data.held_back, stage="check dense", progress=self._progress)]
+            self._put_pruned(model, store)
+            measured.append(perplexity(model, self.data.held_back, stage="check pruned", progress=self._progress))
+        dense, pruned = (round(value, 3) for value in measured)
+        found = Check(windows=len(self.data.held_back), seqlen=self.data.held_back.shape[1], dense=dense, pruned=pruned)
+        if not found.ratio <= POOR_RATIO:
+            self._announce(
+                f"Perplexity on held-back text is {found.ratio:.1f} times the dense model's, so expect poor text. "
+                f"Next: {self._next_step()}."
+            )
+        return found
+
+    def _next_step(self) -> str:
+        s = self.settings
+        if self.method.needs not in ("gram", "drift"):
+            return "another method; the default one also solves for the kept weights"
+        if s.calibration == "self":
+            return "--calibration FILE, with text like that which the model is to read and write"
+        if "distill" not in s.refine:
+            return "--quality balanced, which also trains the kept weights, in ten minutes"
+        return "--quality best, or --sparsity auto, which leaves the most sensitive linears dense"
+
     def _load_whole(self, dtype: torch.dtype) -> Any:
         return load_whole_model(
             self.checkpoint.folder, dtype=dtype, trust_remote_code=self.checkpoint.trust_remote_code
@@ -650,21 +705,19 @@ class Pipeline:
 
     def _windows(self) -> Tensor:
         """(W, SEQLEN) or narrower: all there is of the calibration text, or what the model sampled."""
-        tokens = self.load_tokens()
-        assert tokens is not None
+        data = self.load_data()
+        assert data is not None
+        tokens = data.tokens
         sampled = tokens if self.settings.calibration == "self" else tokens[self._conversation_rows(len(tokens))]
         width = min(SEQLEN, tokens.shape[1]) if len(sampled) else SEQLEN
         sampled = sampled[:, : tokens.shape[1] // width * width].reshape(-1, width)
         if self.settings.calibration == "self":
             return sampled
-        text = shuffled_windows(
-            self.settings.calibration,
-            self.checkpoint,
-            seqlen=width,
-            seed=self.settings.seed,
-            needed=_TRAINING_WINDOWS,
+        needed = max(1, _TRAINING_WINDOWS * width // tokens.shape[1])
+        text = CalibrationText(
+            self.settings.calibration, self.checkpoint, seqlen=tokens.shape[1], needed=needed,
             column=self.settings.text_column,
-        )
+        ).windows(width, self.settings.seed)  # fmt: skip
         if not len(sampled):
             return text
         often = max(1, len(text) // (_EVERY_CONVERSATION - 1) // len(sampled))

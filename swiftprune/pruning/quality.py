@@ -9,7 +9,6 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from swiftprune.errors import SettingsError
-from swiftprune.pruning.compute import faster_type
 from swiftprune.pruning.pipeline import PruneSettings
 
 QualityName = Literal["fast", "balanced", "best"]
@@ -43,11 +42,8 @@ QUALITIES: dict[QualityName, Quality] = {
 
 
 def make_settings(quality: QualityName | None, given: Mapping[str, Any]) -> PruneSettings:
-    """Settings from what the dial sets and what was `given` by name, which wins. Raises SettingsError.
-
-    The dial computes in the type that this machine is faster in.
-    """
-    chosen: dict[str, Any] = QUALITIES[quality].settings | {"compute": faster_type()} if quality else {}
+    """Settings from what the dial sets and what was `given` by name, which wins. Raises SettingsError."""
+    chosen: dict[str, Any] = dict(QUALITIES[quality].settings) if quality else {}
     if "steps" in given:
         chosen.pop("minutes", None)
     try:

@@ -182,7 +182,10 @@ def _kept(weight: Tensor, stats: InputStats, pattern: Pattern, name: str) -> Ten
 
 
 METHODS: dict[str, Method] = {
-    "swiftprune": Method("contribution metric by share of input energy", "input_sq_sum", contribution_share),
+    "admm": Method("mask and kept weights in turn, against the dense model's outputs", "drift", None, _by_admm),
+    "swiftprune": Method(
+        "the paper's contribution metric, by share of input energy", "input_sq_sum", contribution_share
+    ),
     "swiftprune-group": Method("contribution metric, OBS form, S over the group", "input_sq_sum", contribution_group),
     "swiftprune-obs": Method("contribution metric, OBS form, S over all inputs", "input_sq_sum", contribution_obs),
     "swiftprune-numerator": Method("contribution metric as the paper's reviews state it", "input_sq_sum", contribution),
@@ -194,7 +197,6 @@ METHODS: dict[str, Method] = {
         "both weights of a group that go, judged together", "group_gram", None, _by_pairs, only=FORMAT
     ),
     "sparsegpt": Method("second-order mask with an update of the kept weights", "gram", None, _by_sparsegpt),
-    "admm": Method("mask and kept weights in turn, against the dense model's outputs", "drift", None, _by_admm),
     KEEP: Method("changes nothing: for weights that are sparse already, or with --mask", "nothing", None, _kept),
 }
 

@@ -164,11 +164,11 @@ def test_the_models_own_generation_settings_change_nothing(tiny_copy: Path, tiny
     (tiny_copy / "generation_config.json").write_text(json.dumps({**own, "bos_token_id": 0, "eos_token_id": 1}))
     plain = tiny_models("llama-gqa-tied")
     first, second = (
-        Pipeline(Checkpoint(folder), PruneSettings(samples=3, seqlen=24)).load_tokens() for folder in (tiny_copy, plain)
+        Pipeline(Checkpoint(folder), PruneSettings(samples=3, seqlen=24)).load_data() for folder in (tiny_copy, plain)
     )
     assert first is not None
     assert second is not None
-    assert torch.equal(first, second)
+    assert torch.equal(first.tokens, second.tokens)
     model = load_whole_model(tiny_copy)
     prompt = torch.tensor([[5, 6, 7]])
     answer = model.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=12)

@@ -82,7 +82,7 @@ def test_json_is_all_there_is_on_stdout(tiny_models: Callable[[str], Path], text
         "--json",
     )
     report = json.loads(run.stdout)
-    assert report["settings"]["method"] == "swiftprune"
+    assert report["settings"]["method"] == "admm"
     assert len(report["layers"]) == 21
     assert report["bytes_after"] < report["bytes_before"]
     assert {"calibrate", "mask", "write"} <= report["seconds"].keys()

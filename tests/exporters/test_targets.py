@@ -39,7 +39,10 @@ def test_packed_generates_the_tokens_of_the_masked_dense_model(
     packed = export(tiny_models(name), tmp_path / "packed", settings)
     dense = export(tiny_models(name), tmp_path / "dense", settings, target="dense")
 
-    assert generate(tmp_path / "packed") == generate(tmp_path / "dense") != generate(tiny_models(name))
+    packed_tokens, dense_tokens, unpruned_tokens = (
+        generate(folder, torch.float32) for folder in (tmp_path / "packed", tmp_path / "dense", tiny_models(name))
+    )  # in bfloat16 tokens that are nearly as likely change places
+    assert packed_tokens == dense_tokens != unpruned_tokens
     assert packed.linear_bytes_after * 16 == packed.linear_bytes_before * 9
     assert dense.linear_bytes_after == dense.linear_bytes_before
     assert [layer.name for layer in packed.layers] == [layer.name for layer in dense.layers]

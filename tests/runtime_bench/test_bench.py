@@ -88,6 +88,9 @@ def test_demo_shows_what_was_gained_and_lost(tiny_data: DemoData) -> None:
     for said in (
         "2:4 by wanda",
         "fewer bytes",
+        "tokens a second",
+        "packed 2:4",
+        "x dense",
         "greedy continuations",
         "Water boils",
         "--quality balanced",

@@ -13,11 +13,12 @@ from torch import Tensor
 
 from exporters import export
 from swiftprune.errors import SettingsError
-from swiftprune.pruning.calibration_text import load_tokenizer, sampled_conversations
+from swiftprune.pruning.calibration_text import load_tokenizer
 from swiftprune.pruning.checkpoint import Checkpoint
 from swiftprune.pruning.distill import Distillation
 from swiftprune.pruning.pipeline import Pipeline, PruneSettings
 from swiftprune.pruning.progress import silent
+from swiftprune.pruning.sampling import sampled_conversations
 
 TEMPLATE = "{% for message in messages %}<s>{{ message['role'] }}: {{ message['content'] }}</s>{% endfor %}"
 
@@ -44,7 +45,9 @@ def are_conversations(windows: Tensor, begin: Tensor) -> Tensor:
 
 def test_they_begin_as_the_template_does_and_go_on_after_an_end(chatty: Path) -> None:
     begin = begins(chatty)
-    tokens = sampled_conversations(Checkpoint(chatty), samples=40, seqlen=64, seed=0, progress=silent)
+    tokens = sampled_conversations(
+        Checkpoint(chatty), samples=40, seqlen=64, seed=0, compute=torch.float32, progress=silent
+    )
     assert tokens.shape == (40, 64)
     assert are_conversations(tokens, begin).all()
     assert len({tuple(row) for row in tokens.tolist()}) == 40
@@ -53,7 +56,7 @@ def test_they_begin_as_the_template_does_and_go_on_after_an_end(chatty: Path) ->
     after = tokens[ends[:, 0], ends[:, 1] + len(begin) + 1]
     assert len(set(after.tolist())) > 1  # no padding
     with pytest.raises(SettingsError, match=f"the chat template takes {len(begin)} tokens, and --seqlen is 3"):
-        sampled_conversations(Checkpoint(chatty), samples=1, seqlen=3, seed=0, progress=silent)
+        sampled_conversations(Checkpoint(chatty), samples=1, seqlen=3, seed=0, compute=torch.float32, progress=silent)
 
 
 @pytest.mark.parametrize("source", ["file", "self"])

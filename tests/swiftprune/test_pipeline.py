@@ -28,7 +28,7 @@ from swiftprune.errors import CheckpointError, FormatError, SettingsError
 from swiftprune.pruning import least_squares, refine_blocks
 from swiftprune.pruning import pipeline as pipeline_module
 from swiftprune.pruning.calibrate import BlockRunner
-from swiftprune.pruning.calibration_text import calibration_tokens
+from swiftprune.pruning.calibration_data import CalibrationData, calibration_data
 from swiftprune.pruning.checkpoint import Checkpoint
 from swiftprune.pruning.distill import Distillation
 from swiftprune.pruning.mask import Pattern
@@ -103,7 +103,7 @@ def test_pipeline_equals_a_naive_run_of_the_whole_model(
 ) -> None:  # fmt: skip
     folder = models.write_model(tmp_path / "model", models.SUPPORTED[name], torch.float32)
     settings = PruneSettings(method=method, calibration=str(text_file), samples=6, seqlen=48, seed=4)
-    tokens = calibration_tokens(str(text_file), Checkpoint(folder), samples=6, seqlen=48, seed=4, progress=silent)
+    tokens = calibration_data(str(text_file), Checkpoint(folder), samples=6, seqlen=48, seed=4, progress=silent).tokens
     reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     blocks = reference.get_submodule(BLOCK_LISTS.get(name, "model.layers"))
 
@@ -167,7 +167,7 @@ def test_weights_are_solved_for_against_the_dense_model(
     """Whole models side by side; given the mask, the kept weights must be near the least-squares optimum."""
     folder = models.write_model(tmp_path / "model", models.SUPPORTED[name], torch.float32)
     common: dict[str, Any] = {"calibration": str(text_file), "samples": 6, "seqlen": 48}
-    tokens = calibration_tokens(str(text_file), Checkpoint(folder), samples=6, seqlen=48, seed=0, progress=silent)
+    tokens = calibration_data(str(text_file), Checkpoint(folder), samples=6, seqlen=48, seed=0, progress=silent).tokens
     dense = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     sparse = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     blocks = BLOCK_LISTS.get(name, "model.layers")
@@ -201,7 +201,7 @@ def test_statistics_are_float32_whatever_multiplies(
 ) -> None:
     """Every token is in the sample here, so the sums are known; sums in bfloat16 would be off by a percent."""
     checkpoint = Checkpoint(tiny_models("llama-gqa-tied"))
-    tokens = calibration_tokens(str(text_file), checkpoint, samples=4, seqlen=64, seed=0, progress=silent)
+    tokens = calibration_data(str(text_file), checkpoint, samples=4, seqlen=64, seed=0, progress=silent).tokens
     model = empty_model(checkpoint)
     targets = find_targets(model, checkpoint, ignore="lm_head", group=4)
     runner = BlockRunner(model, checkpoint, targets, tokens, compute=compute, with_dense=True)
@@ -227,7 +227,7 @@ def test_statistics_are_float32_whatever_multiplies(
 def test_one_pass_calibrates_on_the_dense_model(text_file: Path, tmp_path: Path) -> None:
     folder = models.write_model(tmp_path / "model", models.SUPPORTED["llama-gqa-tied"], torch.float32)
     settings = PruneSettings(method="wanda", calibration=str(text_file), samples=6, seqlen=48, one_pass=True)
-    tokens = calibration_tokens(str(text_file), Checkpoint(folder), samples=6, seqlen=48, seed=0, progress=silent)
+    tokens = calibration_data(str(text_file), Checkpoint(folder), samples=6, seqlen=48, seed=0, progress=silent).tokens
     dense = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     for index, done in enumerate(Pipeline(Checkpoint(folder), settings).blocks()):
         inputs, _, _ = record_inputs(dense, dense.get_submodule(f"model.layers.{index}"), tokens)
@@ -241,7 +241,7 @@ def test_one_pass_calibrates_on_the_dense_model(text_file: Path, tmp_path: Path)
 def test_pairs_see_how_inputs_go_together(text_file: Path, tmp_path: Path) -> None:
     folder = models.write_model(tmp_path / "model", models.SUPPORTED["llama-gqa-tied"], torch.float32)
     settings = PruneSettings(method="swiftprune-pairs", calibration=str(text_file), samples=6, seqlen=48, one_pass=True)
-    tokens = calibration_tokens(str(text_file), Checkpoint(folder), samples=6, seqlen=48, seed=0, progress=silent)
+    tokens = calibration_data(str(text_file), Checkpoint(folder), samples=6, seqlen=48, seed=0, progress=silent).tokens
     dense = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     done = next(Pipeline(Checkpoint(folder), settings).blocks())
     inputs, _, _ = record_inputs(dense, dense.get_submodule("model.layers.0"), tokens)
@@ -261,7 +261,7 @@ def test_refined_blocks_come_closer_to_the_dense_ones(
 ) -> None:
     monkeypatch.setattr(refine_blocks, "STEPS", 60)
     folder = models.write_model(tmp_path / "model", models.SUPPORTED[name], torch.float32)
-    tokens = calibration_tokens(str(text_file), Checkpoint(folder), samples=6, seqlen=48, seed=0, progress=silent)
+    tokens = calibration_data(str(text_file), Checkpoint(folder), samples=6, seqlen=48, seed=0, progress=silent).tokens
     errors = {}
     for refine in ((), ("blocks",)):
         settings = PruneSettings(
@@ -312,7 +312,7 @@ def test_sparsegpt_meets_every_pattern(pattern: str) -> None:
 
 
 def test_the_public_function_reports_every_layer(tiny_models: Callable[[str], Path], text_file: Path) -> None:
-    settings = PruneSettings(calibration=str(text_file), samples=4, seqlen=32)
+    settings = PruneSettings(method="wanda", calibration=str(text_file), samples=4, seqlen=32)
     seen: list[tuple[str, float, float]] = []
     blocks = list(prune(tiny_models("llama-gqa-tied"), settings, progress=lambda *step: seen.append(step)))
     assert [done.block.name for done in blocks] == ["model.layers.0", "model.layers.1", "model.layers.2"]
@@ -332,7 +332,7 @@ def test_output_error_is_the_error_of_the_output(tiny_models: Callable[[str], Pa
     settings = PruneSettings(method="magnitude", calibration=str(text_file), samples=4, seqlen=64)
     assert next(prune(folder, settings)).results[0].output_error is None  # data-free methods run without calibration
     done = next(prune(folder, settings.model_copy(update={"method": "wanda"})))
-    tokens = calibration_tokens(str(text_file), Checkpoint(folder), samples=4, seqlen=64, seed=0, progress=silent)
+    tokens = calibration_data(str(text_file), Checkpoint(folder), samples=4, seqlen=64, seed=0, progress=silent).tokens
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     inputs: list[Tensor] = []
     linear = model.get_submodule(done.results[-1].name)
@@ -364,13 +364,13 @@ def test_a_model_that_writes_its_own_text_writes_more_to_train_on(
     for done in training.blocks():
         store.save(done)
     pruned = {name: unpack(weight) for done in store.blocks.values() for name, weight in done.weights.items()}
-    assert training.tokens is not None
-    tokens = training.tokens
+    assert training.data is not None
+    tokens = training.data.tokens
     assert len(tokens) > settings.samples
     list(training.distill(store))
     assert torch.equal(seen[0], tokens)
     # Masks come of the samples that were asked for, and of no more.
-    for done in Pipeline(checkpoint, settings, tokens=tokens[: settings.samples]).blocks():
+    for done in Pipeline(checkpoint, settings, data=CalibrationData(tokens[: settings.samples], tokens[:0])).blocks():
         for name, weight in done.weights.items():
             assert isinstance(weight, Packed24)
             assert torch.equal(unpack(weight), pruned[name])
@@ -483,7 +483,7 @@ def test_masks_do_not_depend_on_the_order_of_samples(tmp_path: Path) -> None:
     first, second = (
         {
             name: unpack(weight) != 0
-            for done in Pipeline(Checkpoint(folder), settings, tokens=order).blocks()
+            for done in Pipeline(Checkpoint(folder), settings, data=CalibrationData(order, order[:0])).blocks()
             for name, weight in done.weights.items()
         }
         for order in (tokens, tokens.flip(0))

@@ -1,0 +1,150 @@
+"""`swiftprune-export info FOLDER`: what a folder holds, how good it is, and what each engine will do with it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from pydantic import BaseModel
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from exporters import torch_sparse
+from exporters.workspace import MANIFEST
+from swiftprune.pruning.checkpoint import Checkpoint, read_json
+from swiftprune.pruning.pipeline import Check, PruneSettings
+from swiftprune.sparse24 import bitmask, dispatch
+from swiftprune.sparse24 import format as format24
+from swiftprune.sparse24.format import METADATA_SUFFIX
+
+app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
+
+
+class FolderInfo(BaseModel):
+    """What `info` says of a folder."""
+
+    folder: str
+    kind: str
+    """How its weights are stored, in words."""
+    source: str | None
+    """The checkpoint that was pruned."""
+    settings: PruneSettings | None
+    """How it was pruned; None of a folder that no export of ours wrote."""
+    check: Check | None
+    packed_linears: int
+    dense_linears: dict[str, str]
+    """Linears that were left dense, with the reason."""
+    bytes_by_type: dict[str, int]
+    """Bytes of the tensors in safetensors files, by their type; of an ONNX folder, of all files."""
+    engines: dict[str, str]
+    """By engine, what it does with the folder."""
+
+
+_NO = "no"
+_FROM_ONNX = "any other ONNX runtime"
+
+
+def describe(folder: Path) -> FolderInfo:
+    """Reads config.json, swiftprune.json and headers; no weights. Raises CheckpointError."""
+    config = read_json(folder / "config.json")
+    manifest = read_json(folder / MANIFEST) if (folder / MANIFEST).exists() else {}
+    target = manifest.get("target")
+    if target in ("onnx", "onnx-dense"):
+        files = {path.suffix.lstrip(".") or path.name: 0 for path in folder.iterdir() if path.is_file()}
+        for path in folder.iterdir():
+            if path.is_file():
+                files[path.suffix.lstrip(".") or path.name] += path.stat().st_size
+        sizes, packed = files, sum(1 for _ in manifest.get("layers", [])) if target == "onnx" else 0
+    else:
+        tensors = Checkpoint(folder).tensors
+        sizes = {}
+        for entry in tensors.values():
+            sizes[entry.dtype_name] = sizes.get(entry.dtype_name, 0) + entry.nbytes
+        endings = (METADATA_SUFFIX, bitmask.names("")[bitmask.MASK])
+        packed = sum(name.endswith(endings) for name in tensors)
+    kind, engines = _use(folder, config, target)
+    return FolderInfo(
+        folder=str(folder), kind=kind, source=(manifest.get("source") or {}).get("name"),
+        settings=PruneSettings(**manifest["settings"]) if "settings" in manifest else None,
+        check=Check(**manifest["check"]) if "check" in manifest else None,
+        packed_linears=packed, dense_linears=manifest.get("dense", {}), bytes_by_type=sizes, engines=engines,
+    )  # fmt: skip
+
+
+def _use(folder: Path, config: dict[str, Any], target: str | None) -> tuple[str, dict[str, str]]:
+    """How weights are stored, by what config.json and the manifest declare, and what engines make of that."""
+    declared = config.get("quantization_config") or {}
+    method, stored = declared.get("quant_method"), declared.get("format")
+    ours = "sparse, with swiftprune installed"
+    if target == "onnx":
+        return "ONNX decoder, packed 2:4 weights", {
+            "ONNX Runtime (swiftprune-onnx generate)": "sparse",
+            _FROM_ONNX: "unpacks the weights as it runs: right, not faster",
+        }
+    if target == "onnx-dense":
+        return "ONNX decoder, zeros in place", {_FROM_ONNX: "dense, or sparse where it looks for 2:4 (TensorRT)"}
+    if method == format24.QUANT_METHOD and stored == torch_sparse.FORMAT:
+        return "CUTLASS layout of torch.sparse", {"torch on NVIDIA GPUs": "sparse, by exporters.torch_sparse.load"}
+    if method == format24.QUANT_METHOD:
+        config_type = getattr(torch, str(config.get("dtype") or config.get("torch_dtype") or "bfloat16"))
+        backend = dispatch.linear_backend(config_type)
+        return "packed 2:4 weights", {
+            "transformers": f"{ours} and imported: backend {backend} on this CPU",
+            "vLLM": f"{ours}: vllm serve {folder}",
+            "ONNX Runtime": f"{_NO}: export the base model with --target onnx",
+        }
+    if stored == bitmask.FORMAT or (declared.get("sparsity_config") or {}).get("format") == bitmask.FORMAT:
+        return "2:4 weights as sparse-24-bitmask", {
+            "vLLM up to 0.18": "sparse, as it is",
+            "vLLM": ours,
+            "transformers": _NO,
+        }
+    if method:
+        return f"quantized by {method}", {"swiftprune": f"{_NO}: prune the checkpoint before it was quantized"}
+    zeros = Checkpoint(folder).declared_pattern
+    kind = f"dense tensors with {zeros} zeros in place" if zeros else "a dense checkpoint"
+    return kind, {
+        "transformers, vLLM and others": "dense",
+        "swiftprune-export": "packs it as it is (--method keep)" if zeros else "prunes and packs it",
+    }
+
+
+@app.command("info")
+def info_command(
+    folder: Annotated[Path, typer.Argument(help="A model folder, of swiftprune-export or any other.")],
+    json: Annotated[bool, typer.Option("--json", help="As JSON on stdout.")] = False,
+) -> None:
+    """What a model folder holds: format, method, quality, sizes, and what each engine will do with it."""
+    found = describe(folder)
+    if json:
+        print(found.model_dump_json())
+        return
+    table = Table(show_header=False, box=None)
+    table.add_row("folder", escape(found.folder))
+    table.add_row("holds", found.kind)
+    if found.settings:
+        s = found.settings
+        table.add_row("made from", escape(found.source or "not recorded"))
+        stages = [*(["permute"] if s.permute else []), *s.refine]
+        table.add_row("pruned", f"{s.pattern} by {s.method}" + (f", then {', '.join(stages)}" if stages else ""))
+        table.add_row("calibrated on", escape(s.calibration))
+        table.add_row(
+            "quality",
+            f"perplexity {found.check.ratio:.2f} times dense on held-back calibration text"
+            if found.check
+            else "not measured",
+        )
+    total = sum(found.bytes_by_type.values())
+    parts = ", ".join(f"{name} {size / 1e6:,.1f}" for name, size in sorted(found.bytes_by_type.items()) if size >= 5e4)
+    table.add_row("MB", f"{total / 1e6:,.1f}" + (f" ({parts})" if parts else ""))
+    table.add_row("packed linears", str(found.packed_linears))
+    reasons = Counter(found.dense_linears.values())
+    for reason, count in reasons.items():
+        table.add_row("left dense", f"{count}: {escape(reason)}")
+    for engine, use in found.engines.items():
+        table.add_row(escape(engine), escape(use))
+    Console().print(table)

@@ -1,0 +1,120 @@
+"""The README.md of an export: what the model is, how it was pruned, what that cost, and how to load and serve it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCardData
+from huggingface_hub.repocard import metadata_load
+
+from swiftprune.pruning.checkpoint import Checkpoint
+from swiftprune.pruning.pipeline import Check, PruneSettings
+
+NAME = "README.md"
+
+_TRANSFORMERS = """In transformers, with `pip install swiftprune`:
+
+```python
+import swiftprune.serve.transformers  # registers the format
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("{folder}")
+```
+"""
+_VLLM = """In vLLM, with `pip install 'swiftprune[vllm]'`:
+
+```console
+vllm serve {folder}
+```
+"""
+_USE = {
+    "packed": _TRANSFORMERS
+    + "\n"
+    + _VLLM
+    + "\nWithout swiftprune installed both stop with an error: they never run on wrong weights.\n",
+    "dense": "Loads anywhere as the base model does. Its zeros are in place, so nothing is smaller or faster yet.\n",
+    "torch": """For NVIDIA GPUs from Ampere on, in the CUTLASS layout of `torch.sparse`, with `pip install swiftprune`:
+
+```python
+from exporters.torch_sparse import load
+
+tensors = load("{folder}")  # dense ones, and SparseSemiStructuredTensorCUTLASS
+```
+""",
+    "sparse24-bitmask": "For vLLM up to 0.18 as it is, and for later ones with `pip install 'swiftprune[vllm]'`:\n\n"
+    "```console\nvllm serve {folder}\n```\n",
+    "onnx": """In ONNX Runtime, with `pip install 'swiftprune[onnx]'`; any other runtime runs the file too, unpacked:
+
+```console
+swiftprune-onnx generate {folder} --prompt "The capital of France is"
+```
+""",
+    "onnx-dense": "An ONNX decoder with zeros in place, for TensorRT and other ONNX runtimes.\n",
+}
+
+
+def model_card(
+    checkpoint: Checkpoint, settings: PruneSettings, target: str, check: Check | None, *,
+    pruned: int, dense: Mapping[str, str], bytes_before: int, bytes_after: int,
+) -> str:  # fmt: skip
+    """The text of the card. `pruned` and `dense` are the linears that were pruned, and those left dense by reason."""
+    base = _metadata(checkpoint.folder)
+    # Not where this export goes, so that its bytes do not depend on that.
+    folder = f"./{Path(checkpoint.name).name}-{settings.pattern.replace(':', 'of')}"
+    data = ModelCardData(
+        base_model=checkpoint.name,
+        license=base.get("license"),
+        license_name=base.get("license_name"),
+        license_link=base.get("license_link"),
+        language=base.get("language"),
+        library_name="onnx" if target.startswith("onnx") else "transformers",
+        pipeline_tag=base.get("pipeline_tag", "text-generation"),
+        tags=["swiftprune", "sparse", settings.pattern],
+        base_model_relation="quantized" if target == "packed" else None,
+    )
+    kept = f" {len(dense)} linears are dense." if dense else ""
+    lines = [
+        f"---\n{data.to_yaml()}\n---\n",
+        f"# {checkpoint.name}, {settings.pattern} sparse\n",
+        f"[{checkpoint.name}](https://huggingface.co/{checkpoint.name})" if "/" in checkpoint.name else checkpoint.name,
+        f"with {pruned} linears of its decoder pruned to {settings.pattern} by swiftprune.{kept}\n",
+        "| | |\n| --- | --- |",
+        f"| method | `{settings.method}`{_stages(settings)} |",
+        f"| calibration | {_calibration(settings)} |",
+        f"| size | {bytes_before / 1e6:,.1f} -> {bytes_after / 1e6:,.1f} MB |",
+        f"| perplexity on calibration text that was held back | {_quality(check)} |",
+        "\n## Use\n",
+        _USE[target].replace("{folder}", folder),
+        "`swiftprune.json` holds all settings and what pruning did to each linear.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _metadata(folder: Path) -> dict[str, Any]:
+    """What the base model's own card says about itself at its top; nothing where there is none that can be read."""
+    try:
+        found: dict[str, Any] = metadata_load(folder / NAME) or {}
+    except (OSError, ValueError):
+        return {}
+    return found
+
+
+def _stages(settings: PruneSettings) -> str:
+    stages = (["permute"] if settings.permute else []) + [f"refine {stage}" for stage in settings.refine]
+    return f", {', '.join(stages)}" if stages else ""
+
+
+def _calibration(settings: PruneSettings) -> str:
+    source = {"self": "text that the model sampled itself", "none": "none"}.get(settings.calibration)
+    if settings.calibration == "none":
+        return "none"
+    amount = f"{settings.samples} sequences of {settings.seqlen} tokens"
+    return f"{source or f'`{Path(settings.calibration).name}`'}, {amount}"
+
+
+def _quality(check: Check | None) -> str:
+    if check is None:
+        return "not measured"
+    return f"{check.ratio:.2f} times dense ({check.dense:.2f} -> {check.pruned:.2f})"

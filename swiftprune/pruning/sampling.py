@@ -1,0 +1,198 @@
+"""Text that the dense model samples itself, many sequences at once, so that no data set is needed.
+
+On a CPU the products of a batch should be what costs the time. transformers' defaults spend most of it elsewhere:
+drawing by `torch.multinomial` (a random number for each token of the vocabulary), repeating keys and values for every
+head that shares them, copying the whole cache for each new token. All three are done otherwise here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from swiftprune.errors import SettingsError
+from swiftprune.pruning.calibration_text import load_tokenizer
+from swiftprune.pruning.checkpoint import Checkpoint
+from swiftprune.pruning.progress import Progress
+from swiftprune.pruning.whole_model import load_whole_model
+
+# Sequences at once: more are faster for each, and their caches larger.
+_BATCH = 96
+# Of conversations: at 1 small models soon ramble, and then no question is answered.
+_TEMPERATURE = 0.7
+# Where a user speaks, in a chat template: nothing that a template could hold by itself.
+_SPEAKS = "\N{SYMBOL FOR NULL}swiftprune\N{SYMBOL FOR NULL}"
+
+
+def sampled_text(
+    checkpoint: Checkpoint, *, samples: int, seqlen: int, seed: int, compute: torch.dtype, progress: Progress
+) -> Tensor:  # fmt: skip
+    """(samples, seqlen) int64: text that the dense model samples, at temperature 1 and from its start token.
+
+    A text that ends is followed by the next. Deterministic for a seed on one machine. Needs memory for the whole model,
+    which computes in `compute` if that is bfloat16.
+    """
+    model = _load(checkpoint, compute)
+    tokenizer = load_tokenizer(checkpoint)
+    config = model.config.get_text_config()
+    start = next(
+        (token for token in (tokenizer.bos_token_id, config.bos_token_id, tokenizer.eos_token_id) if token is not None),
+        0,
+    )
+    return _sample(model, torch.tensor([start]), samples, seqlen, seed, 1.0, "sample calibration text", progress)
+
+
+def sampled_conversations(
+    checkpoint: Checkpoint, *, samples: int, seqlen: int, seed: int, compute: torch.dtype, progress: Progress
+) -> Tensor:  # fmt: skip
+    """(samples, seqlen) int64: conversations that the dense model samples, the questions included.
+
+    It gets its chat template up to where a user begins to speak and goes on from there (Magpie, arXiv 2406.08464).
+    Raises SettingsError when that takes all of `seqlen`.
+    """
+    tokenizer = load_tokenizer(checkpoint)
+    written: str = tokenizer.apply_chat_template([{"role": "user", "content": _SPEAKS}], tokenize=False)
+    before = tokenizer(written.partition(_SPEAKS)[0], add_special_tokens=False, return_tensors="pt").input_ids[0]
+    if len(before) >= seqlen:
+        raise SettingsError(
+            f"--conversations: the chat template takes {len(before)} tokens, and --seqlen is {seqlen}; make it longer"
+        )
+    return _sample(
+        _load(checkpoint, compute), before, samples, seqlen, seed, _TEMPERATURE, "sample conversations", progress
+    )
+
+
+def _load(checkpoint: Checkpoint, compute: torch.dtype) -> Any:
+    model = load_whole_model(
+        checkpoint.folder, checkpoint.parameter_count, None if compute == torch.float32 else compute,
+        trust_remote_code=checkpoint.trust_remote_code,
+    )  # fmt: skip
+    if model.config._attn_implementation == "sdpa":
+        model.set_attn_implementation(_ATTENTION)
+    return model
+
+
+def _sample(
+    model: Any, begin: Tensor, samples: int, seqlen: int, seed: int, temperature: float, stage: str, progress: Progress
+) -> Tensor:  # fmt: skip
+    """(samples, seqlen) int64: what `model` samples after `begin`, past any end of text."""
+    model.generation_config.eos_token_id = None
+    draw = _Draw(temperature, torch.Generator().manual_seed(seed))
+    batches = []
+    for done in range(0, samples, _BATCH):
+        prompt = begin.repeat(min(_BATCH, samples - done), 1)
+        batch = model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            do_sample=False,
+            logits_processor=LogitsProcessorList([draw]),
+            max_new_tokens=seqlen - len(begin),
+            pad_token_id=int(begin[0]),
+            stopping_criteria=StoppingCriteriaList([_Tick(stage, progress, done, samples, seqlen)]),
+            **_cache(model, seqlen),
+        )
+        batches.append(batch)
+    return torch.cat(batches)
+
+
+class _Draw(LogitsProcessor):  # type: ignore[misc]
+    """Draws each next token, by one uniform number a sequence, and leaves it as the only one that can be taken."""
+
+    def __init__(self, temperature: float, generator: torch.Generator) -> None:
+        self._temperature, self._generator = temperature, generator
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        cumulative = torch.softmax(scores.float() / self._temperature, dim=-1).cumsum(dim=-1)
+        drawn = torch.rand(len(scores), 1, generator=self._generator) * cumulative[:, -1:]
+        token = torch.searchsorted(cumulative, drawn, right=True).clamp_max_(scores.shape[-1] - 1)
+        return torch.full_like(scores, -torch.inf).scatter_(1, token, 0.0)
+
+
+class _ReservedLayer(DynamicLayer):  # type: ignore[misc]
+    """Keys and values of one layer in memory that is reserved for all of the sequence."""
+
+    is_initialized: bool
+
+    def __init__(self, seqlen: int) -> None:
+        super().__init__()
+        self._seqlen = seqlen
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
+            self._reserved = [_reserve(states, self._seqlen) for states in (key_states, value_states)]
+            self.keys, self.values = (reserved[:, :, :0] for reserved in self._reserved)
+        begin = self.keys.shape[2]
+        end = begin + key_states.shape[2]
+        for reserved, states in zip(self._reserved, (key_states, value_states), strict=True):
+            reserved[:, :, begin:end] = states
+        self.keys, self.values = (reserved[:, :, :end] for reserved in self._reserved)
+        return self.keys, self.values
+
+
+def _reserve(states: Tensor, seqlen: int) -> Tensor:
+    return states.new_empty(*states.shape[:2], seqlen, states.shape[3])
+
+
+def _cache(model: Any, seqlen: int) -> dict[str, Any]:
+    """The argument of `generate` that makes the cache a reserved one, where every layer has a plain one."""
+    if not model._supports_default_dynamic_cache():
+        return {}
+    cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+    if not cache.layers or any(type(layer) is not DynamicLayer for layer in cache.layers):
+        return {}
+    cache.layers = [_ReservedLayer(seqlen) for _ in cache.layers]
+    return {"past_key_values": cache}
+
+
+_ATTENTION = "swiftprune_one_query"
+
+
+def _attention(
+    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """As transformers' `sdpa`; of one new token, heads that share keys and values are queries of one head of these.
+
+    query (B, H, T, D); key and value (B, H / G, S, D). torch's kernel reads shared keys and values once for each head,
+    so that a step of many sequences takes nine times as long.
+    """
+    batch, heads, queries, width = query.shape
+    shared = key.shape[1]
+    plain = kwargs.get("position_bias") is None and kwargs.get("softcap") is None and kwargs.get("s_aux") is None
+    one_mask = attention_mask is None or attention_mask.shape[1] == 1
+    if queries > 1 or heads == shared or not (plain and one_mask):
+        output: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+        return output
+    grouped = query.reshape(batch, shared, heads // shared, width)
+    mixed = F.scaled_dot_product_attention(grouped, key, value, attn_mask=attention_mask, scale=kwargs.get("scaling"))
+    return mixed.reshape(batch, 1, heads, value.shape[-1]), None
+
+
+AttentionInterface.register(_ATTENTION, _attention)
+AttentionMaskInterface.register(_ATTENTION, sdpa_mask)
+
+
+class _Tick(StoppingCriteria):  # type: ignore[misc]
+    """Reports each sampled token; never stops."""
+
+    def __init__(self, stage: str, progress: Progress, done: int, samples: int, seqlen: int) -> None:
+        self.stage, self.progress, self.done, self.samples, self.seqlen = stage, progress, done, samples, seqlen
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+        done = self.done * self.seqlen + input_ids.numel()
+        self.progress(self.stage, done, self.samples * self.seqlen)
+        return torch.zeros(len(input_ids), dtype=torch.bool)

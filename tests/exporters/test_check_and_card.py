@@ -1,0 +1,190 @@
+"""What an export says of its own result: the check on held-back text, the model card, and `swiftprune-export info`."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub.repocard import metadata_load
+
+import swiftprune.serve.transformers  # noqa: F401 - registers the packed format
+from exporters import export
+from exporters.checkpoint import Target
+from exporters.info import describe
+from swiftprune import PruneSettings
+from swiftprune.pruning import memory
+from swiftprune.pruning.calibration_data import calibration_data
+from swiftprune.pruning.checkpoint import Checkpoint
+from swiftprune.pruning.progress import silent
+from swiftprune.pruning.whole_model import load_whole_model
+
+SAMPLES, SEQLEN = 8, 48
+
+
+@pytest.fixture(scope="module")
+def settings(long_text: Path) -> PruneSettings:
+    return PruneSettings(method="wanda", calibration=str(long_text), samples=SAMPLES, seqlen=SEQLEN)
+
+
+@pytest.fixture(scope="module")
+def long_text(text_file: Path) -> Path:
+    path = text_file.parent / "long.txt"
+    path.write_text(text_file.read_text() * 8)
+    return path
+
+
+def naive_perplexity(folder: Path, windows: torch.Tensor) -> float:
+    model = load_whole_model(folder, dtype=torch.float32)
+    losses = []
+    for window in windows:
+        chances = model(window[None]).logits[0].log_softmax(-1)
+        losses += [-float(chances[place, window[place + 1]].detach()) for place in range(len(window) - 1)]
+    return math.exp(sum(losses) / len(losses))
+
+
+@pytest.mark.parametrize("target", ["packed", "dense", "torch", "sparse24-bitmask"])
+def test_the_check_is_the_perplexity_of_both_models_on_windows_held_back(
+    target: Target, tiny_models: Callable[[str], Path], settings: PruneSettings, tmp_path: Path
+) -> None:
+    """Of the files of the dense and the packed target by another way; the others hold the same weights."""
+    model = tiny_models("llama-gqa-tied")
+    report = export(model, tmp_path / "out", settings, target=target)
+    held_back = calibration_data(
+        settings.calibration, Checkpoint(model), samples=SAMPLES, seqlen=SEQLEN, seed=0, progress=silent
+    ).held_back
+    assert len(held_back) > 1
+    assert report.check is not None
+    assert report.check.windows == len(held_back)
+    assert report.check.dense == pytest.approx(naive_perplexity(model, held_back), rel=1e-4)
+    export(model, tmp_path / "zeros", settings, target="dense", check=False)
+    assert report.check.pruned == pytest.approx(naive_perplexity(tmp_path / "zeros", held_back), rel=1e-3)
+    assert report.check.pruned != report.check.dense
+    written = json.loads((tmp_path / "out" / "swiftprune.json").read_text())
+    assert written["check"] == report.check.model_dump()
+
+
+def test_the_check_changes_no_weight_and_can_be_left_out(
+    tiny_models: Callable[[str], Path], settings: PruneSettings, tmp_path: Path
+) -> None:
+    model = tiny_models("llama-gqa-tied")
+    export(model, tmp_path / "with", settings)
+    report = export(model, tmp_path / "without", settings, check=False)
+    assert report.check is None
+    assert "not measured" in (tmp_path / "without" / "README.md").read_text()
+    shards = sorted((tmp_path / "with").glob("*.safetensors"))
+    assert shards
+    for path in shards:
+        assert path.read_bytes() == (tmp_path / "without" / path.name).read_bytes()
+
+
+def test_what_cannot_be_checked_is_said(
+    tiny_models: Callable[[str], Path], settings: PruneSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_models("llama-gqa-tied")
+    said: list[str] = []
+    short = tmp_path / "short.txt"
+    short.write_text(" ".join(Path(settings.calibration).read_text().split()[:150]))
+    few = settings.model_copy(update={"calibration": str(short)})
+    assert export(model, tmp_path / "few", few, announce=said.append).check is None
+    assert "Not checked: there is too little calibration text to hold any back." in said
+    monkeypatch.setattr(memory, "available_bytes", lambda: 1000)
+    assert export(model, tmp_path / "small", settings, announce=said.append).check is None
+    assert "Not checked: that needs the whole model" in said[-1]
+
+
+def test_a_poor_result_is_said_with_what_to_do_next(
+    tiny_models: Callable[[str], Path], settings: PruneSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("swiftprune.pruning.pipeline.POOR_RATIO", 0.0)
+    for method, calibration, advice in (
+        ("wanda", settings.calibration, "another method; the default one also solves"),
+        ("admm", settings.calibration, "--quality balanced"),
+        ("admm", "self", "--calibration FILE"),
+    ):
+        said: list[str] = []
+        tried = settings.model_copy(update={"method": method, "calibration": calibration})
+        report = export(tiny_models("llama-gqa-tied"), tmp_path / "out", tried, overwrite=True, announce=said.append)
+        assert report.check is not None
+        assert f"is {report.check.ratio:.1f} times the dense model's" in said[-1]
+        assert advice in said[-1]
+
+
+def test_the_card_says_where_it_comes_from_and_how_to_use_it(
+    tiny_copy: Path, settings: PruneSettings, tmp_path: Path
+) -> None:
+    (tiny_copy / "README.md").write_text(
+        "---\nlicense: apache-2.0\nlanguage:\n- en\ntags:\n- old\n---\n# Old\nWords.\n"
+    )
+    for target, use in (
+        ("packed", 'from_pretrained("./model-2of4")'),
+        ("dense", "Loads anywhere"),
+        ("torch", "torch_sparse"),
+    ):
+        report = export(tiny_copy, tmp_path / "out", settings, target=target, overwrite=True)
+        card = (tmp_path / "out" / "README.md").read_text()
+        found = metadata_load(tmp_path / "out" / "README.md")
+        assert found is not None
+        assert found["base_model"] == "model"
+        assert (found["license"], found["language"]) == ("apache-2.0", ["en"])
+        assert found["tags"] == ["swiftprune", "sparse", "2:4"]
+        assert report.check is not None
+        for words in (use, "`wanda`", "long.txt", "8 sequences of 48 tokens", f"{report.check.ratio:.2f} times dense"):
+            assert words in card
+        assert "Words." not in card
+
+
+def test_a_card_of_a_base_model_without_one(
+    tiny_models: Callable[[str], Path], settings: PruneSettings, tmp_path: Path
+) -> None:
+    export(tiny_models("gpt-neox"), tmp_path / "out", settings, check=False)
+    found = metadata_load(tmp_path / "out" / "README.md")
+    assert found is not None
+    assert "license" not in found
+
+
+def test_info_says_what_each_target_is(
+    tiny_models: Callable[[str], Path], settings: PruneSettings, tmp_path: Path
+) -> None:
+    model = tiny_models("llama-gqa-tied")
+    plain = describe(model)
+    assert (plain.kind, plain.settings, plain.packed_linears) == ("a dense checkpoint", None, 0)
+    assert plain.bytes_by_type == {"BF16": Checkpoint(model).nbytes}
+    for target, kind, packed, engine in (
+        ("packed", "packed 2:4 weights", 21, "transformers"),
+        ("dense", "dense tensors with 2:4 zeros in place", 0, "swiftprune-export"),
+        ("torch", "CUTLASS layout of torch.sparse", 21, "torch on NVIDIA GPUs"),
+        ("sparse24-bitmask", "2:4 weights as sparse-24-bitmask", 21, "vLLM up to 0.18"),
+    ):
+        report = export(model, tmp_path / target, settings, target=target)
+        found = describe(tmp_path / target)
+        assert (found.kind, found.source, found.settings) == (kind, "llama-gqa-tied", report.settings)
+        assert found.check == report.check
+        assert found.dense_linears == report.dense_linears
+        assert engine in found.engines
+        stored_dense = sum("stored dense" in reason for reason in found.dense_linears.values())
+        assert found.packed_linears == packed - (stored_dense if packed else 0)
+        assert sum(found.bytes_by_type.values()) == report.bytes_after
+
+
+def test_info_on_the_command_line(tiny_models: Callable[[str], Path], settings: PruneSettings, tmp_path: Path) -> None:
+    export(tiny_models("llama-gqa-tied"), tmp_path / "out", settings)
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [str(Path(sys.executable).with_name("swiftprune-export")), "info", *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | {"COLUMNS": "200"})
+
+    shown = run(str(tmp_path / "out"))
+    assert shown.returncode == 0, shown.stderr
+    for words in ("2:4 by wanda", "times dense on held-back", "vllm serve", "outside of the decoder blocks"):
+        assert words in shown.stdout
+    assert json.loads(run(str(tmp_path / "out"), "--json").stdout)["source"] == "llama-gqa-tied"
+    missing = run(str(tmp_path / "nowhere"))
+    assert missing.returncode == 3
+    assert "config.json: missing; is" in missing.stderr
