@@ -122,11 +122,12 @@ def test_the_card_says_where_it_comes_from_and_how_to_use_it(
     (tiny_copy / "README.md").write_text(
         "---\nlicense: apache-2.0\nlanguage:\n- en\ntags:\n- old\n---\n# Old\nWords.\n"
     )
-    for target, use in (
+    uses: tuple[tuple[Target, str], ...] = (
         ("packed", 'from_pretrained("./model-2of4")'),
         ("dense", "Loads anywhere"),
         ("torch", "torch_sparse"),
-    ):
+    )
+    for target, use in uses:
         report = export(tiny_copy, tmp_path / "out", settings, target=target, overwrite=True)
         card = (tmp_path / "out" / "README.md").read_text()
         found = metadata_load(tmp_path / "out" / "README.md")
@@ -156,12 +157,13 @@ def test_info_says_what_each_target_is(
     plain = describe(model)
     assert (plain.kind, plain.settings, plain.packed_linears) == ("a dense checkpoint", None, 0)
     assert plain.bytes_by_type == {"BF16": Checkpoint(model).nbytes}
-    for target, kind, packed, engine in (
+    expected: tuple[tuple[Target, str, int, str], ...] = (
         ("packed", "packed 2:4 weights", 21, "transformers"),
         ("dense", "dense tensors with 2:4 zeros in place", 0, "swiftprune-export"),
         ("torch", "CUTLASS layout of torch.sparse", 21, "torch on NVIDIA GPUs"),
         ("sparse24-bitmask", "2:4 weights as sparse-24-bitmask", 21, "vLLM up to 0.18"),
-    ):
+    )
+    for target, kind, packed, engine in expected:
         report = export(model, tmp_path / target, settings, target=target)
         found = describe(tmp_path / target)
         assert (found.kind, found.source, found.settings) == (kind, "llama-gqa-tied", report.settings)
