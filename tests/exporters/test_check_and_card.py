@@ -84,6 +84,21 @@ def test_the_check_changes_no_weight_and_can_be_left_out(
         assert path.read_bytes() == (tmp_path / "without" / path.name).read_bytes()
 
 
+def test_the_check_in_bfloat16_sees_the_pruned_weights(
+    tiny_models: Callable[[str], Path], settings: PruneSettings, tmp_path: Path
+) -> None:
+    """Autocast can keep its casts of weights, and those are of the dense ones."""
+    computed = [
+        export(tiny_models("llama-gqa-tied"), tmp_path / name, settings.model_copy(update={"compute": name})).check
+        for name in ("float32", "bfloat16")
+    ]
+    exact, rounded = computed
+    assert exact is not None
+    assert rounded is not None
+    assert rounded.ratio == pytest.approx(exact.ratio, rel=0.02)
+    assert abs(exact.ratio - 1) > 0.05
+
+
 def test_what_cannot_be_checked_is_said(
     tiny_models: Callable[[str], Path], settings: PruneSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
