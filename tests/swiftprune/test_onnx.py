@@ -137,6 +137,17 @@ def test_metadata_is_checked(tmp_path: Path, row: int, column: int, byte: int, m
         swiftprune.onnx.session(tmp_path / "m.onnx")
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_values_that_are_not_finite_are_refused(tmp_path: Path, value: float) -> None:
+    values = np.ones((3, 10), np.float32)
+    values[2, 7] = value
+    metadata = np.full((3, 3), 0x44, np.uint8)
+    metadata[:, 2] = 0x04
+    onnx_graphs.write_packed(tmp_path / "m.onnx", values, metadata)
+    with pytest.raises(CheckpointError, match="MatMul24 lin: a stored value is infinite or not a number"):
+        swiftprune.onnx.session(tmp_path / "m.onnx")
+
+
 @pytest.mark.parametrize(
     ("values", "metadata", "message"),
     [

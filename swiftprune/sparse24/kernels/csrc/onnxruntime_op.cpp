@@ -151,10 +151,13 @@ class Kernel {
     if (!stream_) throw std::bad_alloc();
     advise_huge_pages(stream_.get(), bytes_);
     const int64_t blocks = blocks_of(rows_), parts = parts_of(bytes_);
+    std::atomic<bool> valid{true};
     in_parallel(static_cast<int>(parts), [&](int i) {
-      to_stream(dtype, values.data, static_cast<const uint8_t*>(metadata.data), rows_, cols_, stream_.get(),
-                blocks * i / parts, blocks * (i + 1) / parts);
+      if (!to_stream(dtype, values.data, static_cast<const uint8_t*>(metadata.data), rows_, cols_, stream_.get(),
+                     blocks * i / parts, blocks * (i + 1) / parts))
+        valid = false;
     });
+    if (!valid) throw std::runtime_error("a stored value is infinite or not a number");  // metadata was checked
     page_out(values, rows_ * cols_ / 2 * (dtype == Dtype::kFloat32 ? 4 : 2));
     page_out(metadata, rows_ * stride);
     ++created[isa];
