@@ -312,8 +312,8 @@ def export_command(
     Every decoder block is pruned on the outputs of the pruned blocks before it, one block in memory at a time.
     """
     if sparsity is SparsityChoice.AUTO:
-        max_perplexity_ratio = max_perplexity_ratio or DEFAULT_RATIO
-    elif max_perplexity_ratio:
+        max_perplexity_ratio = DEFAULT_RATIO if max_perplexity_ratio is None else max_perplexity_ratio
+    elif max_perplexity_ratio is not None:
         raise SettingsError("--max-perplexity-ratio is for --sparsity auto")
     given = {
         "max_perplexity_ratio": max_perplexity_ratio,

@@ -37,6 +37,8 @@ _DENSE = "dense-linears.json"
 _FITTED = "fitted-samples.json"
 _TRAINING = "training.safetensors"
 _DONE = ".done.json"
+_LEAVING = ".swiftprune-replaced"
+"""In a former output that is being replaced: by it alone `OUT.replaced` is known to be one, and may be deleted."""
 # What only an unfinished export needs.
 _PASSING = {_STATE, _TOKENS, _ORDERS, _DENSE, _FITTED, _TRAINING}
 
@@ -80,7 +82,7 @@ class Workspace:
 
     def _check_in_the_way(self) -> None:
         self._check_replaceable()
-        if self._replaced.exists() and not _is_output(self._replaced):
+        if self._replaced.exists() and not (self._replaced / _LEAVING).exists():
             raise OutputError(
                 f"{self._replaced}: is in the way of replacing {self.out}; move it, or give another --out"
             )
@@ -107,7 +109,14 @@ class Workspace:
             raise OutputError(f"{self.out}: no export wrote it (it has no {MANIFEST} that lists its files), "
                               "so --overwrite does not replace it; give another --out")  # fmt: skip
         listed = set(_manifest(place)["files"])
-        if others := sorted(name for name in _files(place) - listed if not _is_mark(name)):
+        written = (place / MANIFEST).stat().st_mtime_ns
+        others = sorted(
+            name
+            for name in _files(place) - listed - {_LEAVING}
+            # Marks that an export had no time to remove are older than its last file.
+            if not (_is_mark(name) and (place / name).lstat().st_mtime_ns <= written)
+        )
+        if others:
             more = f" and {len(others) - 1} more" if len(others) > 1 else ""
             raise OutputError(f"{self.out}: holds {others[0]}{more}, which no export wrote and --overwrite would "
                               "delete; move it, or give another --out")  # fmt: skip
@@ -236,6 +245,8 @@ class Workspace:
             if self._replaced.exists():  # of an export that was stopped right here
                 shutil.rmtree(self._replaced)
             if self._place.exists():
+                if any(self._place.iterdir()):
+                    (self._place / _LEAVING).touch()
                 self._place.rename(self._replaced)
             made.rename(self._place)
             for path in self._place.iterdir():
@@ -255,6 +266,9 @@ class Workspace:
             )
 
 
+_LOCK_BEGINS = b'{"pid": '
+
+
 class _Lock:
     """`OUT.lock`: held by the operating system for as long as its process lives, and naming that process."""
 
@@ -265,7 +279,13 @@ class _Lock:
         self._file = FileLock(path)
 
     def acquire(self) -> None:
-        """Raises OutputError when another process has it. One that a dead process left is taken over with a word."""
+        """Raises OutputError when another process has it. One that a dead process left is taken over with a word.
+
+        A file of that name that is no lock of an export is left alone: other tools have some.
+        """
+        found = self._path.read_bytes()[: len(_LOCK_BEGINS)] if self._path.is_file() else b""
+        if self._path.exists() and not _LOCK_BEGINS.startswith(found):  # one that was cut short, or empty, is ours
+            raise OutputError(f"{self._path}: is in the way, and no lock of an export; give another --out")
         with disk_errors(self._path):
             self._path.parent.mkdir(parents=True, exist_ok=True)
             try:

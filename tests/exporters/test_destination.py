@@ -153,7 +153,7 @@ def test_a_lock_of_another_machine_is_not_taken_over(project: Path) -> None:
     with pytest.raises(OutputError, match=r"process 1 on elsewhere.*delete .*out\.lock"):
         export(project / "models" / "llama", "out", NO_DATA, overwrite=True)
     assert lock.exists()
-    lock.write_text("torn")
+    lock.write_text('{"pid": 1')  # torn
     export(project / "models" / "llama", "out", NO_DATA)
 
 
@@ -164,3 +164,30 @@ def test_the_lock_names_its_process_and_goes(project: Path) -> None:
         assert (owner["pid"], owner["host"]) == (os.getpid(), socket.gethostname())
         assert owner["started"] > 1.7e9
     assert not lock.exists()
+
+
+@pytest.mark.parametrize("mask", ["", "nope.npz"], ids=["done", "failed"])
+def test_a_lock_file_of_another_tool_is_left_alone(project: Path, mask: str) -> None:
+    lock = project / "out.lock"
+    lock.write_text("[[package]]\n")
+    with pytest.raises(OutputError, match=r"out\.lock: is in the way, and no lock of an export"):
+        export(project / "models" / "llama", project / "out", PruneSettings(calibration="none", mask=mask))
+    assert lock.read_text() == "[[package]]\n"
+
+
+def test_a_finished_export_beside_is_not_taken_for_a_leftover(project: Path) -> None:
+    none = PruneSettings(calibration="none")
+    export(project / "models" / "llama", project / "out.replaced", none)
+    with pytest.raises(OutputError, match=r"out\.replaced: is in the way"):
+        export(project / "models" / "llama", project / "out", none, overwrite=True)
+    assert (project / "out.replaced" / "config.json").exists()
+
+
+@pytest.mark.parametrize("name", ["training.safetensors", "notes.done.json"])
+def test_a_file_that_looks_like_a_mark_is_not_deleted(project: Path, name: str) -> None:
+    none = PruneSettings(calibration="none")
+    export(project / "models" / "llama", project / "out", none)
+    (project / "out" / name).write_text("mine")
+    with pytest.raises(OutputError, match=f"holds {name}, which no export wrote"):
+        export(project / "models" / "llama", project / "out", none, overwrite=True)
+    assert (project / "out" / name).read_text() == "mine"
