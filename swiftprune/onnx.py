@@ -12,6 +12,7 @@ without the kernel library it unpacks the weights when it loads them and multipl
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import importlib
@@ -89,16 +90,18 @@ def genai_model(folder: str | Path, *, threads: int | None = None) -> tuple[Any,
     model.onnx. Raises CheckpointError when onnxruntime-genai cannot load it, SettingsError when it is missing.
     """
     genai = _import("onnxruntime_genai")
-    folder = Path(folder)
+    folder = Path(folder).resolve()
     if not (folder / "genai_config.json").exists():
         raise CheckpointError(
             f"{folder}: has no genai_config.json: onnxruntime-genai does not run this architecture; "
             "use swiftprune.onnx.session"
         )
-    options: dict[str, Any] = {"custom_ops_library": str(library().resolve())}
+    operators = library().resolve()
+    options: dict[str, Any] = {"custom_ops_library": str(operators)}
     if threads is not None:
         options["intra_op_num_threads"] = threads
-    with count_linears(folder / "model.onnx") as linears:
+    # It takes libraries only from the model's folder and from below the working folder.
+    with count_linears(folder / "model.onnx") as linears, contextlib.chdir(operators.parent):
         try:
             config = genai.Config(str(folder))
             config.overlay(json.dumps({"model": {"decoder": {"session_options": options}}}))
