@@ -184,10 +184,22 @@ def _state(checkpoint: Checkpoint, settings: PruneSettings, target: Target, prog
     return {
         "settings": settings.model_dump(),
         "target": target,
-        **({"mask_sha256": _sha256(Path(settings.mask))} if settings.mask else {}),
+        "inputs_sha256": {name: _sha256(path) for name, path in _inputs(checkpoint, settings).items()},
         "source": {"name": checkpoint.name, "sha256": checkpoint.fingerprint(progress)},
         "versions": {name: importlib.metadata.version(name) for name in packages},
     }
+
+
+def _inputs(checkpoint: Checkpoint, settings: PruneSettings) -> dict[str, Path]:
+    """Files other than weights that the output depends on: config.json, tokenizer, code, masks, calibration text."""
+    own = [path for path in sorted(checkpoint.folder.iterdir()) if path.suffix in _COPIED_SUFFIXES]
+    text = Path(settings.calibration)
+    texts = sorted(text.rglob("*")) if text.is_dir() else [text]
+    given = texts if settings.calibration not in ("none", "self") else []
+    if settings.mask:
+        given.append(Path(settings.mask))
+    named = {path.name: path for path in own} | {str(path): path for path in given}
+    return {name: path for name, path in named.items() if path.is_file()}
 
 
 def _sha256(path: Path) -> str:

@@ -142,11 +142,17 @@ class Workspace:
             raise OutputError(f"{self.folder}: holds no readable {_STATE}; start anew with --overwrite") from None
         now = json.loads(json.dumps(state))
         for key in sorted(set(before) | set(now)):
-            if before.get(key) != now.get(key):
-                raise OutputError(
-                    f"{self.folder}: was started with {key} = {json.dumps(before.get(key))}, now it is "
-                    f"{json.dumps(now.get(key))}; use the same settings, or start anew with --overwrite"
-                )
+            was, is_now = before.get(key), now.get(key)
+            if was == is_now:
+                continue
+            if key == "inputs_sha256" and was and is_now:
+                changed = next(name for name in sorted(set(was) | set(is_now)) if was.get(name) != is_now.get(name))
+                raise OutputError(f"{self.folder}: {changed} has changed since the export was started; put back what "
+                                  "it was, or start anew with --overwrite")  # fmt: skip
+            raise OutputError(
+                f"{self.folder}: was started with {key} = {json.dumps(was)}, now it is {json.dumps(is_now)}; "
+                "use the same settings, or start anew with --overwrite"
+            )
 
     def done(self, shard: str) -> list[dict[str, Any]] | None:
         """The layer results of a finished shard, or None when it is not finished."""

@@ -80,6 +80,22 @@ def stop_at(what: str, share: float) -> Progress:
     return progress
 
 
+@pytest.mark.parametrize("changed", ["config.json", "tokenizer.json", "text.txt"])
+def test_resuming_on_other_input_is_refused(changed: str, tiny_copy: Path, text_file: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(text_file.read_text())
+    settings = PruneSettings(method="wanda", calibration=str(text), samples=4, seqlen=32)
+    with pytest.raises(KeyboardInterrupt):
+        export(tiny_copy, tmp_path / "out", settings, progress=stop_at("prune", 0.5))
+    path = text if changed == "text.txt" else tiny_copy / changed
+    was = path.read_text()
+    path.write_text(was.replace("the", "teh") if path == text else was.replace("{", "{ ", 1))
+    with pytest.raises(OutputError, match=f"{changed} has changed since the export was started"):
+        export(tiny_copy, tmp_path / "out", settings, resume=True)
+    path.write_text(was)
+    export(tiny_copy, tmp_path / "out", settings, resume=True)
+
+
 def test_refined_stopped_everywhere_and_resumed_gives_the_same_bytes(
     tiny_models: Callable[[str], Path], text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
