@@ -26,7 +26,7 @@ from swiftprune.pruning.evaluate import perplexity
 from swiftprune.pruning.pipeline import DTYPES, Check, DtypeName, LayerResult, Pipeline, PrunedBlock, PruneSettings
 from swiftprune.pruning.progress import Announce, Progress, silent, unheard
 from swiftprune.pruning.targets import FUSED, Block, Linear, Targets
-from swiftprune.pruning.text_files import read_text
+from swiftprune.pruning.text_files import read_text, text_files
 from swiftprune.pruning.whole_model import load_whole_model
 from swiftprune.sparse24 import bitmask
 from swiftprune.sparse24 import format as format24
@@ -193,9 +193,7 @@ def _state(checkpoint: Checkpoint, settings: PruneSettings, target: Target, prog
 def _inputs(checkpoint: Checkpoint, settings: PruneSettings) -> dict[str, Path]:
     """Files other than weights that the output depends on: config.json, tokenizer, code, masks, calibration text."""
     own = [path for path in sorted(checkpoint.folder.iterdir()) if path.suffix in _COPIED_SUFFIXES]
-    text = Path(settings.calibration)
-    texts = sorted(text.rglob("*")) if text.is_dir() else [text]
-    given = texts if settings.calibration not in ("none", "self") else []
+    given = [] if settings.calibration in ("none", "self") else text_files(Path(settings.calibration))
     if settings.mask:
         given.append(Path(settings.mask))
     named = {path.name: path for path in own} | {str(path): path for path in given}

@@ -31,8 +31,10 @@ from rich.table import Table
 
 from exporters import info
 from exporters.checkpoint import ExportReport, export
+from exporters.model_card import default_name
 from exporters.onnx.export import CHECK_TOKENS
 from swiftprune.errors import InterruptedByUserError, SettingsError, SwiftpruneError
+from swiftprune.pruning.pipeline import PruneSettings
 from swiftprune.pruning.quality import QUALITIES, make_settings
 from swiftprune.pruning.score import METHODS
 from swiftprune.pruning.targets import DEFAULT_IGNORE
@@ -74,14 +76,14 @@ class ComputeChoice(enum.StrEnum):
 
 
 DEFAULT_RATIO = 1.5
-_ABLATIONS = [name for name in METHODS if name.startswith("swiftprune-") and name != "swiftprune-pairs"]
+_DEFAULTS = PruneSettings()
 _QUALITY_HELP = "The wait you can afford. Without it: three minutes for a small model, mask and weights solved for.\n\n"
 _QUALITY_HELP += "\n\n".join(f"[b]{name}[/]: {quality.summary}" for name, quality in QUALITIES.items())
-_METHOD_HELP = (
-    "\n\n".join(f"[b]{name}[/]: {method.summary}" for name, method in METHODS.items() if name not in _ABLATIONS)
-    + "\n\nAblations of the paper's metric:\n\n"
-    + "\n\n".join(f"[b]{name}[/]: {METHODS[name].summary}" for name in _ABLATIONS)
+_METHOD_HELP, _ABLATION_HELP = (
+    "\n\n".join(f"[b]{name}[/]: {method.summary}" for name, method in METHODS.items() if method.ablation is ablation)
+    for ablation in (False, True)
 )
+_METHOD_HELP += f"\n\nAblations of the paper's metric:\n\n{_ABLATION_HELP}"
 # Groups of options in --help, behind those that most runs need.
 _MASKS = "Which weights go"
 _DATA = "Calibration"
@@ -212,10 +214,12 @@ def export_command(
         ),
     ] = DEFAULT_COLUMN,
     samples: Annotated[
-        int | None, typer.Option(rich_help_panel=_DATA, min=1, help="Calibration sequences.", show_default="64")
+        int | None,
+        typer.Option(rich_help_panel=_DATA, min=1, help="Calibration sequences.", show_default=f"{_DEFAULTS.samples}"),
     ] = None,
     seqlen: Annotated[
-        int | None, typer.Option(rich_help_panel=_DATA, min=1, help="Tokens in each of them.", show_default="256")
+        int | None,
+        typer.Option(rich_help_panel=_DATA, min=1, help="Tokens in each of them.", show_default=f"{_DEFAULTS.seqlen}"),
     ] = None,
     conversations: Annotated[
         int | None,
@@ -237,13 +241,12 @@ def export_command(
         ),
     ] = None,
     compute: Annotated[
-        ComputeChoice | None,
+        ComputeChoice,
         typer.Option(
             rich_help_panel=_DATA,
             help="Type in which calibration and training multiply. [b]auto[/]: the faster one here.",
-            show_default="auto",
         ),
-    ] = None,
+    ] = ComputeChoice.AUTO,
     seed: Annotated[int, typer.Option(rich_help_panel=_DATA, help="Picks (or samples) the calibration sequences.")] = 0,
     check: Annotated[
         bool,
@@ -321,7 +324,6 @@ def export_command(
         "conversations": conversations,
         "minutes": minutes, "steps": steps, "dtype": dtype.value if dtype else None,
         "refine": tuple(filter(None, refine.split(","))) if refine is not None else None,
-        "compute": compute.value if compute else None,
     }  # fmt: skip
     settings = make_settings(
         quality.value if quality else None,
@@ -330,13 +332,14 @@ def export_command(
             "calibration": calibration,
             "text_column": text_column,
             "seed": seed,
+            "compute": compute.value,
             "ignore": ignore,
             "mask": str(mask) if mask else "",
             "strict": strict,
         }
         | {name: value for name, value in given.items() if value is not None},
     )
-    destination = out or Path(f"{Path(model).resolve().name}-{_path_word(format)}")
+    destination = out or Path(default_name(Path(model).resolve().name, format))
     console = Console(stderr=json)
     try:
         with _heard_interruptions(), ProgressBars(Console(stderr=True)) as progress:
@@ -377,10 +380,6 @@ def _heard_interruptions() -> Iterator[None]:
         raise
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-def _path_word(pattern: str) -> str:
-    return pattern.replace(":", "of") if pattern[:1].isdigit() else pattern.replace(":", "-")
 
 
 class ProgressBars:

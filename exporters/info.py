@@ -53,20 +53,21 @@ def describe(folder: Path) -> FolderInfo:
     config = read_json(folder / "config.json")
     manifest = read_json(folder / MANIFEST) if (folder / MANIFEST).exists() else {}
     target = manifest.get("target")
+    sizes = Counter[str]()
+    zeros: str | None = None
     if target in ("onnx", "onnx-dense"):
-        files = {path.suffix.lstrip(".") or path.name: 0 for path in folder.iterdir() if path.is_file()}
         for path in folder.iterdir():
             if path.is_file():
-                files[path.suffix.lstrip(".") or path.name] += path.stat().st_size
-        sizes, packed = files, sum(1 for _ in manifest.get("layers", [])) if target == "onnx" else 0
+                sizes[path.suffix.lstrip(".") or path.name] += path.stat().st_size
+        packed = len(manifest.get("layers", [])) if target == "onnx" else 0
     else:
-        tensors = Checkpoint(folder).tensors
-        sizes = {}
-        for entry in tensors.values():
-            sizes[entry.dtype_name] = sizes.get(entry.dtype_name, 0) + entry.nbytes
+        checkpoint = Checkpoint(folder)
+        zeros = checkpoint.declared_pattern
+        for entry in checkpoint.tensors.values():
+            sizes[entry.dtype_name] += entry.nbytes
         endings = (METADATA_SUFFIX, bitmask.names("")[bitmask.MASK])
-        packed = sum(name.endswith(endings) for name in tensors)
-    kind, engines = _use(folder, config, target)
+        packed = sum(name.endswith(endings) for name in checkpoint.tensors)
+    kind, engines = _use(folder, config, target, zeros)
     return FolderInfo(
         folder=str(folder), kind=kind, source=(manifest.get("source") or {}).get("name"),
         settings=PruneSettings(**manifest["settings"]) if "settings" in manifest else None,
@@ -75,8 +76,13 @@ def describe(folder: Path) -> FolderInfo:
     )  # fmt: skip
 
 
-def _use(folder: Path, config: dict[str, Any], target: str | None) -> tuple[str, dict[str, str]]:
-    """How weights are stored, by what config.json and the manifest declare, and what engines make of that."""
+def _use(
+    folder: Path, config: dict[str, Any], target: str | None, zeros: str | None
+) -> tuple[str, dict[str, str]]:  # fmt: skip
+    """How weights are stored, by what config.json and the manifest declare, and what engines make of that.
+
+    `zeros` is the pattern that dense weights are declared to have.
+    """
     declared = config.get("quantization_config") or {}
     method, stored = declared.get("quant_method"), declared.get("format")
     ours = "sparse, with swiftprune installed"
@@ -105,7 +111,6 @@ def _use(folder: Path, config: dict[str, Any], target: str | None) -> tuple[str,
         }
     if method:
         return f"quantized by {method}", {"swiftprune": f"{_NO}: prune the checkpoint before it was quantized"}
-    zeros = Checkpoint(folder).declared_pattern
     kind = f"dense tensors with {zeros} zeros in place" if zeros else "a dense checkpoint"
     return kind, {
         "transformers, vLLM and others": "dense",

@@ -23,16 +23,15 @@ from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained("{folder}")
 ```
 """
-_VLLM = """In vLLM, with `pip install 'swiftprune[vllm]'`:
-
+_SERVE = """
 ```console
 vllm serve {folder}
 ```
 """
 _USE = {
     "packed": _TRANSFORMERS
-    + "\n"
-    + _VLLM
+    + "\nIn vLLM, with `pip install 'swiftprune[vllm]'`:\n"
+    + _SERVE
     + "\nWithout swiftprune installed both stop with an error: they never run on wrong weights.\n",
     "dense": "Loads anywhere as the base model does. Its zeros are in place, so nothing is smaller or faster yet.\n",
     "torch": """For NVIDIA GPUs from Ampere on, in the CUTLASS layout of `torch.sparse`, with `pip install swiftprune`:
@@ -43,8 +42,8 @@ from exporters.torch_sparse import load
 tensors = load("{folder}")  # dense ones, and SparseSemiStructuredTensorCUTLASS
 ```
 """,
-    "sparse24-bitmask": "For vLLM up to 0.18 as it is, and for later ones with `pip install 'swiftprune[vllm]'`:\n\n"
-    "```console\nvllm serve {folder}\n```\n",
+    "sparse24-bitmask": "For vLLM up to 0.18 as it is, and for later ones with `pip install 'swiftprune[vllm]'`:\n"
+    + _SERVE,
     "onnx": """In ONNX Runtime, with `pip install 'swiftprune[onnx]'`; any other runtime runs the file too, unpacked:
 
 ```console
@@ -62,7 +61,7 @@ def model_card(
     """The text of the card. `pruned` and `dense` are the linears that were pruned, and those left dense by reason."""
     base = _metadata(checkpoint.folder)
     # Not where this export goes, so that its bytes do not depend on that.
-    folder = f"./{Path(checkpoint.name).name}-{settings.pattern.replace(':', 'of')}"
+    folder = f"./{default_name(Path(checkpoint.name).name, settings.pattern)}"
     data = ModelCardData(
         base_model=checkpoint.name,
         license=base.get("license"),
@@ -90,6 +89,11 @@ def model_card(
         "`swiftprune.json` holds all settings and what pruning did to each linear.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def default_name(model: str, pattern: str) -> str:
+    """The name of the output folder of `model` where no other is asked for."""
+    return f"{model}-{pattern.replace(':', 'of' if pattern[:1].isdigit() else '-')}"
 
 
 def _metadata(folder: Path) -> dict[str, Any]:

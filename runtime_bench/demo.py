@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import statistics
-import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from exporters import ExportReport, export
 from exporters.cli import print_report
 from runtime_bench import demo_data, onednn
 from runtime_bench.engines import Options, transformers_engine
+from runtime_bench.measure import interleaved
 from runtime_bench.trade_off import RECIPES
 from swiftprune.pruning.compute import ComputeName, faster_type
 from swiftprune.pruning.pipeline import PruneSettings
@@ -70,15 +71,11 @@ def _speed(model: Path, packed: Path, dtype: ComputeName, progress: Progress) ->
     if onednn.takes(getattr(torch, dtype)):
         sides[PREPACKED] = transformers_engine.load(model, dataclasses.replace(options, dense_linears="onednn"))
     prompt = [list(range(100, 100 + _PROMPT_TOKENS))]
-    speed: dict[str, list[float]] = {name: [] for name in sides}
-    for number in range(_ROUNDS + 1):
-        for name, side in sides.items():
-            start = time.perf_counter()
-            side.generate(prompt, _TIMED_TOKENS, lambda: None)
-            if number:  # the first warms up
-                speed[name].append(_TIMED_TOKENS / (time.perf_counter() - start))
-        progress("time tokens", number, _ROUNDS)
-    return speed
+    progress("time tokens", 0, 1)
+    generate = {name: partial(side.generate, prompt, _TIMED_TOKENS, lambda: None) for name, side in sides.items()}
+    times = interleaved(generate, rounds=_ROUNDS)
+    progress("time tokens", 1, 1)
+    return {name: [_TIMED_TOKENS / seconds for seconds in timing.seconds] for name, timing in times.items()}
 
 
 def _continue(folder: Path) -> list[str]:

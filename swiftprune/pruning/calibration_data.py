@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from swiftprune.pruning.calibration_text import HELD_BACK, HELD_BACK_SHARE, CalibrationText
+from swiftprune.pruning.calibration_text import HELD_BACK, HELD_BACK_OF, CalibrationText
 from swiftprune.pruning.checkpoint import Checkpoint
 from swiftprune.pruning.progress import Progress
 from swiftprune.pruning.sampling import sampled_text
@@ -37,7 +37,7 @@ def calibration_data(
     text that has fewer windows gives what it has, with a warning. Raises TextError when it has none.
     """
     if source == "self":
-        more = min(HELD_BACK, int(samples * HELD_BACK_SHARE))
+        more = min(HELD_BACK, samples // HELD_BACK_OF)
         sampled = sampled_text(
             checkpoint, samples=samples + more, seqlen=seqlen, seed=seed, compute=compute, progress=progress
         )

@@ -18,8 +18,8 @@ from swiftprune.pruning.text_files import DEFAULT_COLUMN, Render, document, read
 logger = logging.getLogger(__name__)
 
 
-# Windows that are held back to judge the result by: at most so many, and no more than this share of the text.
-HELD_BACK, HELD_BACK_SHARE = 8, 1 / 8
+# Windows that are held back to judge the result by: at most so many, and no more than one of so many.
+HELD_BACK, HELD_BACK_OF = 8, 8
 # They are spread over the text, so many tokens from one to the next; a data set is not read to its end.
 _APART = 2048
 
@@ -35,34 +35,31 @@ class CalibrationText:
         Raises TextError when there is not one window.
         """
         self._source = source
-        self._tokenizer = load_tokenizer(checkpoint)
-        render = chat_template(self._tokenizer)
+        tokenizer = load_tokenizer(checkpoint)
+        render = chat_template(tokenizer)
         path = Path(source)
         text = read_text(path, column=column, render=render) if path.exists() else _dataset_text(
             source, needed * seqlen * 8, column, render
         )  # fmt: skip
-        self._ids = token_ids(text, self._tokenizer)
-        windows = self._cut(seqlen)
-        width = seqlen - len(start_tokens(self._tokenizer))
+        self._ids, self._start = token_ids(text, tokenizer), start_tokens(tokenizer)
+        windows = _windows(self._ids, self._start, seqlen, source)
+        width = seqlen - len(self._start)
         apart = max(1, _APART // width)
-        count = min(HELD_BACK, len(windows) // max(round(1 / HELD_BACK_SHARE), apart))
+        count = min(HELD_BACK, len(windows) // max(HELD_BACK_OF, apart))
         self.held_back = windows[: count * apart : apart]
         """(W, seqlen) int64; none where the text is short."""
         self._held = [(index * apart * width, (index * apart + 1) * width) for index in range(count)]
 
     def windows(self, seqlen: int, seed: int) -> Tensor:
         """(W, seqlen) int64: all windows of `seqlen` tokens that share none with those held back, in random order."""
-        windows = self._cut(seqlen)
-        width = seqlen - len(start_tokens(self._tokenizer))
+        windows = _windows(self._ids, self._start, seqlen, self._source)
+        width = seqlen - len(self._start)
         begins = torch.arange(len(windows)) * width
         free = torch.ones(len(windows), dtype=torch.bool)
         for begin, end in self._held:
             free &= (begins >= end) | (begins + width <= begin)
         windows = windows[free]
         return windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))]
-
-    def _cut(self, seqlen: int) -> Tensor:
-        return _windows(self._ids, self._tokenizer, seqlen, self._source)
 
 
 def load_tokenizer(model: Path | Checkpoint) -> Any:
@@ -100,11 +97,11 @@ def token_ids(text: str, tokenizer: Any) -> Tensor:
 
 def token_windows(text: str, tokenizer: Any, seqlen: int, source: str) -> Tensor:
     """(windows, seqlen) consecutive token windows of `text`, each after `start_tokens`; a rest is dropped."""
-    return _windows(token_ids(text, tokenizer), tokenizer, seqlen, source)
+    return _windows(token_ids(text, tokenizer), start_tokens(tokenizer), seqlen, source)
 
 
-def _windows(ids: Tensor, tokenizer: Any, seqlen: int, source: str) -> Tensor:
-    start = torch.tensor(start_tokens(tokenizer), dtype=torch.int64)
+def _windows(ids: Tensor, before: list[int], seqlen: int, source: str) -> Tensor:
+    start = torch.tensor(before, dtype=torch.int64)
     width = seqlen - len(start)
     if width < 1:
         raise TextError(

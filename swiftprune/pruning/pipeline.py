@@ -650,7 +650,8 @@ class Pipeline:
         """Perplexity of the dense and of the pruned model on the windows held back; None, and why is said, without."""
         if self.data is None or not self.targets.head:
             return None
-        if not len(self.data.held_back):
+        held_back = self.data.held_back
+        if not len(held_back):
             self._announce("Not checked: there is too little calibration text to hold any back.")
             return None
         count = self.checkpoint.parameter_count
@@ -663,11 +664,11 @@ class Pipeline:
             return None
         with self.clock("check"), autocast(self.compute):
             model = self._load_whole(dtype)
-            measured = [perplexity(model, self.data.held_back, stage="check dense", progress=self._progress)]
+            dense = perplexity(model, held_back, stage="check dense", progress=self._progress)
             self._put_pruned(model, store)
-            measured.append(perplexity(model, self.data.held_back, stage="check pruned", progress=self._progress))
-        dense, pruned = (round(value, 3) for value in measured)
-        found = Check(windows=len(self.data.held_back), seqlen=self.data.held_back.shape[1], dense=dense, pruned=pruned)
+            pruned = perplexity(model, held_back, stage="check pruned", progress=self._progress)
+        windows, seqlen = held_back.shape
+        found = Check(windows=windows, seqlen=seqlen, dense=round(dense, 3), pruned=round(pruned, 3))
         if not found.ratio <= POOR_RATIO:
             self._announce(
                 f"Perplexity on held-back text is {found.ratio:.1f} times the dense model's, so expect poor text. "

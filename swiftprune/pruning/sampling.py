@@ -1,8 +1,8 @@
 """Text that the dense model samples itself, many sequences at once, so that no data set is needed.
 
 On a CPU the products of a batch should be what costs the time. transformers' defaults spend most of it elsewhere:
-drawing by `torch.multinomial` (a random number for each token of the vocabulary), repeating keys and values for every
-head that shares them, copying the whole cache for each new token. All three are done otherwise here.
+drawing by `torch.multinomial` (a random number for each token of the vocabulary), and reading keys and values once for
+every head that shares them. Both are done otherwise here.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from transformers import (
     StoppingCriteria,
     StoppingCriteriaList,
 )
-from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -103,7 +102,6 @@ def _sample(
             max_new_tokens=seqlen - len(begin),
             pad_token_id=int(begin[0]),
             stopping_criteria=StoppingCriteriaList([_Tick(stage, progress, done, samples, seqlen)]),
-            **_cache(model, seqlen),
         )
         batches.append(batch)
     return torch.cat(batches)
@@ -120,43 +118,6 @@ class _Draw(LogitsProcessor):  # type: ignore[misc]
         drawn = torch.rand(len(scores), 1, generator=self._generator) * cumulative[:, -1:]
         token = torch.searchsorted(cumulative, drawn, right=True).clamp_max_(scores.shape[-1] - 1)
         return torch.full_like(scores, -torch.inf).scatter_(1, token, 0.0)
-
-
-class _ReservedLayer(DynamicLayer):  # type: ignore[misc]
-    """Keys and values of one layer in memory that is reserved for all of the sequence."""
-
-    is_initialized: bool
-
-    def __init__(self, seqlen: int) -> None:
-        super().__init__()
-        self._seqlen = seqlen
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        if not self.is_initialized:
-            self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
-            self._reserved = [_reserve(states, self._seqlen) for states in (key_states, value_states)]
-            self.keys, self.values = (reserved[:, :, :0] for reserved in self._reserved)
-        begin = self.keys.shape[2]
-        end = begin + key_states.shape[2]
-        for reserved, states in zip(self._reserved, (key_states, value_states), strict=True):
-            reserved[:, :, begin:end] = states
-        self.keys, self.values = (reserved[:, :, :end] for reserved in self._reserved)
-        return self.keys, self.values
-
-
-def _reserve(states: Tensor, seqlen: int) -> Tensor:
-    return states.new_empty(*states.shape[:2], seqlen, states.shape[3])
-
-
-def _cache(model: Any, seqlen: int) -> dict[str, Any]:
-    """The argument of `generate` that makes the cache a reserved one, where every layer has a plain one."""
-    if not model._supports_default_dynamic_cache():
-        return {}
-    cache = DynamicCache(config=model.config.get_text_config(decoder=True))
-    if not cache.layers or any(type(layer) is not DynamicLayer for layer in cache.layers):
-        return {}
-    cache.layers = [_ReservedLayer(seqlen) for _ in cache.layers]
-    return {"past_key_values": cache}
 
 
 _ATTENTION = "swiftprune_one_query"

@@ -160,6 +160,8 @@ class Method:
     """Of what has no separable score: (weight (N, K), statistics, pattern, name) -> pruned fp32 weight (N, K)."""
     only: str | None = None
     """The one pattern that it makes; None: any."""
+    ablation: bool = False
+    """A form of the paper's metric that is there to compare with."""
 
 
 def _by_pairs(weight: Tensor, stats: InputStats, pattern: Pattern, name: str) -> Tensor:
@@ -186,10 +188,18 @@ METHODS: dict[str, Method] = {
     "swiftprune": Method(
         "the paper's contribution metric, by share of input energy", "input_sq_sum", contribution_share
     ),
-    "swiftprune-group": Method("contribution metric, OBS form, S over the group", "input_sq_sum", contribution_group),
-    "swiftprune-obs": Method("contribution metric, OBS form, S over all inputs", "input_sq_sum", contribution_obs),
-    "swiftprune-numerator": Method("contribution metric as the paper's reviews state it", "input_sq_sum", contribution),
-    "swiftprune-data-free": Method("contribution metric from the weights alone", "nothing", contribution_data_free),
+    "swiftprune-group": Method(
+        "contribution metric, OBS form, S over the group", "input_sq_sum", contribution_group, ablation=True
+    ),
+    "swiftprune-obs": Method(
+        "contribution metric, OBS form, S over all inputs", "input_sq_sum", contribution_obs, ablation=True
+    ),
+    "swiftprune-numerator": Method(
+        "contribution metric as the paper's reviews state it", "input_sq_sum", contribution, ablation=True
+    ),
+    "swiftprune-data-free": Method(
+        "contribution metric from the weights alone", "nothing", contribution_data_free, ablation=True
+    ),
     "magnitude": Method("absolute value", "nothing", magnitude),
     "wanda": Method("weight times input norm", "input_sq_sum", wanda),
     "ria": Method("relative importance times input norm", "input_sq_sum", ria),

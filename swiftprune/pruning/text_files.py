@@ -49,10 +49,9 @@ def read_text(path: Path, *, column: str = DEFAULT_COLUMN, render: Render | None
 def documents(path: Path, *, column: str = DEFAULT_COLUMN, render: Render | None = None) -> Iterator[str]:
     """The documents of `path` in order; files of a folder by name, those that are no text left out."""
     if path.is_dir():
-        files = [file for file in sorted(path.rglob("*")) if file.is_file() and _is_readable(file)]
-        if not files:
+        if not (found := text_files(path)):
             raise TextError(f"{path}: the folder holds no text, .jsonl, .json or .parquet files")
-        for file in files:
+        for file in found:
             yield from documents(file, column=column, render=render)
         return
     kind = _kind(path)
@@ -65,6 +64,13 @@ def documents(path: Path, *, column: str = DEFAULT_COLUMN, render: Render | None
         text = document(row, f"{path}: row {number}", column, render)
         if text.strip():
             yield text
+
+
+def text_files(path: Path) -> list[Path]:
+    """The files that `documents` reads for `path`, which may be one of them."""
+    if not path.is_dir():
+        return [path]
+    return [file for file in sorted(path.rglob("*")) if file.is_file() and _is_readable(file)]
 
 
 def document(row: Any, where: str, column: str, render: Render | None) -> str:
