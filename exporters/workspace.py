@@ -41,6 +41,8 @@ _LEAVING = ".swiftprune-replaced"
 """In a former output that is being replaced: by it alone `OUT.replaced` is known to be one, and may be deleted."""
 # What only an unfinished export needs.
 _PASSING = {_STATE, _TOKENS, _ORDERS, _DENSE, _FITTED, _TRAINING}
+# What goes on whatever the user does but choosing another place.
+_UNWRITABLE = {errno.EACCES, errno.EEXIST, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP}
 
 
 class Workspace:
@@ -386,17 +388,23 @@ def _is_temporary(name: str) -> bool:
     return name.endswith(".tmp") or _is_mark(name)
 
 
+_KEPT = "finished blocks are kept, continue with --resume"
+
+
 @contextmanager
-def disk_errors(folder: Path) -> Iterator[None]:
-    """Turns failures to write into OutputError that says what is kept."""
+def disk_errors(place: Path, kept: str = _KEPT) -> Iterator[None]:
+    """Turns failures to write to `place` into OutputError that says what is kept, or that it can never be written."""
     try:
         yield
     except (OSError, SafetensorError) as error:
-        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
-        reason = "the disk is full" if full else str(error)
-        raise OutputError(
-            f"{folder}: cannot be written: {reason}; finished blocks are kept, continue with --resume"
-        ) from error
+        number = getattr(error, "errno", None)
+        if number == errno.ENOSPC or "No space left" in str(error):
+            reason = f"the disk is full; {kept}"
+        elif number in _UNWRITABLE:
+            reason = f"{error.strerror if isinstance(error, OSError) else error}; give another --out"
+        else:
+            reason = f"{error}; {kept}"
+        raise OutputError(f"{place}: cannot be written: {reason}") from error
 
 
 def _umask() -> int:

@@ -90,6 +90,7 @@ def pack_command(
         typer.Option(help="Type of the packed values; must hold every weight exactly.", show_default="the weights'"),
     ] = None,
     ignore: Ignore = DEFAULT_IGNORE,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what stands at --out.")] = False,
 ) -> None:
     """Pack the 2:4 weights of a dense ONNX model.
 
@@ -98,7 +99,10 @@ def pack_command(
     """
     compile_ignore(ignore)
     with ProgressBars(Console(stderr=True)) as progress:
-        report = pack_model(model, out, dtype=DTYPES[dtype.value] if dtype else None, ignore=ignore, progress=progress)
+        report = pack_model(
+            model, out, dtype=DTYPES[dtype.value] if dtype else None, ignore=ignore, overwrite=overwrite,
+            progress=progress,
+        )  # fmt: skip
     console = Console()
     before, after = report.weight_bytes_before, report.weight_bytes_after
     console.print(

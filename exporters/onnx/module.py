@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from exporters.onnx.check import check_weights
-from exporters.onnx.pack import pack_model, written_aside
+from exporters.onnx.pack import check_replaceable, pack_model, written_aside
 from exporters.onnx.trace import STANDARD_OPSET, trace
 from swiftprune.errors import FormatError
 from swiftprune.pruning.module import call_arguments, eval_mode
@@ -41,7 +41,8 @@ class ModuleExport(BaseModel):
 
 def export_module(
     module: nn.Module, example: Any, out: Path, *, packed: bool = True, dynamic_shapes: Any = None,
-    input_names: Sequence[str] | None = None, output_names: Sequence[str] | None = None, progress: Progress = silent,
+    input_names: Sequence[str] | None = None, output_names: Sequence[str] | None = None, overwrite: bool = False,
+    progress: Progress = silent,
 ) -> ModuleExport:  # fmt: skip
     """Writes `module` to the ONNX file `out`, its linears packed when they are 2:4, big tensors beside it.
 
@@ -51,8 +52,10 @@ def export_module(
     TensorRT. Weights are float32.
 
     The file's answers on the example are compared with the module's. Raises CheckpointError when torch.onnx cannot
-    export the module, FormatError when the answers differ, OutputError when `out` cannot be written.
+    export the module, FormatError when the answers differ, OutputError when `out` cannot be written,
+    or exists and is not to be replaced (`overwrite`).
     """
+    check_replaceable(out, overwrite=overwrite)
     arguments, keywords = call_arguments(example)
     if dynamic_shapes is None:
         dynamic_shapes = _open_batch(module, arguments, keywords)
@@ -64,12 +67,16 @@ def export_module(
         with torch.no_grad():
             expected = _tensors(module(*arguments, **keywords))
     with written_aside(out) as folder:
-        program.save(folder / out.name, external_data=True)
-        checks = check_weights(folder / out.name, progress=progress)
+        dense = folder / "dense" / out.name
+        dense.parent.mkdir()
+        program.save(dense, external_data=True)
+        checks = check_weights(dense, progress=progress)
         weights: dict[str, tuple[int, int]] = {}
         if packed and any(check.op != "Conv" and check.problem is None for check in checks):
-            # Over itself: the dense file is read until the packed one takes its place.
-            weights = pack_model(folder / out.name, folder / out.name, progress=progress).packed
+            weights = pack_model(dense, folder / out.name, progress=progress).packed
+        else:
+            for path in dense.parent.iterdir():
+                path.replace(folder / path.name)
     difference = _compare(out, _tensors((arguments, keywords)), expected)
     return ModuleExport(
         packed=weights,

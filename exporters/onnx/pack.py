@@ -17,7 +17,7 @@ from torch import Tensor
 from exporters.onnx import matmul24
 from exporters.onnx.weights import PACK_OPSET, Weight, find_weights, load_graph
 from exporters.workspace import disk_errors
-from swiftprune.errors import FormatError
+from swiftprune.errors import FormatError, OutputError
 from swiftprune.pruning.progress import Progress, silent
 from swiftprune.pruning.targets import DEFAULT_IGNORE, Ignore, compile_ignore
 from swiftprune.sparse24 import format as format24
@@ -44,19 +44,23 @@ class PackReport:
 
 
 def pack_model(
-    source: Path, out: Path, *, dtype: torch.dtype | None = None, ignore: str | None = None, progress: Progress = silent
-) -> PackReport:
+    source: Path, out: Path, *, dtype: torch.dtype | None = None, ignore: str | None = None, overwrite: bool = False,
+    progress: Progress = silent,
+) -> PackReport:  # fmt: skip
     """Writes the ONNX model `source` to `out` with its 2:4 weights packed, big tensors beside it in `out`.data.
 
     `dtype` is the type of the packed values, by default that of each weight; it must hold every weight exactly.
     Weights whose names match `ignore` (see `Ignore`), that are not 2:4, or that other nodes read too stay dense and
     are listed. Reads one weight at a time. Raises CheckpointError for a damaged source, FormatError when nothing can be
-    packed or a weight does not fit `dtype`, and OutputError when `out` cannot be written, which then is as it was.
+    packed or a weight does not fit `dtype`, and OutputError when `out` cannot be written, which then is as it was:
+    when it exists and is not to be replaced (`overwrite`), or holds what `source` is read from.
     """
     import onnx_ir
     from onnx_ir.passes.common import LiftConstantsToInitializersPass
 
+    check_replaceable(out, overwrite=overwrite)
     model = load_graph(source, oldest=PACK_OPSET)
+    _check_apart(out, source, model)
     LiftConstantsToInitializersPass()(model)
     found = find_weights(model)
     ignored = compile_ignore(ignore) if ignore is not None else None
@@ -178,15 +182,46 @@ def _lazy(name: str, dtype: torch.dtype, shape: tuple[int, int], make: Any) -> A
     )
 
 
+def check_replaceable(out: Path, *, overwrite: bool) -> None:
+    """Raises OutputError when the file `out` or its data exists and may not be replaced."""
+    for path in _files(out):
+        if path.is_dir():
+            raise OutputError(f"{path}: is a folder; give another --out")
+        if path.exists() and not overwrite:
+            raise OutputError(f"{path}: exists; give another --out, or --overwrite to replace it")
+
+
+def _check_apart(out: Path, source: Path, model: Any) -> None:
+    """Raises OutputError when writing `out` would replace what the model at `source` is read from."""
+    import onnx_ir
+
+    tensors = (value.const_value for graph in model.graphs() for value in graph.initializers.values())
+    needed = {source} | {
+        source.parent / tensor.location for tensor in tensors if isinstance(tensor, onnx_ir.ExternalTensor)
+    }
+    for path in _files(out):
+        if path.resolve() in {file.resolve() for file in needed}:
+            raise OutputError(f"{path}: {source} is read from it; give another --out")
+
+
+def _files(out: Path) -> list[Path]:
+    """What writing `out` writes: the model and its data."""
+    return [out, out.with_name(f"{out.name}.data")]
+
+
 @contextmanager
 def written_aside(out: Path) -> Iterator[Path]:
     """A folder beside `out` in which to write it and its data; both are put in place when all went well."""
-    with disk_errors(out.parent):
+    model, data = _files(out)
+    with disk_errors(out, kept="nothing was changed"):
         out.parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
         try:
             yield folder
-            for path in sorted(folder.iterdir(), reverse=True):  # the data first: a model never names missing data
-                path.replace(out.with_name(path.name))
+            model.unlink(missing_ok=True)  # an old model never names new data
+            data.unlink(missing_ok=True)
+            for path in (data, model):  # the data first: a model never names missing data
+                if (folder / path.name).exists():
+                    (folder / path.name).replace(path)
         finally:
             shutil.rmtree(folder, ignore_errors=True)

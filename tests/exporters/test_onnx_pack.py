@@ -65,7 +65,7 @@ def test_what_the_file_holds(tmp_path: Path) -> None:
     weight = sparse(64, 128)
     dense = save(linear(weight), tmp_path / "dense.onnx")
     for dtype, bits in ((torch.float32, 17), (torch.bfloat16, 9)):
-        report = pack_model(dense, tmp_path / "packed.onnx", dtype=dtype)
+        report = pack_model(dense, tmp_path / "packed.onnx", dtype=dtype, overwrite=True)
         assert report.weight_bytes_before == weight.nbytes
         assert report.weight_bytes_after * 8 == bits * weight.size
         model = onnx.load(tmp_path / "packed.onnx", load_external_data=False)
@@ -270,11 +270,11 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
 
     monkeypatch.setattr("onnx_ir.save", full)
     with pytest.raises(OutputError, match="the disk is full"):
-        pack_model(dense, out)
+        pack_model(dense, out, overwrite=True)
     assert (out.read_bytes(), (tmp_path / "packed.onnx.data").read_bytes()) == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dense.onnx", "packed.onnx", "packed.onnx.data"]
     (tmp_path / "file").write_text("")
-    with pytest.raises(OutputError, match="cannot be written"):
+    with pytest.raises(OutputError, match="cannot be written: .*; give another --out"):
         pack_model(dense, tmp_path / "file" / "packed.onnx")
 
 
@@ -459,3 +459,35 @@ def test_the_command_line(tmp_path: Path) -> None:
     assert "1 weights are not 2:4, first w" in str(run.exception)
     run = CliRunner().invoke(app, ["check", str(bad), "--require", "--ignore", "^w$"])
     assert run.exit_code == 0
+
+
+def test_files_are_replaced_only_when_asked_and_never_the_source(tmp_path: Path) -> None:
+    dense = save(linear(sparse(16, 32)), tmp_path / "dense.onnx")
+    out = tmp_path / "packed.onnx"
+    (tmp_path / "packed.onnx.data").write_text("precious")
+    with pytest.raises(OutputError, match=r"packed\.onnx\.data: exists; give another --out, or --overwrite"):
+        pack_model(dense, out)
+    assert [path.name for path in tmp_path.iterdir() if "packed" in path.name] == ["packed.onnx.data"]
+    assert (tmp_path / "packed.onnx.data").read_text() == "precious"
+    pack_model(dense, out, overwrite=True)
+    before = out.read_bytes()
+    result = CliRunner().invoke(app, ["pack", str(dense), "--out", str(out)])
+    assert isinstance(result.exception, OutputError)
+    assert "packed.onnx: exists" in str(result.exception)
+    assert CliRunner().invoke(app, ["pack", str(dense), "--out", str(out), "--overwrite"]).exit_code == 0
+    assert out.read_bytes() == before
+
+
+@pytest.mark.parametrize("named", ["the model", "its data", "a link to it"])
+def test_packing_never_writes_over_what_it_reads(tmp_path: Path, named: str) -> None:
+    model = onnx.load(save(linear(sparse(16, 32)), tmp_path / "small.onnx"))
+    source = tmp_path / "model.onnx"
+    onnx.save(model, source, save_as_external_data=True, location="w.data", size_threshold=0)
+    # The data of a file w would be w.data.
+    out = {"the model": source, "its data": tmp_path / "w", "a link to it": tmp_path / "link.onnx"}[named]
+    if named == "a link to it":
+        out.symlink_to(source)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(OutputError, match="is read from it; give another --out"):
+        pack_model(source, out, overwrite=True)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
