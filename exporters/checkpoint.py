@@ -22,12 +22,12 @@ from swiftprune.errors import CheckpointError, SettingsError
 from swiftprune.pruning.calibration_text import chat_template, load_tokenizer, start_tokens, token_windows
 from swiftprune.pruning.checkpoint import INDEX_NAME, Checkpoint, TensorEntry, shard_entries
 from swiftprune.pruning.distill import Validation
-from swiftprune.pruning.evaluate import perplexity
+from swiftprune.pruning.evaluate import dense_perplexity, perplexity
 from swiftprune.pruning.pipeline import DTYPES, Check, DtypeName, LayerResult, Pipeline, PrunedBlock, PruneSettings
 from swiftprune.pruning.progress import Announce, Progress, silent, unheard
 from swiftprune.pruning.targets import FUSED, Block, Linear, Targets
 from swiftprune.pruning.text_files import read_text, text_files
-from swiftprune.pruning.whole_model import load_whole_model
+from swiftprune.pruning.whole_model import context_length, load_whole_model, read_config
 from swiftprune.sparse24 import bitmask
 from swiftprune.sparse24 import format as format24
 from swiftprune.sparse24.format import METADATA_SUFFIX, Packed24
@@ -488,7 +488,9 @@ def _unsuitable_reason(target: Target, shape: tuple[int, int], dtype: torch.dtyp
 def _evaluation_windows(checkpoint: Checkpoint, path: Path, column: str) -> Tensor:
     tokenizer = load_tokenizer(checkpoint)
     text = read_text(path, column=column, render=chat_template(tokenizer))
-    return token_windows(text, tokenizer, EVALUATION_SEQLEN, str(path))
+    config = read_config(checkpoint.folder, trust_remote_code=checkpoint.trust_remote_code)
+    seqlen = min(EVALUATION_SEQLEN, context_length(config) or EVALUATION_SEQLEN)
+    return token_windows(text, tokenizer, seqlen, str(path))
 
 
 def _evaluation_of(checkpoint: Checkpoint, windows: Tensor) -> str:
@@ -504,11 +506,10 @@ def _evaluate(
     """Perplexity of the source and of the checkpoint in the folder `out`, each loaded as a user would load it."""
     import swiftprune.serve.transformers  # noqa: F401 - registers the packed format
 
-    def measure(folder: Path, stage: str) -> float:
-        model = load_whole_model(folder, checkpoint.parameter_count, trust_remote_code=checkpoint.trust_remote_code)
-        return perplexity(model, windows, stage=stage, progress=progress)
+    def load(folder: Path) -> Any:
+        return load_whole_model(folder, checkpoint.parameter_count, trust_remote_code=checkpoint.trust_remote_code)
 
-    before = measure(checkpoint.folder, "evaluate dense")
+    before = dense_perplexity(load(checkpoint.folder), windows, stage="evaluate dense", progress=progress)
     if target in ("torch", "sparse24-bitmask"):
         return before, None  # transformers loads neither here
-    return before, measure(out, "evaluate pruned")
+    return before, perplexity(load(out), windows, stage="evaluate pruned", progress=progress)

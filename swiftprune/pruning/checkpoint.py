@@ -6,6 +6,7 @@ import copy
 import hashlib
 import json
 import logging
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -104,7 +105,7 @@ class Checkpoint:
 
     def refuse_quantized(self) -> None:
         """Raises CheckpointError for a checkpoint whose weights are quantized or packed already."""
-        quantization = self.config.get("quantization_config")
+        quantization = self._quantization
         if quantization and not stores_plain_weights(quantization):
             method = quantization.get("quant_method", "an unnamed method")
             raise CheckpointError(
@@ -112,10 +113,16 @@ class Checkpoint:
             )
 
     @property
+    def _quantization(self) -> dict[str, Any]:
+        value = self.config.get("quantization_config") or {}
+        if not isinstance(value, dict) or not isinstance(value.get("sparsity_config") or {}, dict):
+            raise CheckpointError(f"{self.folder / 'config.json'}: its quantization_config is no object that says how")
+        return value
+
+    @property
     def declared_pattern(self) -> str | None:
         """The pattern, as `2:4`, that the checkpoint itself says its weights have."""
-        quantization = self.config.get("quantization_config") or {}
-        declared = (quantization.get("sparsity_config") or {}).get("sparsity_structure")
+        declared = (self._quantization.get("sparsity_config") or {}).get("sparsity_structure")
         if declared is None and (self.folder / "swiftprune.json").is_file():  # of an export with zeros in place
             declared = (read_json(self.folder / "swiftprune.json").get("settings") or {}).get("pattern")
         return declared if isinstance(declared, str) else None
@@ -171,7 +178,7 @@ def stores_plain_weights(quantization: Mapping[str, Any]) -> bool:
 def _download(name: str, revision: str | None) -> Path:
     """The folder of a hub repository's newest or given revision: first its small files, then the weights they name."""
     import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     def take(*weights: str) -> Path:
         return Path(
@@ -183,7 +190,7 @@ def _download(name: str, revision: str | None) -> Path:
         index = folder / INDEX_NAME
         shards = set(read_json(index).get("weight_map", {}).values()) if index.exists() else {SINGLE_NAME}
         folder = take(*sorted(shards))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
         at = f" at revision {revision}" if revision else ""
         raise CheckpointError(
             f"{name}: no such folder here, and the hub could not be read{at}: {first_line(error)}"
@@ -203,8 +210,10 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text())
     except FileNotFoundError:
         raise CheckpointError(f"{path}: missing; is {path.parent} a model folder?") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path}: not valid JSON ({error})") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not valid JSON ({first_line(error)})") from error
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: is not a JSON object")
     return value
@@ -222,6 +231,8 @@ def _read_headers(folder: Path) -> dict[str, TensorEntry]:
         weight_map = read_json(index_path).get("weight_map")
         if not weight_map:
             raise CheckpointError(f"{index_path}: has no weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+            raise CheckpointError(f"{index_path}: its weight_map does not name a file for each tensor")
         shards = sorted(set(weight_map.values()))
     else:
         other = next((p.name for p in folder.iterdir() if p.suffix in {".bin", ".pt", ".pth", ".gguf"}), None)
@@ -254,8 +265,8 @@ def shard_entries(path: Path) -> dict[str, TensorEntry]:
 
 
 def _nbytes(shape: tuple[int, ...], dtype_name: str) -> int:
-    bits = {"BOOL": 8, "F8_E4M3": 8, "F8_E5M2": 8}.get(dtype_name) or int("".join(filter(str.isdigit, dtype_name)))
-    return torch.Size(shape).numel() * bits // 8
+    bits = re.search(r"\d+", dtype_name)  # the first number: F8_E4M3 has 8
+    return torch.Size(shape).numel() * (int(bits[0]) if bits else 8) // 8
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from swiftprune.errors import CheckpointError
 from swiftprune.pruning.progress import Progress, silent
 
 
@@ -24,3 +25,17 @@ def perplexity(model: Any, windows: Tensor, *, stage: str = "evaluate", progress
         progress(stage, index + 1, len(windows))
     mean = total / (windows.shape[0] * (windows.shape[1] - 1))
     return math.exp(mean) if mean < 700 else math.inf
+
+
+def dense_perplexity(model: Any, windows: Tensor, *, stage: str = "evaluate", progress: Progress = silent) -> float:
+    """`perplexity` of the model before pruning, which others are compared with.
+
+    Raises CheckpointError when it is not finite: then nothing can be said about the pruned model.
+    """
+    value = perplexity(model, windows, stage=stage, progress=progress)
+    if not math.isfinite(value):
+        raise CheckpointError(
+            f"{model.name_or_path}: the dense model's own perplexity is {value}: its logits are not finite, or this is "
+            "not its tokenizer"
+        )
+    return value

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from swiftprune.errors import SettingsError, first_line
 from swiftprune.pruning.checkpoint import Checkpoint
-from swiftprune.pruning.mask import Pattern, first_violation
+from swiftprune.pruning.mask import Pattern, violation
 from swiftprune.pruning.progress import Progress
 from swiftprune.pruning.targets import Linear
 
@@ -50,8 +50,11 @@ class KeepMasks:
         name = next((name for name in _names(tensor) if name in self._arrays), None)
         if name is None:
             return None
-        array = np.asarray(self._arrays[name])
         where = f"--mask {self.path}: {name}"
+        try:
+            array = np.asarray(self._arrays[name])
+        except Exception as error:  # of many types, all meaning that the file is damaged
+            raise SettingsError(f"{where} cannot be read: {first_line(error)}") from error
         count = shape[0] * shape[1]
         if array.shape == shape:
             if array.dtype != np.bool_ and not np.isin(array, (0, 1)).all():
@@ -67,10 +70,8 @@ class KeepMasks:
                 f"give bool {shape}, or its bits as {(count + 7) // 8} uint8"
             )
         keep = torch.from_numpy(mask)
-        if pattern.structured and (found := first_violation(keep, pattern.kept, pattern.group)):
-            row, group, kept = found
-            raise SettingsError(f"{where} keeps {kept} weights in row {row}, group {group}; {pattern.name} allows "
-                                f"{pattern.kept}")  # fmt: skip
+        if reason := violation(keep, pattern):
+            raise SettingsError(f"{where} is not {pattern.name}: {reason}")
         return keep
 
 
@@ -85,10 +86,9 @@ def violations(
         shape = (weight.shape[0], weight.shape[1])
         if masks is not None and masks.read(linear.tensor, shape, pattern) is not None:
             continue
-        if pattern.structured and (found := first_violation(weight, pattern.kept, pattern.group)):
-            row, group, count = found
+        if reason := violation(weight, pattern):
             none = f" and {masks.path.name} has no mask of it" if masks is not None else ""
-            yield linear.name, f"not {pattern.name}: row {row}, group {group} has {count} non-zeros{none}"
+            yield linear.name, f"not {pattern.name}: {reason}{none}"
     progress("check", len(todo), len(todo))
 
 

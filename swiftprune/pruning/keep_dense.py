@@ -32,7 +32,7 @@ def find_dense(
 
     `model` is the pruned causal LM, `dense` gives a linear's dense fp32 weight by name, `windows` (W, T) int64 are what
     perplexity is measured on. The model is left with these linears restored. Raises SettingsError when even all of them
-    are not enough.
+    are not enough, or all of them are needed.
     """
     limit = max_ratio * dense_perplexity
     pruned = {name: model.get_submodule(name).weight for names in sets for name in names}
@@ -58,7 +58,7 @@ def find_dense(
         return value
 
     low, high = 0, len(rated)  # fewer than `low` are too few, `high` are enough
-    if (lowest := measure(high)) > limit:
+    if not (lowest := measure(high)) <= limit:
         raise SettingsError(
             f"--max-perplexity-ratio {max_ratio:g}: with every linear dense perplexity still is "
             f"{lowest / dense_perplexity:.3f} times the dense model's"
@@ -69,6 +69,11 @@ def find_dense(
             high = middle
         else:
             low = middle + 1
+    if high == len(rated):
+        raise SettingsError(
+            f"--max-perplexity-ratio {max_ratio:g}: only with every linear dense is perplexity within it, so nothing "
+            "would be pruned; give a higher ratio, or a better method or --quality"
+        )
     restore(high)
     return [name for names in rated[:high] for name in names]
 

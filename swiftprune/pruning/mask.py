@@ -74,6 +74,19 @@ def first_violation(rows: Tensor, kept: int, group: int) -> tuple[int, int, int]
     return row, index, int(count[row, index])
 
 
+def violation(rows: Tensor, pattern: Pattern) -> str | None:
+    """How `rows` (N, K), a weight or a keep_mask, has more non-zeros than `pattern` allows, or None."""
+    if not pattern.structured:
+        zeros = rows.numel() - int(torch.count_nonzero(rows))
+        if zeros >= int(pattern.sparsity * rows.numel()):
+            return None
+        return f"{zeros / rows.numel():.1%} of it is zero"
+    if (found := first_violation(rows, pattern.kept, pattern.group)) is None:
+        return None
+    row, group, count = found
+    return f"row {row}, group {group} has {count} non-zeros"
+
+
 def ewma(score: Tensor, sparsity: float) -> Tensor:
     """Prunes scores below a running threshold m + k d, in the form of RFC 6298 (TCP's round-trip estimator).
 

@@ -23,7 +23,7 @@ from swiftprune.pruning.calibration_text import CalibrationText, has_conversatio
 from swiftprune.pruning.checkpoint import Checkpoint, Orders
 from swiftprune.pruning.compute import ComputeName, autocast, faster_type
 from swiftprune.pruning.distill import SEQLEN, Budget, Distillation, Validation
-from swiftprune.pruning.evaluate import perplexity
+from swiftprune.pruning.evaluate import dense_perplexity, perplexity
 from swiftprune.pruning.keep import KeepMasks, violations
 from swiftprune.pruning.least_squares import refine_weights
 from swiftprune.pruning.mask import Pattern, first_violation, select
@@ -42,7 +42,7 @@ from swiftprune.pruning.targets import (
     fused_sets,
 )
 from swiftprune.pruning.text_files import DEFAULT_COLUMN
-from swiftprune.pruning.whole_model import FP32_PARAMETERS, load_whole_model
+from swiftprune.pruning.whole_model import FP32_PARAMETERS, context_length, load_whole_model
 from swiftprune.sparse24 import format as format24
 from swiftprune.sparse24.format import Packed24
 
@@ -298,6 +298,7 @@ class Pipeline:
         self.targets: Targets = find_targets(self._model, checkpoint, ignore=self.settings.ignore, group=group)
         self._masks = KeepMasks(Path(self.settings.mask)) if self.settings.mask else None
         self._check_head()
+        self._check_length()
         self._check_memory()
         if self.settings.method == KEEP:
             self.targets = self._without_violations()
@@ -352,6 +353,12 @@ class Pipeline:
             if needed:
                 raise CheckpointError(f"{self.checkpoint.folder}: holds no output head, which {what} needs")
         self._announce("The checkpoint holds no output head; its body is pruned, and the output has none either.")
+
+    def _check_length(self) -> None:
+        """Sequences that are longer than the model was made for would calibrate it on noise, or fail."""
+        longest, s = context_length(self._model.config), self.settings
+        if s.calibration != "none" and longest is not None and s.seqlen > longest:
+            raise SettingsError(f"--seqlen {s.seqlen}: by its config.json the model takes {longest} tokens")
 
     def _check_memory(self) -> None:
         """Stages that need the whole model say what they need before any work, and stop where that is not there."""
@@ -445,7 +452,18 @@ class Pipeline:
                 start = self._conversation_rows(len(tokens) + count).start
                 tokens = torch.cat([tokens[:start], found, tokens[start:]])
                 self.data = CalibrationData(tokens, self.data.held_back)
+            self._check_tokens(self.data)
         return self.data
+
+    def _check_tokens(self, data: CalibrationData) -> None:
+        """Raises CheckpointError when the tokenizer has tokens that the model has no embedding for."""
+        highest = int(max(part.max() for part in (data.tokens, data.held_back) if part.numel()))
+        embeddings = self.checkpoint.tensors[self.targets.embedding].shape[0]
+        if highest >= embeddings:
+            raise CheckpointError(
+                f"{self.checkpoint.folder}: its tokenizer gives token {highest}, but it has {embeddings} embeddings; "
+                "put back the tokenizer that belongs to these weights"
+            )
 
     def _conversation_rows(self, rows: int) -> slice:
         """Where conversations are, of so many rows of tokens."""
@@ -466,6 +484,8 @@ class Pipeline:
 
     def _prepare(self, store: BlockStore) -> None:
         """Makes the calibration tokens and permutes the checkpoint, where that is asked for and not done yet."""
+        with self.clock("read"):
+            self._check_weights()
         if self.data is None and (data := self.load_data()) is not None:
             store.keep_data(data)
         if not self.settings.permute or self.checkpoint.is_permuted:
@@ -474,6 +494,17 @@ class Pipeline:
             self.orders = self._find_orders()
             store.keep_orders(self.orders)
         self.checkpoint = self.checkpoint.permuted(self.orders)
+
+    def _check_weights(self) -> None:
+        """Raises FormatError for NaN or infinities anywhere in the model: before any work, which they would spoil."""
+        parameters = (name for name, _ in self._model.named_parameters(remove_duplicate=False))
+        tensors = sorted({self.targets.tensor_of[name] for name in parameters if name in self.targets.tensor_of})
+        for index, name in enumerate(tensors):
+            self._progress("check weights", index, len(tensors))
+            tensor = self.checkpoint.read([name])[name]
+            if tensor.is_floating_point() and tensor.itemsize > 1:
+                check_finite(tensor, name)
+        self._progress("check weights", len(tensors), len(tensors))
 
     def _find_orders(self) -> Orders:
         tokens = self._calibration_tokens()
@@ -620,11 +651,11 @@ class Pipeline:
         with self.clock("keep dense"), autocast(self.compute):
             _, windows = self._windows_to_train_and_to_judge()
             model = self._load_whole(torch.float32)
-            dense_perplexity = perplexity(model, windows)
+            dense = dense_perplexity(model, windows)
             self._put_pruned(model, store)
             return keep_dense.find_dense(
                 model, lambda name: self.checkpoint.read([linears[name]])[linears[name]].float(),
-                fused_sets(linears), windows, dense_perplexity=dense_perplexity,
+                fused_sets(linears), windows, dense_perplexity=dense,
                 max_ratio=self.settings.max_perplexity_ratio, progress=self._progress,
             )  # fmt: skip
 
@@ -664,7 +695,7 @@ class Pipeline:
             return None
         with self.clock("check"), autocast(self.compute):
             model = self._load_whole(dtype)
-            dense = perplexity(model, held_back, stage="check dense", progress=self._progress)
+            dense = dense_perplexity(model, held_back, stage="check dense", progress=self._progress)
             self._put_pruned(model, store)
             pruned = perplexity(model, held_back, stage="check pruned", progress=self._progress)
         windows, seqlen = held_back.shape
@@ -954,10 +985,10 @@ def check_finite(weight: Tensor, name: str) -> None:
     """Raises FormatError with the index of the first element of `weight` that is NaN or infinite."""
     if weight.is_meta:
         raise FormatError(f"{name}: is on the meta device, which holds no numbers; load the weights first")
-    finite = torch.isfinite(weight)
-    if not finite.all():
-        index = tuple((~finite).nonzero()[0].tolist())
-        raise FormatError(f"{name}: weight {index} is {weight[index].item()}; NaN and infinities cannot be pruned")
+    if not weight.numel() or torch.isfinite(torch.stack(torch.aminmax(weight))).all():  # in one pass
+        return
+    index = tuple((~torch.isfinite(weight)).nonzero()[0].tolist())
+    raise FormatError(f"{name}: weight {index} is {weight[index].item()}; NaN and infinities cannot be pruned")
 
 
 def _check_inputs(stats: dict[str, InputStats], block: Block, checkpoint: Checkpoint) -> None:
@@ -966,12 +997,10 @@ def _check_inputs(stats: dict[str, InputStats], block: Block, checkpoint: Checkp
         seen = layer.channel_energy
         if torch.isfinite(seen).all():
             continue
-        for tensor_name, tensor in checkpoint.read(block.tensors).items():
-            check_finite(tensor, tensor_name)
         channel = int((~torch.isfinite(seen)).nonzero()[0])
         raise CheckpointError(
-            f"{checkpoint.folder}: input channel {channel} of {name} is not finite on the calibration text, though the "
-            "weights of its block are; look for NaN or infinities in the embedding"
+            f"{checkpoint.folder}: input channel {channel} of {name} is not finite on the calibration text, though all "
+            "weights are: the model computes numbers that are too large"
         )
 
 

@@ -76,7 +76,7 @@ def empty_model(checkpoint: Checkpoint) -> nn.Module:
             model: nn.Module = AutoModelForCausalLM.from_config(
                 config, dtype=torch.float32, trust_remote_code=checkpoint.trust_remote_code
             )
-    except (ValueError, KeyError, ImportError) as error:
+    except Exception as error:  # of many types, where values of config.json do not fit together
         raise CheckpointError(
             f"{checkpoint.folder}: transformers has no causal language model for model_type "
             f"{checkpoint.config.get('model_type')!r}: {first_line(error)}{_way_out(checkpoint)}"
@@ -181,7 +181,7 @@ def find_targets(model: nn.Module, checkpoint: Checkpoint, *, ignore: str, group
     parameter_of = _parameter_names(model, checkpoint)
     tensor_of = {parameter: tensor for tensor, parameter in parameter_of.items()}
     _match_tensors(model, checkpoint, tensor_of)
-    dense: dict[str, str] = {}
+    dense = _further_blocks(model, checkpoint, f"{list_name}.", len(modules), tensor_of)
     blocks = []
     claimed: set[str] = set()
     for index, module in enumerate(modules):
@@ -216,6 +216,30 @@ def _ends(model: nn.Module, tensor_of: dict[str, str]) -> tuple[str, str]:
     embedding, head = f"{names[0]}.weight", f"{names[1]}.weight"
     tied = (getattr(model, "all_tied_weights_keys", None) or {}).get(head)
     return tensor_of[embedding], tensor_of.get(head) or (tensor_of[tied] if tied else "")
+
+
+def _further_blocks(
+    model: nn.Module, checkpoint: Checkpoint, within: str, count: int, tensor_of: Mapping[str, str]
+) -> dict[str, str]:
+    """Modules, with the reason to leave them dense, of blocks behind the model's `count`: they predict further tokens.
+
+    Raises CheckpointError when config.json knows nothing of such blocks: then it has too few.
+    """
+    config: Any = model.config
+    further = getattr(config.get_text_config(), "num_nextn_predict_layers", None) or 0
+    dense = {}
+    for name, tensor in tensor_of.items():
+        number = name.removeprefix(within).partition(".")[0]
+        if not (name.startswith(within) and number.isdigit() and int(number) >= count):
+            continue
+        if int(number) >= count + further:
+            raise CheckpointError(
+                f"{checkpoint.folder}: holds {tensor}, but by config.json (num_hidden_layers) the model has {count} "
+                "blocks; put back the config.json that belongs to these weights"
+            )
+        if name.endswith(".weight") and len(checkpoint.tensors[tensor].shape) == 2:
+            dense[name.removesuffix(".weight")] = "in a block that predicts further tokens, which is not pruned"
+    return dense
 
 
 def _head(model: nn.Module) -> nn.Module:

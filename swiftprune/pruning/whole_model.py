@@ -41,6 +41,12 @@ def load_whole_model(
     return model.eval()
 
 
+def context_length(config: PretrainedConfig) -> int | None:
+    """How many tokens the model was made for; None where its config does not say."""
+    length = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return length if isinstance(length, int) and length > 0 else None
+
+
 def read_config(folder: Path, *, trust_remote_code: bool = False) -> PretrainedConfig:
     """transformers' reading of config.json, attention left to it. Raises CheckpointError when it cannot read it."""
     try:

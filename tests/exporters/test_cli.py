@@ -137,7 +137,7 @@ def test_fast_is_one_pass_without_training(
         (["--quality", "balanced", "--calibration", "none"], 2, "--refine distill needs calibration data"),
         (["--ignore", "("], 2, "not a regular expression"),
         (["--evaluate", "missing.txt"], 4, "missing.txt: no such file"),
-        (["--evaluate", "{short}"], 4, "fewer than one window of 2048"),
+        (["--evaluate", "{short}"], 4, "fewer than one window of 256"),
         (["--calibration", "{empty}"], 4, "is empty"),
     ],
 )

@@ -274,7 +274,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
     assert (out.read_bytes(), (tmp_path / "packed.onnx.data").read_bytes()) == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dense.onnx", "packed.onnx", "packed.onnx.data"]
     (tmp_path / "file").write_text("")
-    with pytest.raises(OutputError, match="cannot be written: .*; give another --out"):
+    with pytest.raises(OutputError, match=r"cannot be written: .*; give another --out"):
         pack_model(dense, tmp_path / "file" / "packed.onnx")
 
 

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from exporters import export
 from swiftprune.errors import CheckpointError, SettingsError
 from swiftprune.pruning.checkpoint import Checkpoint
 from swiftprune.pruning.pipeline import Pipeline, PruneSettings
@@ -83,7 +84,10 @@ def test_index_that_lies(entry: dict[str, str], message: str, sharded: Path) -> 
         open_pipeline(sharded)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[1]", '{"weight_map": {}}'])
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[1]", '{"weight_map": {}}', '{"weight_map": ["a"]}', '{"weight_map": {"a": 1}}', "[" * 100_000],
+)
 def test_index_that_is_not_one(text: str, sharded: Path) -> None:
     (sharded / "model.safetensors.index.json").write_text(text)
     with pytest.raises(CheckpointError, match=r"index\.json"):
@@ -138,6 +142,37 @@ def test_encoder_without_causal_language_model(tiny_copy: Path) -> None:
     edit_config(tiny_copy, model_type="vit", architectures=["ViTModel"])
     with pytest.raises(CheckpointError, match="no causal language model for model_type 'vit'"):
         open_pipeline(tiny_copy)
+
+
+@pytest.mark.parametrize("value", ["awq", [4], {"sparsity_config": "2:4"}, {"sparsity_config": [1]}])
+def test_a_quantization_that_says_nothing(value: object, tiny_copy: Path) -> None:
+    edit_config(tiny_copy, quantization_config=value)
+    with pytest.raises(CheckpointError, match=r"config\.json: its quantization_config is no object"):
+        open_pipeline(tiny_copy)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"hidden_size": "64"}, {"num_attention_heads": 0}, {"num_hidden_layers": -1}, {"vocab_size": None}]
+)
+def test_config_values_that_are_none(changes: dict[str, object], tiny_copy: Path) -> None:
+    edit_config(tiny_copy, **changes)
+    with pytest.raises(CheckpointError):
+        open_pipeline(tiny_copy)
+
+
+def test_fewer_blocks_in_the_config_than_in_the_weights(tiny_copy: Path, text_file: Path, tmp_path: Path) -> None:
+    """The rest would be written dense, and no engine would run it."""
+    edit_config(tiny_copy, num_hidden_layers=2, layer_types=None)
+    with pytest.raises(
+        CheckpointError, match=r"holds model\.layers\.2\.\S+, but by config\.json \(num_hidden_layers\)"
+    ):
+        open_pipeline(tiny_copy)
+    # Blocks that predict further tokens are known to the config, and stay as they are.
+    edit_config(tiny_copy, num_nextn_predict_layers=1)
+    report = export(tiny_copy, tmp_path / "out", PruneSettings(calibration="none"))
+    further = {name for name, why in report.dense_linears.items() if "predicts further tokens" in why}
+    assert "model.layers.2.mlp.down_proj" in further
+    assert {layer.name.split(".")[2] for layer in report.layers} == {"0", "1"}
 
 
 def test_already_quantized(tiny_copy: Path) -> None:

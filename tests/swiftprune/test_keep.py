@@ -201,7 +201,7 @@ def test_masks_that_do_not_fit_are_refused(tiny_models: Callable[[str], Path], t
     refused(good | {DOWN: good[DOWN] * 0.5}, "holds other values than 0 and 1")
     three = good[DOWN].copy()
     three[7, 8:12] = [1, 1, 1, 0]
-    refused(good | {DOWN: three}, "keeps 3 weights in row 7, group 2; 2:4 allows 2")
+    refused(good | {DOWN: three}, "is not 2:4: row 7, group 2 has 3 non-zeros")
     del good[DOWN]
     np.savez(path, **good)  # type: ignore[arg-type]
     dense = Pipeline(Checkpoint(folder), PruneSettings(mask=str(path))).targets.dense
@@ -218,3 +218,32 @@ def test_masks_that_do_not_fit_are_refused(tiny_models: Callable[[str], Path], t
     ):
         with pytest.raises(SettingsError, match=message):
             Pipeline(Checkpoint(folder), settings)
+
+
+def test_a_share_of_zeros_is_checked_too(tiny_models: Callable[[str], Path], tmp_path: Path) -> None:
+    """`keep` of an unstructured pattern: a dense model has not that many zeros."""
+    folder = tiny_models("llama-mha-untied")
+    settings = PruneSettings(method="keep", pattern="unstructured:0.5", strict=True)
+    with pytest.raises(
+        SettingsError, match=r"--strict: 21 of 21 linears are not.*not unstructured:0\.5: 0\.0% of it is"
+    ):
+        Pipeline(Checkpoint(folder), settings)
+    half = {name: mask.copy() for name, mask in masks_of(folder).items()}
+    np.savez(tmp_path / "masks.npz", **half)  # type: ignore[arg-type]
+    Pipeline(Checkpoint(folder), settings.model_copy(update={"mask": str(tmp_path / "masks.npz")}))
+    half[DOWN][:] = True
+    np.savez(tmp_path / "masks.npz", **half)  # type: ignore[arg-type]
+    with pytest.raises(SettingsError, match=r"down_proj\.weight is not unstructured:0\.5: 0\.0% of it is zero"):
+        Pipeline(Checkpoint(folder), settings.model_copy(update={"mask": str(tmp_path / "masks.npz")}))
+
+
+def test_a_damaged_mask_is_named(tiny_models: Callable[[str], Path], tmp_path: Path) -> None:
+    """The members of a .npz are read one by one, long after it was opened."""
+    folder = tiny_models("llama-mha-untied")
+    path = tmp_path / "masks.npz"
+    np.savez(path, **masks_of(folder))  # type: ignore[arg-type]
+    content = bytearray(path.read_bytes())
+    content[300:9000] = bytes(8700)
+    path.write_bytes(content)
+    with pytest.raises(SettingsError, match=r"masks\.npz: \S+ cannot be read"):
+        Pipeline(Checkpoint(folder), PruneSettings(mask=str(path)))

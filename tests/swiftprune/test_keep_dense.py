@@ -15,10 +15,10 @@ from transformers import AutoModelForCausalLM
 import swiftprune.serve.transformers  # noqa: F401 - registers the packed format
 from exporters import export
 from exporters.workspace import Workspace
-from swiftprune.errors import SettingsError
+from swiftprune.errors import CheckpointError, SettingsError
 from swiftprune.pruning import keep_dense
 from swiftprune.pruning.distill import Distillation
-from swiftprune.pruning.evaluate import perplexity
+from swiftprune.pruning.evaluate import dense_perplexity, perplexity
 from swiftprune.pruning.keep_dense import find_dense
 from swiftprune.pruning.mask import n_of_m
 from swiftprune.pruning.pipeline import PruneSettings
@@ -100,6 +100,27 @@ def test_a_budget_that_cannot_be_met(tiny_models: Callable[[str], Path]) -> None
             pruned, lambda name: dense.get_submodule(name).weight.detach(), fused_sets(names), tokens,
             dense_perplexity=perplexity(dense, tokens) / 1.2, max_ratio=1.01,
         )  # fmt: skip
+
+
+def test_a_budget_that_leaves_nothing_pruned(tiny_models: Callable[[str], Path]) -> None:
+    """As an output it would be the dense model."""
+    dense, pruned, names = dense_and_pruned(tiny_models("llama-mha-untied"))
+    tokens = windows(dense)
+    with pytest.raises(SettingsError, match=r"--max-perplexity-ratio 1: only with every linear dense"):
+        find_dense(
+            pruned, lambda name: dense.get_submodule(name).weight.detach(), fused_sets(names), tokens,
+            dense_perplexity=perplexity(dense, tokens), max_ratio=1.0,
+        )  # fmt: skip
+
+
+@torch.no_grad()
+def test_perplexity_of_a_broken_dense_model_is_no_measure(tiny_models: Callable[[str], Path]) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_models("llama-mha-untied"), dtype=torch.float32).eval()
+    tokens = torch.arange(24).view(2, 12)
+    assert dense_perplexity(model, tokens) == perplexity(model, tokens)
+    model.model.norm.weight.fill_(3e38)
+    with pytest.raises(CheckpointError, match=r"the dense model's own perplexity is (inf|nan)"):
+        dense_perplexity(model, tokens)
 
 
 @pytest.mark.parametrize("refine", [(), ("distill",)])

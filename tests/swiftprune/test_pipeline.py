@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -411,28 +413,53 @@ def test_weights_that_are_not_finite_stop_the_run(method: str, bad: float, text_
         list(prune(folder, settings))
 
 
-@pytest.mark.parametrize("method", ["swiftprune", "sparsegpt"])
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
 @pytest.mark.parametrize(
-    ("tensor", "error", "message"),
+    ("tensor", "calibration"),
     [
-        ("model.embed_tokens.weight", CheckpointError, r"input channel \d+ of model\.layers\.0\..* look .* embedding"),
-        (
-            "model.layers.1.input_layernorm.weight",
-            FormatError,
-            r"model\.layers\.1\.input_layernorm\.weight: weight \(5,\)",
-        ),
+        ("model.embed_tokens.weight", "self"),
+        ("model.layers.1.input_layernorm.weight", "text"),
+        ("model.layers.2.mlp.down_proj.weight", "self"),
+        ("model.norm.weight", "none"),
+        ("lm_head.weight", "none"),
     ],
 )
-def test_inputs_that_are_not_finite_stop_the_run(
-    method: str, tensor: str, error: type[Exception], message: str, text_file: Path, tmp_path: Path
+def test_a_weight_that_is_not_finite_stops_the_run_first(
+    value: float, tensor: str, calibration: str, text_file: Path, tmp_path: Path
 ) -> None:
-    """Such scores would order nothing, and the mask would be anything."""
-    folder = models.write_model(tmp_path / "model", models.SUPPORTED["llama-gqa-tied"])
+    """Whatever the stage it would spoil: sampled text, scores, or what a user reads."""
+    folder = models.write_model(tmp_path / "model", models.SUPPORTED["llama-mha-untied"])
     model = AutoModelForCausalLM.from_pretrained(folder)
-    model.get_parameter(tensor).data[..., 5] = float("nan")
+    model.get_parameter(tensor).data[..., 5] = value
     model.save_pretrained(folder)
-    settings = PruneSettings(method=method, calibration=str(text_file), samples=2, seqlen=16)
-    with pytest.raises(error, match=message):
+    settings = PruneSettings(calibration=str(text_file) if calibration == "text" else calibration, samples=8, seqlen=16)
+    with pytest.raises(FormatError, match=rf"{re.escape(tensor)}: weight \((0, )?5,?\) is {value}"):
+        list(prune(folder, settings))
+
+
+def test_numbers_that_become_too_large_are_named(text_file: Path, tmp_path: Path) -> None:
+    folder = models.write_model(tmp_path / "model", models.SUPPORTED["llama-mha-untied"], torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.model.layers[0].mlp.up_proj.weight.data.fill_(3e38)
+    model.save_pretrained(folder)
+    settings = PruneSettings(method="wanda", calibration=str(text_file), samples=2, seqlen=16)
+    with pytest.raises(
+        CheckpointError, match=r"of model\.layers\.0\.mlp\.down_proj is not finite.*numbers that are too"
+    ):
+        list(prune(folder, settings))
+
+
+def test_sequences_longer_than_the_model_takes_are_refused(tiny_models: Callable[[str], Path]) -> None:
+    with pytest.raises(SettingsError, match=r"--seqlen 257: by its config\.json the model takes 256 tokens"):
+        Pipeline(Checkpoint(tiny_models("llama-gqa-tied")), PruneSettings(seqlen=257))
+
+
+def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path, text_file: Path) -> None:
+    config = copy.deepcopy(models.SUPPORTED["llama-gqa-tied"])
+    config.vocab_size = 40
+    folder = models.write_model(tmp_path / "model", config)
+    settings = PruneSettings(calibration=str(text_file), samples=2, seqlen=16)
+    with pytest.raises(CheckpointError, match=r"its tokenizer gives token \d+, but it has 40 embeddings"):
         list(prune(folder, settings))
 
 
