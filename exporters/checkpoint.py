@@ -8,10 +8,10 @@ import importlib.metadata
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 from torch import Tensor
 
 from exporters import model_card, torch_sparse
@@ -148,6 +148,8 @@ def export(
 
 
 def _check_target(settings: PruneSettings, target: Target) -> None:
+    if target not in get_args(Target):
+        raise SettingsError(f"target {target!r}: give one of {', '.join(get_args(Target))}")
     if target != "dense" and settings.pattern != format24.FORMAT:
         raise SettingsError(
             f"--target {target} stores {format24.FORMAT} only; for --format {settings.pattern} use --target dense"
@@ -214,6 +216,8 @@ def _estimate(pipeline: Pipeline, target: Target) -> int:
     elif target != "dense":
         for block in pipeline.targets.blocks:
             total -= sum(int(sizes[linear.tensor].nbytes * 7 / 16) for linear in block.linears)
+    if "distill" in pipeline.settings.refine:  # weights, two moments and the best weights, kept twice while written
+        total += 2 * 4 * 4 * pipeline.pruned_count()
     return total
 
 
@@ -224,7 +228,7 @@ class _ShardWriter:
     """
 
     def __init__(self, pipeline: Pipeline, target: Target, workspace: Workspace) -> None:
-        self.training: Path | None = workspace.training
+        self.load_training, self.save_training = workspace.load_training, workspace.save_training
         self.keep_data = workspace.keep_data
         self.keep_orders = workspace.keep_orders
         self.keep_dense_linears = workspace.keep_dense_linears
@@ -276,7 +280,15 @@ class _ShardWriter:
         return self._shard_name(self._blocks.index(block))
 
     def finished(self, block: Block) -> bool:
-        return self._workspace.done(self._block_shard(block)) is not None
+        return self._results(self._block_shard(block)) is not None
+
+    def _results(self, shard: str) -> list[LayerResult] | None:
+        """Of a finished shard; None when it is not finished, or was damaged since."""
+        stored = self._workspace.done(shard)
+        try:
+            return None if stored is None else [LayerResult(**result) for result in stored]
+        except (TypeError, ValidationError):
+            return None
 
     def load(self, block: Block) -> dict[str, Tensor]:
         tensors = self._workspace.read_shard(self._block_shard(block))
@@ -332,14 +344,14 @@ class _ShardWriter:
     def write_outside(self) -> None:
         for index, names in enumerate(self._outside, start=len(self._blocks)):
             shard = self._shard_name(index)
-            if self._workspace.done(shard) is None:
+            if self._results(shard) is None:
                 self._workspace.write_shard(shard, self._unpruned(names), [])
 
     def complete(self, state: dict[str, Any], check: Check | None) -> ExportReport:
         """Makes the workspace a whole checkpoint: writes index, config and manifest, copies the tokenizer."""
         workspace, checkpoint = self._workspace, self._checkpoint
         shards = [self._shard_name(index) for index in range(len(self._blocks) + len(self._outside))]
-        layers = [LayerResult(**result) for shard in shards for result in workspace.done(shard) or []]
+        layers = [result for shard in shards for result in self._results(shard) or []]
         stored: dict[str, TensorEntry] = {}
         for shard in shards:
             stored.update(shard_entries(workspace.folder / shard))

@@ -219,7 +219,7 @@ def export_command(
     ] = None,
     seqlen: Annotated[
         int | None,
-        typer.Option(rich_help_panel=_DATA, min=1, help="Tokens in each of them.", show_default=f"{_DEFAULTS.seqlen}"),
+        typer.Option(rich_help_panel=_DATA, min=2, help="Tokens in each of them.", show_default=f"{_DEFAULTS.seqlen}"),
     ] = None,
     conversations: Annotated[
         int | None,
@@ -247,7 +247,9 @@ def export_command(
             help="Type in which calibration and training multiply. [b]auto[/]: the faster one here.",
         ),
     ] = ComputeChoice.AUTO,
-    seed: Annotated[int, typer.Option(rich_help_panel=_DATA, help="Picks (or samples) the calibration sequences.")] = 0,
+    seed: Annotated[
+        int, typer.Option(rich_help_panel=_DATA, min=0, help="Picks (or samples) the calibration sequences.")
+    ] = 0,
     check: Annotated[
         bool,
         typer.Option(

@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any, Self
 
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from swiftprune.errors import OutputError
+from swiftprune.errors import OutputError, first_line
 from swiftprune.pruning.calibration_data import CalibrationData
 from swiftprune.pruning.checkpoint import Orders
 from swiftprune.pruning.progress import Announce, unheard
@@ -60,8 +60,6 @@ class Workspace:
         self._place = out.resolve()  # a link is followed: what it points at is what gets replaced
         _check_place(out, self._place, source)
         self.folder = self._beside(".partial")
-        self.training = self.folder / _TRAINING
-        """Where distillation keeps what it continues from."""
         self._replaced = self._beside(".replaced")
         self._resume = resume
         self._overwrite = overwrite
@@ -157,15 +155,17 @@ class Workspace:
             )
 
     def done(self, shard: str) -> list[dict[str, Any]] | None:
-        """The layer results of a finished shard, or None when it is not finished."""
+        """The layer results of a finished shard, or None when it is not finished, or was damaged since."""
         try:
-            results: list[dict[str, Any]] = json.loads((self.folder / (shard + _DONE)).read_text())
-            return results
-        except (OSError, json.JSONDecodeError):
+            results = json.loads((self.folder / (shard + _DONE)).read_text())
+            with safe_open(self.folder / shard, framework="pt"):  # its header, and whether all it lists is there
+                return results if isinstance(results, list) else None
+        except (OSError, ValueError, SafetensorError):
             return None
 
     def read_shard(self, shard: str) -> dict[str, Tensor]:
-        return load_file(self.folder / shard)
+        with _reading(self.folder / shard):
+            return load_file(self.folder / shard)
 
     def write_shard(self, shard: str, tensors: Mapping[str, Tensor], results: list[dict[str, Any]]) -> None:
         """Writes a shard, then its mark. Raises OutputError when the disk is full or fails."""
@@ -173,9 +173,10 @@ class Workspace:
             self._write_tensors(shard, tensors)
             self.write_json(shard + _DONE, results)
 
-    def _write_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+    def _write_tensors(self, name: str, tensors: Mapping[str, Tensor], **metadata: str) -> None:
         temporary = self.folder / (name + ".tmp")
-        save_file({key: value.contiguous() for key, value in tensors.items()}, temporary, metadata={"format": "pt"})
+        contiguous = {key: value.contiguous() for key, value in tensors.items()}
+        save_file(contiguous, temporary, metadata={"format": "pt"} | metadata)
         temporary.chmod(0o666 & ~_umask())  # safetensors makes files that only their owner can read
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
@@ -193,7 +194,8 @@ class Workspace:
     def data(self) -> CalibrationData | None:
         """The calibration tokens that an interrupted run stored, so that resuming sees the same ones."""
         path = self.folder / _TOKENS
-        return CalibrationData(**load_file(path)) if path.exists() else None
+        with _reading(path):
+            return CalibrationData(**load_file(path)) if path.exists() else None
 
     def keep_data(self, data: CalibrationData) -> None:
         with disk_errors(self.folder):
@@ -205,9 +207,10 @@ class Workspace:
         if not path.exists():
             return None
         orders: dict[str, dict[int, Tensor]] = {}
-        for key, order in load_file(path).items():
-            axis, _, name = key.partition(" ")
-            orders.setdefault(name, {})[int(axis)] = order
+        with _reading(path):
+            for key, order in load_file(path).items():
+                axis, _, name = key.partition(" ")
+                orders.setdefault(name, {})[int(axis)] = order
         return orders
 
     def keep_orders(self, orders: Orders) -> None:
@@ -218,8 +221,8 @@ class Workspace:
     def dense_linears(self) -> list[str] | None:
         """The linears that an interrupted run decided to leave dense."""
         path = self.folder / _DENSE
-        names: list[str] | None = json.loads(path.read_text()) if path.exists() else None
-        return names
+        with _reading(path):
+            return [str(name) for name in json.loads(path.read_text())] if path.exists() else None
 
     def keep_dense_linears(self, names: list[str]) -> None:
         self.write_json(_DENSE, names)
@@ -227,10 +230,23 @@ class Workspace:
     def fitted_samples(self) -> int | None:
         """How many calibration sequences an interrupted run found to fit its minutes."""
         path = self.folder / _FITTED
-        return int(json.loads(path.read_text())) if path.exists() else None
+        with _reading(path):
+            return int(json.loads(path.read_text())) if path.exists() else None
 
     def keep_fitted_samples(self, samples: int) -> None:
         self.write_json(_FITTED, samples)
+
+    def load_training(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """What distillation continues from."""
+        path = self.folder / _TRAINING
+        if not path.exists():
+            return None
+        with _reading(path), safe_open(path, framework="pt") as file:
+            return load_file(path), json.loads(file.metadata()["progress"])
+
+    def save_training(self, tensors: Mapping[str, Tensor], progress: Mapping[str, Any]) -> None:
+        with disk_errors(self.folder):
+            self._write_tensors(_TRAINING, tensors, progress=json.dumps(progress))
 
     def copy(self, source: Path, name: str) -> None:
         """Copies the file `source` to `name`, which may be in a sub-folder."""
@@ -386,6 +402,15 @@ def _is_mark(name: str) -> bool:
 
 def _is_temporary(name: str) -> bool:
     return name.endswith(".tmp") or _is_mark(name)
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Turns what a damaged file of an unfinished export raises into OutputError."""
+    try:
+        yield
+    except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
+        raise OutputError(f"{path}: damaged ({first_line(error)}); start anew with --overwrite") from error
 
 
 _KEPT = "finished blocks are kept, continue with --resume"

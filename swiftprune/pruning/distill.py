@@ -10,17 +10,13 @@ from __future__ import annotations
 
 import functools
 import itertools
-import json
 import math
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.modeling_outputs import BaseModelOutputWithPast
@@ -124,13 +120,22 @@ class Validation:
     perplexity: float
 
 
+class TrainingStore(Protocol):
+    """Where a training keeps what it continues from when it was stopped."""
+
+    def load_training(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """What `save_training` was given last; None when it never was."""
+
+    def save_training(self, tensors: Mapping[str, Tensor], progress: Mapping[str, Any]) -> None: ...
+
+
 class Distillation:
     """Trains `student`, a causal LM of transformers, towards `teacher`, in place.
 
     `keep_masks` (bool, True = kept) names the sparse parameters; of these the kept weights move, and with them every
     one-dimensional parameter whose name starts with `within` (norms, biases). All else is frozen. `tokens` are (W, T)
-    int64 windows, of which the last are held back for validation. With `state`, a file, training is saved there once a
-    minute, and a new Distillation with the same arguments continues from there.
+    int64 windows, of which the last are held back for validation. With a `store`, training is saved once a minute, and
+    a new Distillation with the same arguments continues from there.
 
     Raises SettingsError when there are too few windows, CheckpointError when the loss is not finite or when the
     architecture makes its logits from its hidden states by more than a linear head.
@@ -138,7 +143,8 @@ class Distillation:
 
     def __init__(
         self, student: Any, teacher: Any, keep_masks: Mapping[str, Tensor], within: str, tokens: Tensor, *,
-        compute: torch.dtype = torch.float32, seed: int = 0, state: Path | None = None, progress: Progress = silent,
+        compute: torch.dtype = torch.float32, seed: int = 0, store: TrainingStore | None = None,
+        progress: Progress = silent,
     ) -> None:  # fmt: skip
         if len(tokens) < 2:
             raise SettingsError(f"distillation needs at least two windows of {tokens.shape[1]} tokens; give more text")
@@ -147,7 +153,7 @@ class Distillation:
         self._student, self._teacher = student, teacher.requires_grad_(False)
         self._compute = compute
         self._seed = seed
-        self._file = state
+        self._store = store
         self._progress = progress
         self._trained = self._trainable(keep_masks, within)
         self._adam = torch.optim.Adam(self._trained.values(), lr=LEARNING_RATE, betas=BETAS, fused=True)
@@ -188,8 +194,8 @@ class Distillation:
             due = used * VALIDATIONS >= len(self.validations)
             if used == 1 or (due and self._steps - self.validations[-1].step >= STEPS_BETWEEN):
                 self._validate()
-            if self._file and time.monotonic() - saved > _SAVE_SECONDS:
-                self.save(self._file)
+            if self._store and time.monotonic() - saved > _SAVE_SECONDS:
+                self.save()
                 saved = time.monotonic()
         self._progress(STAGE, 1000, 1000)
         with torch.no_grad():
@@ -293,8 +299,10 @@ class Distillation:
         if not torch.allclose(logits.log_softmax(-1), ours, atol=0.05, rtol=0.05):
             raise _changes_its_logits(self._teacher)
 
-    def save(self, path: Path) -> None:
-        """Writes all that training depends on, aside and then renamed."""
+    def save(self) -> None:
+        """Stores all that training depends on, where there is a store."""
+        if self._store is None:
+            return
         tensors = {}
         for name, parameter in self._trained.items():
             tensors[f"weight {name}"] = parameter.detach()
@@ -305,16 +313,13 @@ class Distillation:
             "steps": self._steps, "minutes": self._minutes,
             "validations": [asdict(validation) for validation in self.validations],
         }  # fmt: skip
-        temporary = path.with_name(path.name + ".tmp")
-        save_file(tensors, temporary, metadata={"progress": json.dumps(progress)})
-        temporary.replace(path)
+        self._store.save_training(tensors, progress)
 
     def _load(self) -> None:
-        if self._file is None or not self._file.exists():
+        saved = self._store.load_training() if self._store else None
+        if saved is None:
             return
-        with safe_open(self._file, framework="pt") as file:
-            progress = json.loads(file.metadata()["progress"])
-            stored = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
+        stored, progress = saved
         self._steps, self._minutes = progress["steps"], progress["minutes"]
         self.validations = [Validation(**validation) for validation in progress["validations"]]
         for name, parameter in self._trained.items():

@@ -22,14 +22,14 @@ from swiftprune.pruning.calibration_data import CalibrationData, calibration_dat
 from swiftprune.pruning.calibration_text import CalibrationText, has_conversations
 from swiftprune.pruning.checkpoint import Checkpoint, Orders
 from swiftprune.pruning.compute import ComputeName, autocast, faster_type
-from swiftprune.pruning.distill import SEQLEN, Budget, Distillation, Validation
+from swiftprune.pruning.distill import SEQLEN, Budget, Distillation, TrainingStore, Validation
 from swiftprune.pruning.evaluate import dense_perplexity, perplexity
 from swiftprune.pruning.keep import KeepMasks, violations
 from swiftprune.pruning.least_squares import refine_weights
 from swiftprune.pruning.mask import Pattern, first_violation, select
 from swiftprune.pruning.permute import find_orders
 from swiftprune.pruning.progress import Announce, Progress, silent, unheard
-from swiftprune.pruning.sampling import sampled_conversations
+from swiftprune.pruning.sampling import conversation_start, sampled_conversations
 from swiftprune.pruning.score import KEEP, InputStats, Needs, find_method
 from swiftprune.pruning.targets import (
     DEFAULT_IGNORE,
@@ -87,10 +87,10 @@ class PruneSettings(BaseModel):
     strict: bool = False
     """For method `keep`: stop at a linear that does not fit the pattern, rather than leave it dense."""
     samples: int = Field(default=64, ge=1)
-    seqlen: int = Field(default=256, ge=1)
+    seqlen: int = Field(default=256, ge=2)
     conversations: int = Field(default=0, ge=0)
     """Sequences more that a model with a chat template samples as conversations, to keep it able to hold them."""
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=2**63)
     ignore: str = DEFAULT_IGNORE
     dtype: DtypeName | None = None
     """Type of the written weights; None keeps that of the checkpoint."""
@@ -190,14 +190,11 @@ class PrunedBlock:
     results: list[LayerResult]
 
 
-class BlockStore(Protocol):
+class BlockStore(TrainingStore, Protocol):
     """Where a run keeps finished blocks: stages that follow read them from here and write them anew.
 
     An export's store is on disk and also remembers what the run decided, so that an interrupted run can be resumed.
     """
-
-    training: Path | None
-    """File in which distillation keeps what it continues from; None: it cannot be interrupted."""
 
     def finished(self, block: Block) -> bool:
         """Whether the block has been saved."""
@@ -221,8 +218,6 @@ class BlockStore(Protocol):
 class MemoryStore:
     """A BlockStore in memory, for `prune`."""
 
-    training: Path | None = None
-
     def __init__(self, pipeline: Pipeline) -> None:
         self.blocks: dict[str, PrunedBlock] = {}
         self._pipeline = pipeline
@@ -237,6 +232,10 @@ class MemoryStore:
 
     def save(self, done: PrunedBlock) -> None:
         self.blocks[done.block.name] = done
+
+    def load_training(self) -> None: ...
+
+    def save_training(self, tensors: Mapping[str, Tensor], progress: Mapping[str, Any]) -> None: ...
 
     def keep_data(self, data: CalibrationData) -> None: ...
 
@@ -334,6 +333,12 @@ class Pipeline:
         if settings.conversations and not has_conversations(self.checkpoint):
             self._announce("The model has no chat template, so no conversations are sampled.")
             changes["conversations"] = 0
+        elif settings.conversations:
+            try:
+                conversation_start(self.checkpoint, settings.seqlen)
+            except SettingsError as error:
+                self._leave_out("conversations", settings, error)
+                changes["conversations"] = 0
         return settings.model_copy(update=changes)
 
     def _leave_out(self, field: str, settings: PruneSettings, error: SettingsError) -> None:
@@ -365,9 +370,9 @@ class Pipeline:
         s, count = self.settings, self.checkpoint.parameter_count
         needs: dict[str, int] = {}
         if "distill" in s.refine:
-            needs["--refine distill"] = distill.memory_bytes(count, self._pruned_count(), self.compute)
+            needs["--refine distill"] = distill.memory_bytes(count, self.pruned_count(), self.compute)
         if s.max_perplexity_ratio is not None:
-            needs["--sparsity auto"] = 4 * (count + 2 * self._pruned_count())
+            needs["--sparsity auto"] = 4 * (count + 2 * self.pruned_count())
         if not needs:
             return
         what, needed = max(needs.items(), key=lambda item: item[1])
@@ -383,7 +388,8 @@ class Pipeline:
             return
         raise error
 
-    def _pruned_count(self) -> int:
+    def pruned_count(self) -> int:
+        """Weights in all linears that are pruned."""
         linears = (linear for block in self.targets.blocks for linear in block.linears)
         return sum(torch.Size(self.checkpoint.tensors[linear.tensor].shape).numel() for linear in linears)
 
@@ -635,12 +641,10 @@ class Pipeline:
             first = self.targets.blocks[0].name
             distillation = Distillation(
                 student, teacher, keep_masks, first.rpartition(".")[0] + ".", tokens,
-                compute=self.compute, seed=self.settings.seed, state=store.training,
-                progress=self._progress,
+                compute=self.compute, seed=self.settings.seed, store=store, progress=self._progress,
             )  # fmt: skip
             self.validations = distillation.run(self._budget())
-            if store.training:
-                distillation.save(store.training)
+            distillation.save()
         for block in self.targets.blocks:
             yield self._distilled(student, block)
 

@@ -23,7 +23,7 @@ from transformers import (
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from swiftprune.errors import SettingsError
+from swiftprune.errors import SettingsError, first_line
 from swiftprune.pruning.calibration_text import load_tokenizer
 from swiftprune.pruning.checkpoint import Checkpoint
 from swiftprune.pruning.progress import Progress
@@ -61,18 +61,34 @@ def sampled_conversations(
     """(samples, seqlen) int64: conversations that the dense model samples, the questions included.
 
     It gets its chat template up to where a user begins to speak and goes on from there (Magpie, arXiv 2406.08464).
-    Raises SettingsError when that takes all of `seqlen`.
+    Raises SettingsError as `conversation_start` does.
+    """
+    before = conversation_start(checkpoint, seqlen)
+    return _sample(
+        _load(checkpoint, compute), before, samples, seqlen, seed, _TEMPERATURE, "sample conversations", progress
+    )
+
+
+def conversation_start(checkpoint: Checkpoint, seqlen: int) -> Tensor:
+    """(T,) int64: what the chat template writes up to where a user begins to speak.
+
+    Raises SettingsError when it takes no user's message, or leaves no room within `seqlen`.
     """
     tokenizer = load_tokenizer(checkpoint)
-    written: str = tokenizer.apply_chat_template([{"role": "user", "content": _SPEAKS}], tokenize=False)
-    before = tokenizer(written.partition(_SPEAKS)[0], add_special_tokens=False, return_tensors="pt").input_ids[0]
+    try:
+        written: str = tokenizer.apply_chat_template([{"role": "user", "content": _SPEAKS}], tokenize=False)
+    except Exception as error:  # templates raise what they like
+        raise SettingsError(f"--conversations: the model's chat template fails: {first_line(error)}") from error
+    start, speaks, _ = written.partition(_SPEAKS)
+    if not (speaks and start):
+        what = "writes nothing before a user speaks" if speaks else "leaves out what a user says"
+        raise SettingsError(f"--conversations: the model's chat template {what}")
+    before: Tensor = tokenizer(start, add_special_tokens=False, return_tensors="pt").input_ids[0].long()
     if len(before) >= seqlen:
         raise SettingsError(
             f"--conversations: the chat template takes {len(before)} tokens, and --seqlen is {seqlen}; make it longer"
         )
-    return _sample(
-        _load(checkpoint, compute), before, samples, seqlen, seed, _TEMPERATURE, "sample conversations", progress
-    )
+    return before
 
 
 def _load(checkpoint: Checkpoint, compute: torch.dtype) -> Any:

@@ -76,18 +76,20 @@ def text_files(path: Path) -> list[Path]:
 def document(row: Any, where: str, column: str, render: Render | None) -> str:
     """The text of one row: a string, or a mapping with it under `column` or, as a conversation, under `messages`."""
     if isinstance(row, str):
-        return row
+        return _whole(row, where)
     if not isinstance(row, Mapping):
         raise TextError(f"{where}: is {type(row).__name__}, not an object with the text under {column!r}")
     names = (column, *_CONVERSATIONS) if column == DEFAULT_COLUMN else (column,)
     name = next((name for name in names if row.get(name) is not None), None)
+    if name is None and (empty := [name for name in names if name in row]):
+        raise TextError(f"{where}: its {empty[0]!r} is null; leave such rows out")
     if name is None:
         listed = ", ".join(map(repr, row)) or "nothing"
         missing = " nor `messages`" if column == DEFAULT_COLUMN else ""
         raise TextError(f"{where}: no column `{column}`{missing}; it has {listed}: name one with --text-column")
     value = row[name]
     if isinstance(value, str):
-        return value
+        return _whole(value, where)
     messages = _messages(value, f"{where}: {name!r}")
     if render is None:
         raise TextError(f"{where}: {name!r} is a conversation, and the model has no chat template to put it through")
@@ -97,6 +99,15 @@ def document(row: Any, where: str, column: str, render: Render | None) -> str:
         raise TextError(
             f"{where}: the model's chat template does not take this {name!r}: {first_line(error)}"
         ) from error
+
+
+def _whole(text: str, where: str) -> str:
+    """`text`, which a JSON escape may have left with half a character that no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise TextError(f"{where}: character {error.start} is half of one ({text[error.start]!r}); mend it") from None
+    return text
 
 
 def _messages(value: Any, where: str) -> Messages:
@@ -110,7 +121,7 @@ def _messages(value: Any, where: str) -> Messages:
         )
         if not isinstance(role, str) or not isinstance(content, str):
             raise TextError(f"{where} is neither text nor a list of messages with 'role' and 'content'")
-        messages.append({"role": _ROLES.get(role, role), "content": content})
+        messages.append({"role": _ROLES.get(role, role), "content": _whole(content, where)})
     return messages
 
 
@@ -148,7 +159,9 @@ def _content(path: Path) -> str:
         raise TextError(f"{path}: no such file") from None
     except UnicodeDecodeError as error:
         raise TextError(f"{path}: not a UTF-8 text file ({error})") from error
-    except (OSError, EOFError, lzma.LZMAError) as error:
+    except TextError:
+        raise
+    except Exception as error:  # each kind of compression has its own
         raise TextError(f"{path}: cannot be read: {first_line(error)}") from error
     if "\0" in text:
         raise TextError(f"{path}: not a text file: it holds zero bytes")
@@ -166,7 +179,7 @@ def _plain_text(path: Path) -> str:
 def _is_json_object(line: str) -> bool:
     try:
         return isinstance(json.loads(line), dict)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
 
 
@@ -176,17 +189,17 @@ def _rows(path: Path, kind: str) -> Iterator[Any]:
     elif kind == ".json":
         try:
             value = json.loads(_content(path))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise TextError(f"{path}: not valid JSON ({error})") from error
         if isinstance(value, dict) and isinstance(value.get("data"), list):
             value = value["data"]
         yield from value if isinstance(value, list) else [value]
     else:
-        for number, line in enumerate(_content(path).splitlines(), start=1):
+        for number, line in enumerate(_content(path).split("\n"), start=1):  # others are text
             if line.strip():
                 try:
                     yield json.loads(line)
-                except ValueError as error:
+                except (ValueError, RecursionError) as error:
                     raise TextError(f"{path}: line {number} is not valid JSON ({error})") from error
 
 

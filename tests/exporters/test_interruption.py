@@ -275,6 +275,63 @@ def test_a_disk_that_fills_up_keeps_what_is_done(
     assert digest(small_disk / "out") == digest(small_disk / "again")
 
 
+def test_a_disk_that_fills_up_while_training_is_said(
+    wide_model: Path, small_disk: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What training continues from is ten times the output, and counts from the start."""
+    settings = PruneSettings(
+        method="wanda", calibration=str(text_file), samples=4, seqlen=32, refine=("distill",), steps=2
+    )
+    subprocess.run(["mount", "-o", "remount,size=8m", str(small_disk)], check=True)
+    with pytest.raises(OutputError, match=r"needs 0\.0\d+ GB, the disk has 0\.00\d+ GB free"):
+        export(wide_model, small_disk / "out", settings)
+    monkeypatch.setattr(Workspace, "check_space", lambda self, needed: None)
+    with pytest.raises(OutputError, match="the disk is full; finished blocks are kept, continue with --resume"):
+        export(wide_model, small_disk / "out", settings, overwrite=True)
+    subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
+    export(wide_model, small_disk / "out", settings, resume=True)
+
+
+@pytest.mark.parametrize("how", ["mark is no list", "mark of another version", "cut shard", "no shard"])
+def test_a_finished_block_that_was_damaged_is_done_again(
+    how: str, tiny_models: Callable[[str], Path], text_file: Path, tmp_path: Path
+) -> None:
+    model, settings = tiny_models("llama-gqa-tied"), PruneSettings(calibration=str(text_file), samples=4, seqlen=16)
+    export(model, tmp_path / "whole", settings)
+    with pytest.raises(KeyboardInterrupt):
+        export(model, tmp_path / "out", settings, progress=stop_at("prune", 0.9))
+    mark = next((tmp_path / "out.partial").glob("model-00001-*.done.json"))
+    shard = mark.with_name(mark.name.removesuffix(".done.json"))
+    if how == "no shard":
+        shard.unlink()
+    elif how == "cut shard":
+        shard.write_bytes(shard.read_bytes()[:-1])
+    else:
+        mark.write_text("{}" if how == "mark is no list" else '[{"name": "x"}]')
+    export(model, tmp_path / "out", settings, resume=True)
+    assert digest(tmp_path / "out") == digest(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    "name", ["calibration-tokens.safetensors", "permutations.safetensors", "training.safetensors", "export-state.json"]
+)
+@pytest.mark.parametrize("content", [b"", b"{}", bytes(200)])
+def test_damaged_files_of_an_unfinished_export_are_named(
+    name: str, content: bytes, tiny_models: Callable[[str], Path], text_file: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(distill, "_SAVE_SECONDS", 0.0)
+    settings = PruneSettings(
+        method="wanda", calibration=str(text_file), samples=4, seqlen=16, permute=True, refine=("distill",), steps=3
+    )
+    with pytest.raises(KeyboardInterrupt):
+        export(tiny_models("llama-gqa-tied"), tmp_path / "out", settings, progress=stop_at("distill", 0.6))
+    (tmp_path / "out.partial" / name).write_bytes(content)
+    message = "was started with" if (name, content) == ("export-state.json", b"{}") else rf"{name}.*start anew"
+    with pytest.raises(OutputError, match=message):
+        export(tiny_models("llama-gqa-tied"), tmp_path / "out", settings, resume=True)
+
+
 def test_files_can_be_read_by_others(tiny_models: Callable[[str], Path], tmp_path: Path) -> None:
     """safetensors creates files only their owner can read, but the server often runs as another user."""
     export(tiny_models("llama-gqa-tied"), tmp_path / "out", PruneSettings(calibration="none"))

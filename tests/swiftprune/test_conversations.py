@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ from swiftprune.pruning.checkpoint import Checkpoint
 from swiftprune.pruning.distill import Distillation
 from swiftprune.pruning.pipeline import Pipeline, PruneSettings
 from swiftprune.pruning.progress import silent
+from swiftprune.pruning.quality import make_settings
 from swiftprune.pruning.sampling import sampled_conversations
 
 TEMPLATE = "{% for message in messages %}<s>{{ message['role'] }}: {{ message['content'] }}</s>{% endfor %}"
@@ -57,6 +59,32 @@ def test_they_begin_as_the_template_does_and_go_on_after_an_end(chatty: Path) ->
     assert len(set(after.tolist())) > 1  # no padding
     with pytest.raises(SettingsError, match=f"the chat template takes {len(begin)} tokens, and --seqlen is 3"):
         sampled_conversations(Checkpoint(chatty), samples=1, seqlen=3, seed=0, compute=torch.float32, progress=silent)
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ raise_exception('only pairs') }}", "chat template fails: only pairs"),
+        ("{{ messages[1]['content'] }}", "chat template fails"),
+        ("<s>{% for m in messages %}{{ m['role'] }}{% endfor %}", "leaves out what a user says"),
+        ("{{ messages[0]['content'] }}", "writes nothing before a user speaks"),
+    ],
+)
+def test_a_template_that_takes_no_message_is_named_before_any_work(
+    template: str, message: str, chatty: Path, text_file: Path
+) -> None:
+    tokenizer = load_tokenizer(chatty)
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(chatty)
+    given: dict[str, Any] = {"method": "wanda", "calibration": str(text_file), "samples": 4, "seqlen": 32}
+    with pytest.raises(SettingsError, match=f"--conversations: .*{message}"):
+        Pipeline(Checkpoint(chatty), PruneSettings(**given, conversations=2))
+    said: list[str] = []
+    pipeline = Pipeline(
+        Checkpoint(chatty), make_settings("balanced", given | {"steps": 1}), announce=said.append
+    )  # fmt: skip
+    assert pipeline.settings.conversations == 0
+    assert any(re.search(f"Left out of --quality: .*{message}", text) for text in said)
 
 
 @pytest.mark.parametrize("source", ["file", "self"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -111,12 +111,24 @@ def test_it_helps_and_bfloat16_products_do_too(
         assert all(parameter.dtype == torch.float32 for parameter in student.parameters())
 
 
+class Stored:
+    """A TrainingStore in memory."""
+
+    saved: tuple[dict[str, Tensor], dict[str, Any]] | None = None
+
+    def load_training(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        return self.saved
+
+    def save_training(self, tensors: Mapping[str, Tensor], progress: Mapping[str, Any]) -> None:
+        self.saved = {name: tensor.clone() for name, tensor in tensors.items()}, dict(progress)
+
+
 def test_a_run_that_was_stopped_ends_like_one_that_was_not(
-    tiny_models: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_models: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(distill, "_SAVE_SECONDS", 0.0)
     monkeypatch.setattr(distill, "BATCH_TOKENS", 80)
-    folder, state = tiny_models("llama-gqa-tied"), tmp_path / "training.safetensors"
+    folder, store = tiny_models("llama-gqa-tied"), Stored()
     tokens = windows(30, 40)
     whole, teacher, masks = pair(folder, "llama-gqa-tied")
     expected = Distillation(whole, teacher, masks, "model.layers.", tokens).run(Budget(steps=25))
@@ -131,9 +143,9 @@ def test_a_run_that_was_stopped_ends_like_one_that_was_not(
 
     student, teacher, masks = pair(folder, "llama-gqa-tied")
     with pytest.raises(KeyboardInterrupt):
-        Distillation(student, teacher, masks, "model.layers.", tokens, state=state, progress=stop).run(Budget(steps=25))
+        Distillation(student, teacher, masks, "model.layers.", tokens, store=store, progress=stop).run(Budget(steps=25))
     student, teacher, masks = pair(folder, "llama-gqa-tied")
-    got = Distillation(student, teacher, masks, "model.layers.", tokens, state=state).run(Budget(steps=25))
+    got = Distillation(student, teacher, masks, "model.layers.", tokens, store=store).run(Budget(steps=25))
     assert [(point.step, point.divergence) for point in got] == [(point.step, point.divergence) for point in expected]
     for name, parameter in student.named_parameters():
         assert torch.equal(parameter, whole.get_parameter(name)), name

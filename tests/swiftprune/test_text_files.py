@@ -35,6 +35,11 @@ def as_lines(rows: list[Any]) -> str:
     return "\n".join(json.dumps(row) for row in rows)
 
 
+def damaged(content: bytes) -> bytes:
+    middle = len(content) // 2
+    return content[:middle] + bytes(8) + content[middle + 8 :]
+
+
 TEXTS = [{"text": line, "id": 7} for line in LINES]
 
 
@@ -62,6 +67,14 @@ def test_files_give_their_text(
     path = tmp_path / (name + ending)
     path.write_bytes(compress(content.encode("utf-8-sig" if name == "a.txt" else "utf-8")))
     assert read_text(path) == "\n\n".join(LINES)
+
+
+def test_only_a_line_feed_ends_a_row(tmp_path: Path) -> None:
+    """Python's splitlines takes other characters for line ends, which JSON lets stand within a string."""
+    lines = ["one\u2028line", "and\x85another", "\u2029"]
+    path = tmp_path / "a.jsonl"
+    path.write_bytes("\r\n".join(json.dumps({"text": line}, ensure_ascii=False) for line in lines).encode())
+    assert read_text(path) == "\n\n".join(lines[:2])
 
 
 def test_parquet(tmp_path: Path) -> None:
@@ -131,6 +144,12 @@ def test_a_folder_gives_all_of_its_files_in_order(tmp_path: Path) -> None:
         ("a.jsonl", b'{"messages": [{"role": "user", "content": [{"type": "image"}]}]}', "neither text nor a list"),
         ("a.json", b"{", "not valid JSON"),
         ("a.jsonl", b'{"text": ""}\n{"text": " "}', "is empty"),
+        ("a.jsonl", b'{"text": "x"}\n{"text": null}', "row 2: its 'text' is null"),
+        ("a.jsonl", b'{"text": "ab\\ud83d"}', r"row 1: character 2 is half of one \('\\ud83d'\)"),
+        ("a.json", b'[{"messages": [{"role": "user", "content": "\\ude00"}]}]', "'messages': character 0 is half"),
+        ("a.jsonl", b"[" * 100_000, "line 1 is not valid JSON"),
+        ("a.json", b"[" * 100_000, "not valid JSON"),
+        ("a.jsonl.gz", damaged(gzip.compress(as_lines(TEXTS * 100).encode())), "cannot be read"),
     ],
 )  # fmt: skip
 def test_what_is_no_text_is_refused(name: str, content: bytes, message: str, tmp_path: Path) -> None:
