@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from swiftprune.errors import CheckpointError, SwiftpruneError, first_line
 from swiftprune.pruning.checkpoint import Checkpoint
 from swiftprune.pruning.compute import autocast
 from swiftprune.pruning.refine_blocks import refine_block
@@ -56,31 +57,54 @@ class BlockRunner:
 
     @torch.no_grad()
     def _embed(self, tokens: Tensor) -> list[Tensor]:
-        """Runs all but the blocks, which only note their arguments: these differ by block and by sample."""
+        """Runs all but the blocks, which only note their arguments: these differ by block and by sample.
+
+        Blocks return their hidden states, or these in a tuple: what the model takes is found by trying.
+        Raises CheckpointError for one that does not hand them from each block to the next as they are.
+        """
         base: Any = getattr(self._model, getattr(self._model, "base_model_prefix", ""), self._model)
         blocks = tuple(f"{name}." for name in self._modules)
         outside = [name for name in self._model.state_dict() if not name.startswith(blocks)]
         base_modules = {id(module) for module in base.modules()}
         wanted = [name for name in outside if id(self._model.get_submodule(name.rpartition(".")[0])) in base_modules]
-        hidden: list[Tensor] = []
-        with self._loaded(wanted), self._recording(hidden):
-            for row in tokens:
-                self._arguments.append({})
-                base(input_ids=row[None], use_cache=False)
-                if len(self._arguments) > 1:
-                    _share_equal_tensors(self._arguments[-1], self._arguments[-2])
-        return hidden
+        failure: Exception | None = None
+        for in_tuple in (False, True):
+            hidden: list[Tensor] = []
+            self._arguments = []
+            try:
+                with self._loaded(wanted), self._recording(hidden, in_tuple):
+                    for row in tokens:
+                        self._arguments.append({})
+                        base(input_ids=row[None], use_cache=False)
+                        if len(self._arguments) > 1:
+                            _share_equal_tensors(self._arguments[-1], self._arguments[-2])
+                return hidden
+            except SwiftpruneError:
+                raise
+            except Exception as error:  # of any type, from code that was given what it does not take
+                if not isinstance(failure, _ChangedError):
+                    failure = error
+        assert failure is not None
+        raise CheckpointError(
+            f"{type(self._model).__name__}: cannot be calibrated block by block ({first_line(failure)}); prune it with "
+            "--calibration none"
+        ) from failure
 
     @contextmanager
-    def _recording(self, hidden: list[Tensor]) -> Iterator[None]:
-        first = next(iter(self._modules))
+    def _recording(self, hidden: list[Tensor], in_tuple: bool) -> Iterator[None]:
+        names = list(self._modules)
 
-        def record(name: str) -> Callable[..., Tensor]:
-            def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-                self._arguments[-1][name] = (args, kwargs)
-                if name == first:
+        def record(name: str) -> Callable[..., Any]:
+            def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+                arguments = self._arguments[-1]
+                if name == names[0]:
                     hidden.append(hidden_states)
-                return hidden_states
+                if len(arguments) == len(names) or names[len(arguments)] != name:
+                    raise _ChangedError(f"its blocks do not run one after the other, each once: {name}")
+                if hidden_states is not hidden[-1] and not torch.equal(hidden_states, hidden[-1]):
+                    raise _ChangedError(f"{name} is not given what the block before it returns")
+                arguments[name] = (args, kwargs)
+                return (hidden_states, None) if in_tuple else hidden_states
 
             return forward
 
@@ -227,6 +251,10 @@ class BlockRunner:
         for index, hidden in enumerate(self.hidden):
             self.hidden[index] = self._run(block, index, hidden)
             tick()
+
+
+class _ChangedError(Exception):
+    """Hidden states do not go from block to block as they are."""
 
 
 class _Recorder:

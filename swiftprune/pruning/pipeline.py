@@ -832,7 +832,7 @@ class Pipeline:
         if runner:
             with self.clock("calibrate"):
                 stats = runner.collect(block, self.needs, tick, advance=self.settings.one_pass)
-                _check_inputs(stats, block, self.checkpoint)
+                _check_inputs(stats, block, self.checkpoint.folder)
         with self.clock("read"):
             dense = self.checkpoint.read(linear.tensor for linear in block.linears)
         weights: dict[str, PrunedWeight] = {}
@@ -995,15 +995,21 @@ def check_finite(weight: Tensor, name: str) -> None:
     raise FormatError(f"{name}: weight {index} is {weight[index].item()}; NaN and infinities cannot be pruned")
 
 
-def _check_inputs(stats: dict[str, InputStats], block: Block, checkpoint: Checkpoint) -> None:
-    """Scores of NaN would order nothing: better to stop, and to name the weight behind it."""
-    for name, layer in stats.items():
-        seen = layer.channel_energy
+def _check_inputs(stats: dict[str, InputStats], block: Block, folder: Path) -> None:
+    """Raises CheckpointError for inputs that are not finite, since scores of NaN would order nothing, or that lack."""
+    for linear in block.linears:
+        name = linear.name
+        if name not in stats:
+            raise CheckpointError(
+                f"{folder}: {name} did not run on the calibration text, so nothing is known of its inputs; leave it "
+                "dense with --ignore"
+            )
+        seen = stats[name].channel_energy
         if torch.isfinite(seen).all():
             continue
         channel = int((~torch.isfinite(seen)).nonzero()[0])
         raise CheckpointError(
-            f"{checkpoint.folder}: input channel {channel} of {name} is not finite on the calibration text, though all "
+            f"{folder}: input channel {channel} of {name} is not finite on the calibration text, though all "
             "weights are: the model computes numbers that are too large"
         )
 

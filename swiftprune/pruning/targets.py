@@ -26,6 +26,8 @@ from swiftprune.sparse24.format import unpackable_reason
 DEFAULT_IGNORE = r"lm_head|embed"
 # Engines run these as one layer, so of each set all are packed or none.
 FUSED = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})
+# Of state-space layers: small, and their modules read the weight and do not call the linear.
+_MULTIPLIED_DIRECTLY = {"dt_proj"}
 
 
 @dataclass(frozen=True)
@@ -265,6 +267,8 @@ def _first_reason(dense: dict[str, str]) -> str:
 def _dense_reason(
     name: str, module: nn.Linear, checkpoint: Checkpoint, tensor: str, ignored: Ignore, group: int
 ) -> str | None:
+    if name.rpartition(".")[2] in _MULTIPLIED_DIRECTLY:
+        return "its module multiplies by the weight itself"
     if ignored.search(name):
         return f"matches --ignore {ignored.pattern}"
     entry = checkpoint.tensors[tensor]

@@ -17,14 +17,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
+    BambaConfig,
     Gemma2Config,
     Gemma3nTextConfig,
     Gemma4TextConfig,
+    GPTJConfig,
     GraniteConfig,
+    MambaConfig,
     OPTConfig,
     Starcoder2Config,
 )
 
+import swiftprune.serve.transformers  # noqa: F401 - registers the packed format
 from exporters import export
 from swiftprune.errors import CheckpointError, FormatError, SettingsError
 from swiftprune.pruning import least_squares, refine_blocks
@@ -71,6 +75,9 @@ def naive_sparsegpt(weight: Tensor, inputs: Tensor) -> Tensor:
         w[:, i:] -= error[:, None] * inverses[i][0]
         w[:, i] = torch.where(keep[:, i % 4], w[:, i], 0)
     return w.float()
+
+
+HYBRID: dict[str, Any] = {"vocab_size": 300, "hidden_size": 64, "num_hidden_layers": 2}
 
 
 def catch(inputs: dict[nn.Linear, list[Tensor]], module: nn.Linear, args: tuple[Tensor]) -> None:
@@ -124,6 +131,48 @@ def test_pipeline_equals_a_naive_run_of_the_whole_model(
             compared += 1
     linears = sum(isinstance(module, nn.Linear) for module in reference.modules()) - 1  # lm_head
     assert compared == linears > 0
+
+
+@pytest.mark.parametrize(
+    ("config", "blocks", "dense"),
+    [
+        # Their blocks return a tuple, which the model takes apart.
+        (GPTJConfig(vocab_size=300, n_embd=64, n_layer=2, n_head=4, rotary_dim=8), "transformer.h", []),
+        (BambaConfig(**HYBRID, num_attention_heads=4, num_key_value_heads=2, intermediate_size=128,
+                     attn_layer_indices=[1], mamba_n_heads=8, mamba_d_head=16, mamba_d_state=16, mamba_n_groups=1),
+         "model.layers", []),
+        # It multiplies by the weight of dt_proj itself.
+        (MambaConfig(**HYBRID, state_size=16), "backbone.layers", ["dt_proj"]),
+    ],
+    ids=["gptj", "bamba", "mamba"],
+)  # fmt: skip
+def test_blocks_of_other_kinds_are_calibrated_and_served_alike(
+    config: Any, blocks: str, dense: list[str], text_file: Path, tmp_path: Path
+) -> None:
+    folder = models.write_model(tmp_path / "model", config, torch.float32)
+    settings = PruneSettings(method="wanda", calibration=str(text_file), samples=4, seqlen=48)
+    report = export(folder, tmp_path / "out", settings)
+    tokens = calibration_data(str(text_file), Checkpoint(folder), samples=4, seqlen=48, seed=0, progress=silent).tokens
+    reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    for block in reference.get_submodule(blocks):
+        naive_prune(reference, block, tokens, naive_wanda)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(tokens).logits, reference(tokens).logits, rtol=2e-2, atol=2e-2)
+    inside = {name.rpartition(".")[2] for name in report.dense_linears if name.startswith(blocks)}
+    assert sorted(inside) == dense
+
+
+def test_a_model_that_changes_hidden_states_between_its_blocks_is_refused(
+    tiny_models: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, text_file: Path
+) -> None:
+    """Calibrated from block to block, it would be pruned on inputs that it never has."""
+    settings = PruneSettings(method="wanda", calibration=str(text_file), samples=4, seqlen=16)
+    pipeline = Pipeline(Checkpoint(tiny_models("llama-gqa-tied")), settings)
+    second = pipeline._model.get_submodule("model.layers.1")
+    second.register_forward_pre_hook(lambda module, args: (args[0] * 2, *args[1:]))
+    with pytest.raises(CheckpointError, match=r"LlamaForCausalLM: cannot be calibrated .*layers\.1 is not given what"):
+        list(pipeline.blocks())
 
 
 def record_inputs(model: Any, block: Any, tokens: Tensor) -> tuple[dict[str, Tensor], Tensor, Tensor]:
