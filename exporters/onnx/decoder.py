@@ -74,6 +74,7 @@ def _builder_covers(checkpoint: Path, config: PretrainedConfig) -> bool:
         and config.rope_parameters["rope_type"] in _BUILDER_ROPE[architecture]
         and config.hidden_act == "silu"
         and not sliding
+        and _head_width(config) % 8 == 0  # or ONNX Runtime does not run its attention
         and any((checkpoint / name).exists() for name in _TOKENIZERS)
         and all(find_spec(package) for package in ("onnx", "onnxruntime_genai"))
     )

@@ -275,7 +275,7 @@ def _dense_reason(
     if entry.dtype is None:
         raise CheckpointError(
             f"{checkpoint.folder / entry.shard}: {tensor} is {entry.dtype_name}; "
-            "pruning needs BF16, F16 or F32 weights, so prune before quantizing"
+            "pruning needs BF16, F16 or F32 weights: prune before quantizing, or convert it"
         )
     if module.in_features % group:
         return f"in_features = {module.in_features} is not a multiple of {group}"

@@ -128,6 +128,9 @@ class Linear24(nn.Linear):
 
     def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """x W^T + bias, with `bias` (N,) in the place of the layer's own."""
+        if x.dtype != self.dtype and x.is_floating_point() and torch.is_autocast_enabled(x.device.type):
+            # The weight cannot be cast, so x is; what comes out is what autocast gives of dense linears.
+            return self.multiply(x.to(self.dtype), bias).to(torch.get_autocast_dtype(x.device.type))
         if x.dtype != self.dtype or x.shape[-1] != self.in_features:
             raise ValueError(
                 f"expected x of shape (..., {self.in_features}) and {self.dtype}, got {tuple(x.shape)} {x.dtype}"

@@ -56,6 +56,7 @@ CONFIGS: dict[str, PretrainedConfig] = {
     ),
     "llama-plain": LlamaConfig(**_COMMON, tie_word_embeddings=False),
     "llama-linear": LlamaConfig(**_GROUPED, rope_parameters=_LINEAR),
+    "llama-head-20": LlamaConfig(**_GROUPED, head_dim=20),
     "llama-gelu": LlamaConfig(**_GROUPED, hidden_act="gelu"),
     "qwen2": Qwen2Config(**_GROUPED, use_sliding_window=True, sliding_window=WINDOW, max_window_layers=1),
     "qwen3": Qwen3Config(**_GROUPED, head_dim=16),
@@ -307,6 +308,7 @@ def test_dtypes_and_silence(
         ("llama", {}, "tokenizer", TORCH),
         ("llama-linear", {}, "", TORCH),  # the builder takes it for plain RoPE
         ("llama-gelu", {}, "", TORCH),
+        ("llama-head-20", {}, "", TORCH),  # ONNX Runtime runs the builder's attention in eights only
         ("mistral", {}, "", BUILDER),
         ("mistral-sliding", {}, "", TORCH),  # the builder leaves out the window
         ("gpt-neox", {}, "", TORCH),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -179,6 +180,25 @@ def test_wrong_inputs_are_refused(backend: str, dtype: torch.dtype) -> None:
         layer(torch.ones(3, 16, dtype=dtype))
     with pytest.raises(ValueError, match="float64"):
         layer(torch.ones(3, 12, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_under_autocast_inputs_may_have_another_type(dtype: torch.dtype, compiled: bool) -> None:
+    """As of a dense linear the product comes in autocast's type, whatever the type of x and of the weight."""
+    generator = torch.Generator().manual_seed(0)
+    packed = random_packed(48, 64, dtype, generator)
+    layer = Linear24.from_packed(packed)
+    x = torch.randn(5, 64, generator=generator)
+    run = torch.compile(layer) if compiled else layer
+    for inputs in (x, x.bfloat16()):
+        with pytest.raises(ValueError, match="expected x") if inputs.dtype != dtype else nullcontext():
+            layer(inputs)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            got, dense = run(inputs), F.linear(inputs, unpack(packed))
+        if inputs.dtype != dtype:
+            assert got.dtype == dense.dtype == torch.bfloat16
+        assert relative_error(got, product(inputs, packed, None)) < 1e-2
 
 
 def test_kernels_refuse_what_does_not_fit() -> None:
