@@ -136,7 +136,7 @@ def _against_sparsegpt(data: DemoData, progress: Progress) -> Comparison:
         def staged(stage: str, done: float, total: float, method: str = method) -> None:
             progress(f"{method}: {stage}", done, total)
 
-        settings = PruneSettings(method=method, calibration=str(data.calibration), samples=8, seqlen=512)
+        settings = PruneSettings(method=method, calibration=str(data.calibration), samples=16, seqlen=256)
         pipeline = Pipeline(Checkpoint.open(data.model), settings, data=calibration, progress=staged)
         for _ in pipeline.blocks():
             pass
