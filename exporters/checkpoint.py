@@ -14,7 +14,7 @@ import torch
 from pydantic import BaseModel, ValidationError
 from torch import Tensor
 
-from exporters import model_card, torch_sparse
+from exporters import hub, model_card, torch_sparse
 from exporters.onnx.export import DecoderReport, write_decoder
 from exporters.onnx.trace import require_packages
 from exporters.workspace import MANIFEST, Workspace
@@ -83,6 +83,8 @@ class ExportReport(BaseModel):
     """Perplexity over minutes, on windows of the calibration text that were held back."""
     check: Check | None = None
     """On calibration text that was held back; None where none was, or the check was left out."""
+    hub: str | None = None
+    """Address of the repository that the output was pushed to."""
     evaluation: str | None = None
     """On what perplexity was measured: how many windows, of how many tokens, and what they begin with."""
     perplexity_before: float | None = None
@@ -93,7 +95,7 @@ def export(
     model: str | Path, out: str | Path, settings: PruneSettings | None = None, *, target: Target = "packed",
     resume: bool = False, overwrite: bool = False, evaluate: str | Path | None = None, check: bool = True,
     progress: Progress = silent, announce: Announce = unheard, revision: str | None = None,
-    trust_remote_code: bool = False,
+    trust_remote_code: bool = False, push_to_hub: str | None = None, private: bool = False,
 ) -> ExportReport:  # fmt: skip
     """Prunes `model` (local folder or hub id) and writes the result to the folder `out`.
 
@@ -102,10 +104,13 @@ def export(
     exporters.onnx.export). The output is built in `OUT.partial` and renamed at the end; after an interruption
     `resume=True` continues it and gives the same bytes. `evaluate` names a text on which perplexity is measured before
     and after, by transformers; `check` measures it in any case, on a little calibration text that was held back.
-    `announce` is told what the run will cost once a block is done. Raises the errors of swiftprune.errors.
+    `announce` is told what the run will cost once a block is done. `push_to_hub` is a hub id (`owner/name`) that the
+    output becomes as well. Raises the errors of swiftprune.errors.
     """
     settings = settings or PruneSettings()
     _check_target(settings.resolved(), target)
+    if push_to_hub:
+        hub.check_repository(push_to_hub, overwrite=overwrite)
     checkpoint = Checkpoint.open(model, revision=revision, trust_remote_code=trust_remote_code)
     workspace = Workspace(Path(out), checkpoint.folder, resume=resume, overwrite=overwrite, announce=announce)
     with workspace:
@@ -129,7 +134,7 @@ def export(
         found = pipeline.check(writer) if check else None
         with pipeline.clock("write"):
             writer.write_outside()
-            report = writer.complete(state, found)
+            report = writer.complete(state, found, push_to_hub)
         if target in _ONNX:
             with pipeline.clock("onnx"):
                 report = writer.write_onnx(report, progress)
@@ -144,6 +149,10 @@ def export(
                 }
             )
         workspace.finish(ONNX_FOLDER if target in _ONNX else None)
+        if push_to_hub:
+            with pipeline.clock("push"):
+                address = hub.push(Path(out), push_to_hub, private=private)
+            report = report.model_copy(update={"hub": address})
     return report.model_copy(update={"seconds": dict(pipeline.clock.seconds), "distillation": pipeline.validations})
 
 
@@ -347,7 +356,7 @@ class _ShardWriter:
             if self._results(shard) is None:
                 self._workspace.write_shard(shard, self._unpruned(names), [])
 
-    def complete(self, state: dict[str, Any], check: Check | None) -> ExportReport:
+    def complete(self, state: dict[str, Any], check: Check | None, repository: str | None) -> ExportReport:
         """Makes the workspace a whole checkpoint: writes index, config and manifest, copies the tokenizer."""
         workspace, checkpoint = self._workspace, self._checkpoint
         shards = [self._shard_name(index) for index in range(len(self._blocks) + len(self._outside))]
@@ -377,7 +386,7 @@ class _ShardWriter:
             model_card.NAME,
             model_card.model_card(
                 checkpoint, self._pipeline.settings, self._target, check, pruned=len(pruned), dense=self._dense,
-                bytes_before=checkpoint.nbytes, bytes_after=total,
+                bytes_before=checkpoint.nbytes, bytes_after=total, repository=repository,
             ),
         )  # fmt: skip
         linear_before = sum(checkpoint.tensors[linear.tensor].nbytes for linear in pruned)

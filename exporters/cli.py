@@ -307,6 +307,17 @@ def export_command(
             help="Let transformers run the Python code that MODEL brings along.",
         ),
     ] = False,
+    push_to_hub: Annotated[
+        str | None,
+        typer.Option(
+            rich_help_panel=_FILES,
+            metavar="OWNER/NAME",
+            help="Also make the output a repository on the Hugging Face hub, with the token of `hf auth login`.",
+        ),
+    ] = None,
+    private: Annotated[
+        bool, typer.Option("--private", rich_help_panel=_FILES, help="With --push-to-hub: only you can see it.")
+    ] = False,
     json: Annotated[
         bool,
         typer.Option("--json", rich_help_panel=_FILES, help="Print the report as JSON on stdout, all else on stderr."),
@@ -320,6 +331,8 @@ def export_command(
         max_perplexity_ratio = DEFAULT_RATIO if max_perplexity_ratio is None else max_perplexity_ratio
     elif max_perplexity_ratio is not None:
         raise SettingsError("--max-perplexity-ratio is for --sparsity auto")
+    if private and not push_to_hub:
+        raise SettingsError("--private is for --push-to-hub")
     given = {
         "max_perplexity_ratio": max_perplexity_ratio,
         "method": method, "samples": samples, "seqlen": seqlen, "one_pass": one_pass, "permute": permute,
@@ -348,7 +361,7 @@ def export_command(
             report = export(
                 model, destination, settings, target=target.value, resume=resume, overwrite=overwrite,
                 evaluate=evaluate, check=check, progress=progress, announce=progress.announce, revision=revision,
-                trust_remote_code=trust_remote_code,
+                trust_remote_code=trust_remote_code, push_to_hub=push_to_hub, private=private,
             )  # fmt: skip
     except KeyboardInterrupt:
         raise InterruptedByUserError(
@@ -479,6 +492,8 @@ def print_report(report: ExportReport, console: Console) -> None:
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
         whole.add_row("left dense", escape(f"{names[0]}{more}: {reason}"))
     whole.add_row("written to", escape(report.out))
+    if report.hub:
+        whole.add_row("pushed to", escape(report.hub))
     console.print(whole)
 
 

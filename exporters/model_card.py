@@ -56,12 +56,15 @@ swiftprune-onnx generate {folder} --prompt "The capital of France is"
 
 def model_card(
     checkpoint: Checkpoint, settings: PruneSettings, target: str, check: Check | None, *,
-    pruned: int, dense: Mapping[str, str], bytes_before: int, bytes_after: int,
+    pruned: int, dense: Mapping[str, str], bytes_before: int, bytes_after: int, repository: str | None = None,
 ) -> str:  # fmt: skip
-    """The text of the card. `pruned` and `dense` are the linears that were pruned, and those left dense by reason."""
+    """The text of the card. `pruned` and `dense` are the linears that were pruned, and those left dense by reason.
+
+    `repository` is the hub id that loaders find it under.
+    """
     base = _metadata(checkpoint.folder)
     # Not where this export goes, so that its bytes do not depend on that.
-    folder = f"./{default_name(Path(checkpoint.name).name, settings.pattern)}"
+    folder = repository or f"./{default_name(Path(checkpoint.name).name, settings.pattern)}"
     data = ModelCardData(
         base_model=checkpoint.name,
         license=base.get("license"),

@@ -29,6 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from swiftprune.errors import CheckpointError, SettingsError
+from swiftprune.pruning.checkpoint import from_hub
 from swiftprune.sparse24 import dispatch
 from swiftprune.sparse24.dispatch import BACKEND_VARIABLE, REFERENCE
 from swiftprune.sparse24.format import QUANT_METHOD
@@ -84,13 +85,13 @@ def session(
 
 
 def genai_model(folder: str | Path, *, threads: int | None = None) -> tuple[Any, dict[str, int]]:
-    """An `onnxruntime_genai.Model` on an exported `folder`, its packed linears on the kernels of this library.
+    """An `onnxruntime_genai.Model` on an exported `folder`, or hub id, its packed linears on the library's kernels.
 
     Returns it and how many linears run on which backend, as in `session`. `folder` holds genai_config.json and
     model.onnx. Raises CheckpointError when onnxruntime-genai cannot load it, SettingsError when it is missing.
     """
     genai = _import("onnxruntime_genai")
-    folder = Path(folder).resolve()
+    folder = (Path(folder) if Path(folder).is_dir() else from_hub(str(folder), None, *_ONNX_FILES)).resolve()
     if not (folder / "genai_config.json").exists():
         raise CheckpointError(
             f"{folder}: has no genai_config.json: onnxruntime-genai does not run this architecture; "
@@ -110,6 +111,8 @@ def genai_model(folder: str | Path, *, threads: int | None = None) -> tuple[Any,
             raise CheckpointError(f"{folder}: onnxruntime-genai cannot load it: {_plain(error)}") from error
     return made, linears
 
+
+_ONNX_FILES = ("*.onnx", "*.onnx.data")
 
 # All that onnxruntime-genai would else take from genai_config.json, which has it from the model's own settings.
 _GREEDY = {

@@ -119,7 +119,10 @@ def pack_command(
 
 @app.command("generate", no_args_is_help=True)
 def generate_command(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="What `swiftprune-export --target onnx` wrote.")],
+    folder: Annotated[
+        str,
+        typer.Argument(metavar="FOLDER", help="What `swiftprune-export --target onnx` wrote, or a hub id of such."),
+    ],
     prompt: Annotated[str, typer.Option(help="What to continue.")] = "The capital of France is",
     tokens: Annotated[int, typer.Option(min=1, help="Most tokens of the answer.")] = 64,
     threads: Annotated[int | None, typer.Option(min=1, show_default="onnxruntime's")] = None,

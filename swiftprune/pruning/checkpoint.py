@@ -88,10 +88,7 @@ class Checkpoint:
             return cls(folder, trust_remote_code=trust_remote_code)
         if folder.exists():
             raise CheckpointError(f"{model}: is a file; give the folder that holds config.json and *.safetensors")
-        name = str(model)
-        if name.count("/") != 1 or name.startswith((".", "/", "~")):
-            raise CheckpointError(f"{model}: no such folder, and not a hub id of the form owner/name")
-        return cls(_download(name, revision), name, trust_remote_code=trust_remote_code)
+        return cls(_download(str(model), revision), str(model), trust_remote_code=trust_remote_code)
 
     def permuted(self, orders: Orders) -> Checkpoint:
         """The same checkpoint with the entries of its tensors reordered as they are read."""
@@ -177,24 +174,10 @@ def stores_plain_weights(quantization: Mapping[str, Any]) -> bool:
 
 def _download(name: str, revision: str | None) -> Path:
     """The folder of a hub repository's newest or given revision: first its small files, then the weights they name."""
-    import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    def take(*weights: str) -> Path:
-        return Path(
-            huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=[*_SMALL_FILES, *weights])
-        )
-
-    try:
-        folder = take()
-        index = folder / INDEX_NAME
-        shards = set(read_json(index).get("weight_map", {}).values()) if index.exists() else {SINGLE_NAME}
-        folder = take(*sorted(shards))
-    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
-        at = f" at revision {revision}" if revision else ""
-        raise CheckpointError(
-            f"{name}: no such folder here, and the hub could not be read{at}: {first_line(error)}"
-        ) from error
+    folder = from_hub(name, revision)
+    index = folder / INDEX_NAME
+    shards = set(read_json(index).get("weight_map", {}).values()) if index.exists() else {SINGLE_NAME}
+    folder = from_hub(name, revision, *sorted(shards))
     if not index.exists() and not (folder / SINGLE_NAME).exists():
         raise CheckpointError(
             f"{name}: the repository holds neither {SINGLE_NAME} nor {INDEX_NAME}. If its weights are "
@@ -202,6 +185,27 @@ def _download(name: str, revision: str | None) -> Path:
             "and save_pretrained both into one folder"
         )
     return folder
+
+
+def from_hub(name: str, revision: str | None, *weights: str) -> Path:
+    """The local folder of the hub repository `name` with its small files and those that match `weights`.
+
+    Raises CheckpointError when `name` is no hub id (`owner/name`), or the hub cannot be read.
+    """
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise CheckpointError(f"{name}: no such folder, and not a hub id of the form owner/name")
+    try:
+        return Path(
+            huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=[*_SMALL_FILES, *weights])
+        )
+    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
+        at = f" at revision {revision}" if revision else ""
+        raise CheckpointError(
+            f"{name}: no such folder here, and the hub could not be read{at}: {first_line(error)}"
+        ) from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
