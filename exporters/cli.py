@@ -77,8 +77,8 @@ class ComputeChoice(enum.StrEnum):
 
 DEFAULT_RATIO = 1.5
 _DEFAULTS = PruneSettings()
-_QUALITY_HELP = "The wait you can afford. Without it: three minutes for a small model, mask and weights solved for.\n\n"
-_QUALITY_HELP += "\n\n".join(f"[b]{name}[/]: {quality.summary}" for name, quality in QUALITIES.items())
+_QUALITY_HELP = "; ".join(f"[b]{name}[/]: {quality.summary}" for name, quality in QUALITIES.items())
+_QUALITY_HELP += "."
 _METHOD_HELP, _ABLATION_HELP = (
     "\n\n".join(f"[b]{name}[/]: {method.summary}" for name, method in METHODS.items() if method.ablation is ablation)
     for ablation in (False, True)
@@ -121,35 +121,36 @@ def export_command(
     format: Annotated[
         str,
         typer.Option(
-            help="What stays: N:M (2:4, 4:8, 1:4, ...) or unstructured:SPARSITY. Only 2:4 can be packed; "
-            "use --target dense for the others."
+            metavar="N:M", help="What stays. Others than 2:4, and unstructured:SPARSITY, are for --target dense only."
         ),
     ] = "2:4",
     out: Annotated[
-        Path | None, typer.Option(help="Output folder. Default: MODEL with the format appended, here.")
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Where to write.", show_default="./MODEL-2of4"),
     ] = None,
     calibration: Annotated[
         str,
         typer.Option(
-            help="[b]self[/]: text the model samples itself; [b]none[/]; a file of plain text, .jsonl, .json or "
-            ".parquet, also compressed, or a folder of them; or a data set id, id:config:split."
+            metavar="TEXT",
+            help="A file of plain text, .jsonl, .json or .parquet, also compressed, or a folder of them; a data set "
+            "(id:config:split); [b]self[/]: text the model samples itself; or [b]none[/].",
         ),
     ] = "self",
     quality: Annotated[
         QualityChoice | None,
-        typer.Option(help=_QUALITY_HELP, show_default="what the options below say"),
+        typer.Option(metavar="NAME", help=_QUALITY_HELP, show_default="three minutes for a small model"),
     ] = None,
     target: Annotated[
         TargetChoice,
         typer.Option(
-            help="[b]packed[/]: 9/16 of the bytes, for swiftprune's engines; [b]dense[/]: zeros in place, loads "
-            "anywhere; [b]torch[/]: CUTLASS layout of torch.sparse; [b]sparse24-bitmask[/]: for vLLM up to 0.18; "
-            "[b]onnx[/]: one packed ONNX file, for ONNX Runtime or any other; [b]onnx-dense[/]: zeros in place, for "
-            "TensorRT."
+            metavar="NAME",
+            help="[b]packed[/]: 9/16 of the bytes, for transformers and vLLM; [b]onnx[/]: the same as an ONNX file; "
+            "[b]dense[/]: zeros in place, loads anywhere; [b]onnx-dense[/]: for TensorRT; [b]torch[/]: CUTLASS layout "
+            "of torch.sparse; [b]sparse24-bitmask[/]: for vLLM up to 0.18.",
         ),
     ] = TargetChoice.PACKED,
     evaluate: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Text on which to measure perplexity before and after.")
+        Path | None, typer.Option(metavar="FILE", help="Text to measure perplexity on, before and after.")
     ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue an interrupted export into the same --out.")

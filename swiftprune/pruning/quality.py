@@ -27,15 +27,15 @@ class Quality:
 _SOLVED: dict[str, Any] = {"method": "admm", "seqlen": 256, "refine": ("distill",)}
 QUALITIES: dict[QualityName, Quality] = {
     "fast": Quality(
-        "seconds: one dense pass over little text, masks only",
+        "seconds, masks only",
         {"method": "swiftprune-pairs", "one_pass": True, "samples": 12, "seqlen": 256},
     ),
     "balanced": Quality(
-        "ten minutes: mask and weights solved for, then distilled from the dense model",
+        "ten minutes, also distilled from the dense model",
         _SOLVED | {"samples": 96, "conversations": 32, "minutes": 10.0},
     ),
     "best": Quality(
-        "an hour: the same on more text, in a better order of channels, distilled for longer",
+        "an hour: more text, channels reordered, distilled for longer",
         _SOLVED | {"samples": 256, "conversations": 128, "permute": True, "minutes": 60.0},
     ),
 }

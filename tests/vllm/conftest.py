@@ -6,6 +6,7 @@ import functools
 import importlib.util
 import logging
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -49,6 +50,18 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
         return out
 
     return get
+
+
+@pytest.fixture
+def hub_id(checkpoints: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The id of a packed checkpoint that is in the cache of the hub, as if it had been downloaded."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    repository = tmp_path / "models--owner--tiny-2of4"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("0" * 40)
+    shutil.copytree(checkpoints("llama-gqa-tied", "packed"), repository / "snapshots" / ("0" * 40))
+    return Path("owner/tiny-2of4")
 
 
 @pytest.fixture(scope="session")

@@ -41,6 +41,10 @@ def test_compiled_or_on_two_devices(dtype: str, devices: int, checkpoints: Check
     assert compared >= len(PROMPTS) * TOKENS // 2
 
 
+def test_by_its_hub_id(hub_id: Path, dense_answers: Answers) -> None:
+    assert assert_same(dense_answers("llama-gqa-tied", "float32"), ask(hub_id, dtype="float32"), TOLERANCE["float32"])
+
+
 def test_a_cached_prefix_changes_nothing(checkpoints: Checkpoints) -> None:
     long = [[*range(5, 100)]]
     with engine(checkpoints("llama-gqa-tied", "packed"), dtype="float32", block_size=32) as llm:
