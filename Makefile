@@ -21,7 +21,7 @@ else
 TORCH := torch==$(TORCH_VERSION)
 endif
 
-NATIVE := $(wildcard swiftprune/sparse24/kernels/csrc/*)
+NATIVE := $(wildcard swiftprune/kernels/csrc/*)
 SOURCES := $(shell find swiftprune exporters runtime_bench -name '*.py')
 
 .PHONY: setup demo browser test test-neon vllm-env test-vllm check bench bench-onnx bench-vllm bench-prune bench-methods bench-quality bench-kernels clean

@@ -14,29 +14,27 @@ import torch
 from pydantic import BaseModel, ValidationError
 from torch import Tensor
 
-from exporters import hub, model_card, torch_sparse
+from exporters import hub, model_card
 from exporters.onnx.export import DecoderReport, write_decoder
 from exporters.onnx.trace import require_packages
 from exporters.workspace import MANIFEST, Workspace
+from swiftprune.calibration.text import chat_template, load_tokenizer, start_tokens, token_windows
+from swiftprune.calibration.text_files import read_text, text_files
+from swiftprune.checkpoints.source import INDEX_NAME, Checkpoint, TensorEntry, shard_entries
+from swiftprune.config import DTYPES, DtypeName, PruneSettings
 from swiftprune.errors import CheckpointError, SettingsError
-from swiftprune.pruning.calibration_text import chat_template, load_tokenizer, start_tokens, token_windows
-from swiftprune.pruning.checkpoint import INDEX_NAME, Checkpoint, TensorEntry, shard_entries
-from swiftprune.pruning.distill import Validation
-from swiftprune.pruning.evaluate import dense_perplexity, perplexity
-from swiftprune.pruning.pipeline import DTYPES, Check, DtypeName, LayerResult, Pipeline, PrunedBlock, PruneSettings
-from swiftprune.pruning.progress import Announce, Progress, silent, unheard
-from swiftprune.pruning.targets import FUSED, Block, Linear, Targets
-from swiftprune.pruning.text_files import read_text, text_files
-from swiftprune.pruning.whole_model import context_length, load_whole_model, read_config
-from swiftprune.sparse24 import bitmask
-from swiftprune.sparse24 import format as format24
-from swiftprune.sparse24.format import METADATA_SUFFIX, Packed24
-from swiftprune.sparse24.kernels import semi_structured
+from swiftprune.formats import FORMATS, CheckpointFormat, spec
+from swiftprune.formats.spec import Packed24
+from swiftprune.kernels import packing
+from swiftprune.models.load import context_length, load_whole_model, read_config
+from swiftprune.models.perplexity import dense_perplexity, perplexity
+from swiftprune.models.plan import FUSED, Block, Linear, Targets
+from swiftprune.progress import Announce, Progress, silent, unheard
+from swiftprune.stages.distill import Validation
+from swiftprune.stages.run import Check, LayerResult, Pipeline, PrunedBlock
 
 Target = Literal["packed", "dense", "torch", "sparse24-bitmask", "onnx", "onnx-dense"]
 _ONNX: tuple[Target, ...] = ("onnx", "onnx-dense")
-# What the pruned weights are written as, zeros in place; the ONNX targets are made from such a checkpoint.
-_DENSE: tuple[Target, ...] = ("dense", *_ONNX)
 ONNX_FOLDER = "onnx"  # within the workspace, until it takes the output's place
 EVALUATION_SEQLEN = 2048
 _OUTSIDE_SHARD_BYTES = 512 << 20
@@ -99,8 +97,8 @@ def export(
 ) -> ExportReport:  # fmt: skip
     """Prunes `model` (local folder or hub id) and writes the result to the folder `out`.
 
-    Targets: `packed` (the 2:4 format of swiftprune.sparse24.format), `dense` (zeros in place, loads anywhere), `torch`
-    (see exporters.torch_sparse), `sparse24-bitmask` (see swiftprune.sparse24.bitmask), `onnx` and `onnx-dense` (see
+    Targets: `packed` (the 2:4 format of swiftprune.formats.spec), `dense` (zeros in place, loads anywhere), `torch`
+    (see exporters.torch_sparse), `sparse24-bitmask` (see swiftprune.formats.bitmask), `onnx` and `onnx-dense` (see
     exporters.onnx.export). The output is built in `OUT.partial` and renamed at the end; after an interruption
     `resume=True` continues it and gives the same bytes. `evaluate` names a text on which perplexity is measured before
     and after, by transformers; `check` measures it in any case, on a little calibration text that was held back.
@@ -159,23 +157,27 @@ def export(
 def _check_target(settings: PruneSettings, target: Target) -> None:
     if target not in get_args(Target):
         raise SettingsError(f"target {target!r}: give one of {', '.join(get_args(Target))}")
-    if target != "dense" and settings.pattern != format24.FORMAT:
+    if target != "dense" and settings.pattern != spec.FORMAT:
         raise SettingsError(
-            f"--target {target} stores {format24.FORMAT} only; for --format {settings.pattern} use --target dense"
+            f"--target {target} stores {spec.FORMAT} only; for --format {settings.pattern} use --target dense"
         )
     if target in _ONNX:
         require_packages()
-    if target == "torch" and settings.dtype == "float32":
-        raise SettingsError("--target torch stores float16 or bfloat16 weights; leave out --dtype float32")
 
 
 def _check_stored(pipeline: Pipeline, target: Target) -> None:
-    """Raises SettingsError where a target would store every linear dense, for its type."""
+    """Raises SettingsError where a target would store every linear dense."""
     linears = [linear for block in pipeline.targets.blocks for linear in block.linears]
-    if target == "torch" and all(pipeline.stored_dtype(linear) == torch.float32 for linear in linears):
-        raise SettingsError(
-            "--target torch stores float16 or bfloat16 weights, and the checkpoint's are float32; add --dtype bfloat16"
-        )
+    reasons = [_unsupported_reason(pipeline, linear, FORMATS.get(target)) for linear in linears]
+    if all(reasons):
+        hint = "; add --dtype bfloat16" if pipeline.stored_dtype(linears[0]) == torch.float32 else ""
+        raise SettingsError(f"--target {target} would store every linear dense: {reasons[0]}{hint}")
+
+
+def _unsupported_reason(pipeline: Pipeline, linear: Linear, format: CheckpointFormat | None) -> str | None:
+    """Why `format` cannot store the pruned `linear`, or None where it can; dense tensors take any."""
+    rows, cols = pipeline.checkpoint.tensors[linear.tensor].shape
+    return format.unsupported_reason((rows, cols), pipeline.stored_dtype(linear)) if format else None
 
 
 def _check_fused(targets: Targets) -> None:
@@ -244,6 +246,8 @@ class _ShardWriter:
         self.keep_fitted_samples = workspace.keep_fitted_samples
         self._pipeline = pipeline
         self._target = target
+        self._format = FORMATS.get(target)
+        """None where zeros stay in place; the ONNX targets are made from such a checkpoint."""
         self._workspace = workspace
         self._blocks = pipeline.targets.blocks
         self._outside = self._split_outside()
@@ -258,17 +262,13 @@ class _ShardWriter:
         """The linears that are not packed, with the reason."""
         ratio = self._pipeline.settings.max_perplexity_ratio
         kept = dict.fromkeys(self._pipeline.dense_linears or (), f"kept dense for --max-perplexity-ratio {ratio}")
-        return self._pipeline.targets.dense | self._unsuitable() | kept
+        return self._pipeline.targets.dense | self._unsupported() | kept
 
-    def _unsuitable(self) -> dict[str, str]:
+    def _unsupported(self) -> dict[str, str]:
         """Linears that are pruned, but that the target cannot store packed."""
-        reasons = {}
-        for linear in (linear for block in self._blocks for linear in block.linears):
-            entry = self._checkpoint.tensors[linear.tensor]
-            stored = self._pipeline.stored_dtype(linear)
-            if reason := _unsuitable_reason(self._target, (entry.shape[0], entry.shape[1]), stored):
-                reasons[linear.name] = f"pruned, stored dense: {reason}"
-        return reasons
+        linears = (linear for block in self._blocks for linear in block.linears)
+        found = {linear.name: _unsupported_reason(self._pipeline, linear, self._format) for linear in linears}
+        return {name: f"pruned, stored dense: {reason}" for name, reason in found.items() if reason}
 
     def _split_outside(self) -> list[list[str]]:
         groups: list[list[str]] = []
@@ -304,15 +304,8 @@ class _ShardWriter:
         return {name: self._restore(tensors, name) for name in block.tensors}
 
     def _restore(self, tensors: dict[str, Tensor], name: str) -> Tensor:
-        if (stored := bitmask.names(name))[bitmask.MASK] in tensors:
-            packed = bitmask.from_bitmask(tensors[stored[bitmask.VALUES]], tensors[stored[bitmask.MASK]], name)
-            return format24.unpack(packed, name)
-        metadata = tensors.get(name + METADATA_SUFFIX)
-        if metadata is None:
-            return tensors[name]
-        if metadata.dtype == torch.int16:
-            return format24.unpack(Packed24(*semi_structured.from_cutlass(tensors[name], metadata)), name)
-        return format24.unpack(Packed24(tensors[name], metadata), name)
+        packed = self._format.decode(name, tensors) if self._format else None
+        return tensors[name] if packed is None else packing.unpack(packed, name)
 
     def save(self, done: PrunedBlock) -> None:
         names = [name for name in done.block.tensors if name not in done.weights]
@@ -326,17 +319,10 @@ class _ShardWriter:
         )
 
     def _store(self, name: str, weight: Packed24 | Tensor) -> dict[str, Tensor]:
-        if not isinstance(weight, Packed24):
-            return {name: weight}
-        if self._target in _DENSE or _unsuitable_reason(self._target, weight.shape, weight.values.dtype):
-            return {name: format24.unpack(weight, name)}
-        if self._target == "packed":
-            return {name: weight.values, name + METADATA_SUFFIX: weight.metadata}
-        if self._target == "sparse24-bitmask":
-            stored = bitmask.names(name)
-            return {stored[part]: tensor for part, tensor in bitmask.to_bitmask(weight).items()}
-        values, metadata = semi_structured.to_cutlass(weight.values, weight.metadata, name)
-        return {name: values, name + METADATA_SUFFIX: metadata}
+        format = self._format
+        if isinstance(weight, Packed24) and format and not format.unsupported_reason(weight.shape, weight.values.dtype):
+            return format.encode(name, weight)
+        return {name: packing.unpack(weight, name)}
 
     def _unpruned(self, names: list[str]) -> dict[str, Tensor]:
         """Tensors of the source, in the type that is written. Raises SettingsError where that cannot hold them."""
@@ -374,7 +360,7 @@ class _ShardWriter:
             MANIFEST,
             state
             | {
-                "format_version": format24.VERSION,
+                "format_version": spec.VERSION,
                 **({"fitted_samples": fitted} if (fitted := self._pipeline.fitted_samples) else {}),
                 **({"check": check.model_dump()} if check else {}),
                 "layers": [layer.model_dump() for layer in layers],
@@ -393,7 +379,7 @@ class _ShardWriter:
         linear_after = sum(
             stored[name].nbytes
             for linear in pruned
-            for name in (linear.tensor, linear.tensor + METADATA_SUFFIX, *bitmask.names(linear.tensor).values())
+            for name in {linear.tensor, *(self._format.names(linear.tensor) if self._format else ())}
             if name in stored
         )
         return ExportReport(
@@ -449,7 +435,7 @@ class _ShardWriter:
         )  # fmt: skip
         config = self._config()
         if self._target == "onnx":
-            config["quantization_config"] = self._declaration(format24.FORMAT)
+            config["quantization_config"] = spec.declaration(spec.FORMAT, list(self._dense))
         workspace.write_json(f"{ONNX_FOLDER}/config.json", config)
         for name in (MANIFEST, model_card.NAME, *self._copied()):
             if not (out / name).exists():  # the builder copies some
@@ -463,26 +449,14 @@ class _ShardWriter:
             }
         )
 
-    def _declaration(self, stored: str) -> dict[str, Any]:
-        """What config.json says of the packed weights, by which loaders know them."""
-        return {
-            "quant_method": format24.QUANT_METHOD,
-            "format": stored,
-            "version": format24.VERSION,
-            "ignore": list(self._dense),
-        }
-
     def _config(self) -> dict[str, Any]:
         config = copy.deepcopy(self._checkpoint.config)
         config.pop("quantization_config", None)  # what only said that weights are sparse, and of which tool
         if dtype := self._pipeline.settings.dtype:
             config["dtype"] = dtype
             _set_dtype(config, dtype)
-        if self._target == "sparse24-bitmask":
-            config["quantization_config"] = bitmask.quantization_config(list(self._dense))
-        elif self._target not in _DENSE:
-            packed = self._target == "packed"
-            config["quantization_config"] = self._declaration(format24.FORMAT if packed else torch_sparse.FORMAT)
+        if self._format:
+            config["quantization_config"] = self._format.quantization_config(list(self._dense))
         return config
 
 
@@ -498,12 +472,6 @@ def _set_dtype(config: dict[str, Any], dtype: str) -> None:
     for part in config.values():
         if isinstance(part, dict):
             _set_dtype(part, dtype)
-
-
-def _unsuitable_reason(target: Target, shape: tuple[int, int], dtype: torch.dtype) -> str | None:
-    if target == "torch":
-        return torch_sparse.unsuitable_reason(shape, dtype)
-    return bitmask.unsuitable_reason(shape) if target == "sparse24-bitmask" else None
 
 
 def _evaluation_windows(checkpoint: Checkpoint, path: Path, column: str) -> Tensor:

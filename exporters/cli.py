@@ -33,12 +33,11 @@ from exporters import info
 from exporters.checkpoint import ExportReport, export
 from exporters.model_card import default_name
 from exporters.onnx.export import CHECK_TOKENS
+from swiftprune.calibration.text_files import DEFAULT_COLUMN
+from swiftprune.config import QUALITIES, PruneSettings, make_settings
 from swiftprune.errors import InterruptedByUserError, SettingsError, SwiftpruneError
-from swiftprune.pruning.pipeline import PruneSettings
-from swiftprune.pruning.quality import QUALITIES, make_settings
-from swiftprune.pruning.score import METHODS
-from swiftprune.pruning.targets import DEFAULT_IGNORE
-from swiftprune.pruning.text_files import DEFAULT_COLUMN
+from swiftprune.methods.scores import METHODS
+from swiftprune.models.ignore import DEFAULT_IGNORE
 
 app = typer.Typer(rich_markup_mode="rich", pretty_exceptions_enable=False)
 

@@ -13,13 +13,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from exporters import torch_sparse
 from exporters.workspace import MANIFEST
-from swiftprune.pruning.checkpoint import Checkpoint, read_json
-from swiftprune.pruning.pipeline import Check, PruneSettings
-from swiftprune.sparse24 import bitmask, dispatch
-from swiftprune.sparse24 import format as format24
-from swiftprune.sparse24.format import METADATA_SUFFIX
+from swiftprune.checkpoints.source import Checkpoint, read_json
+from swiftprune.config import PruneSettings
+from swiftprune.formats import bitmask, cutlass, spec
+from swiftprune.formats.spec import METADATA_SUFFIX
+from swiftprune.kernels import dispatch
+from swiftprune.stages.run import Check
 
 app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
 
@@ -93,9 +93,9 @@ def _use(
         }
     if target == "onnx-dense":
         return "ONNX decoder, zeros in place", {_FROM_ONNX: "dense, or sparse where it looks for 2:4 (TensorRT)"}
-    if method == format24.QUANT_METHOD and stored == torch_sparse.FORMAT:
+    if method == spec.QUANT_METHOD and stored == cutlass.FORMAT:
         return "CUTLASS layout of torch.sparse", {"torch on NVIDIA GPUs": "sparse, by exporters.torch_sparse.load"}
-    if method == format24.QUANT_METHOD:
+    if method == spec.QUANT_METHOD:
         config_type = getattr(torch, str(config.get("dtype") or config.get("torch_dtype") or "bfloat16"))
         backend = dispatch.linear_backend(config_type)
         return "packed 2:4 weights", {

@@ -9,8 +9,9 @@ from typing import Any
 from huggingface_hub import ModelCardData
 from huggingface_hub.repocard import metadata_load
 
-from swiftprune.pruning.checkpoint import Checkpoint
-from swiftprune.pruning.pipeline import Check, PruneSettings
+from swiftprune.checkpoints.source import Checkpoint
+from swiftprune.config import PruneSettings
+from swiftprune.stages.run import Check
 
 NAME = "README.md"
 

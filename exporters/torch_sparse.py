@@ -18,17 +18,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.sparse import SparseSemiStructuredTensorCUTLASS
 
+from swiftprune.checkpoints.source import Checkpoint
 from swiftprune.errors import FormatError
-from swiftprune.pruning.checkpoint import Checkpoint
-from swiftprune.sparse24.format import METADATA_SUFFIX
-from swiftprune.sparse24.kernels import semi_structured
-
-FORMAT = "2:4-cutlass"
-
-
-def unsuitable_reason(shape: tuple[int, int], dtype: torch.dtype) -> str | None:
-    """Why CUTLASS cannot take a weight of this shape (N, K) and dtype, or None when it can."""
-    return semi_structured.unsuitable_reason("cutlass", shape, dtype)
+from swiftprune.formats.cutlass import FORMAT
+from swiftprune.formats.spec import METADATA_SUFFIX
 
 
 def load(folder: str | Path, device: torch.device | str = "cpu") -> dict[str, Tensor]:

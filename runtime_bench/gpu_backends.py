@@ -25,12 +25,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.sparse import SparseSemiStructuredTensorCUTLASS
 
-from swiftprune.sparse24 import dispatch
-from swiftprune.sparse24.format import pack, unpack, unpackable_reason
-from swiftprune.sparse24.kernels import gpu, reference, semi_structured, triton_linear
-from swiftprune.sparse24.kernels.gpu import CAPABILITY
-from swiftprune.sparse24.kernels.semi_structured import ACCUMULATED, filled
-from swiftprune.sparse24.linear import Linear24
+from swiftprune.formats import cutlass
+from swiftprune.formats.spec import unpackable_reason
+from swiftprune.kernels import dispatch, gpu, reference, semi_structured, triton_linear
+from swiftprune.kernels.gpu import CAPABILITY
+from swiftprune.kernels.linear import Linear24
+from swiftprune.kernels.packing import pack, unpack
+from swiftprune.kernels.semi_structured import ACCUMULATED, filled
 
 DENSE = "cublas"
 DTYPES = {name: getattr(torch, name) for name in ("bfloat16", "float16", "int8", "float8_e4m3fn")}
@@ -146,7 +147,7 @@ def _pair(weight: Tensor) -> tuple[Tensor, Tensor]:
 def _cutlass(weight: Tensor) -> Run:
     if weight.dtype.itemsize > 1:
         return _linear24("cutlass", weight)
-    values, metadata = semi_structured.to_cutlass(*_pair(weight))
+    values, metadata = cutlass.to_cutlass(*_pair(weight))
     return partial(semi_structured.cutlass_linear, values=values, metadata=metadata)
 
 
@@ -184,7 +185,7 @@ def _linear24(backend: str, weight: Tensor) -> Run:
 
 
 def _triton_limits(shape: tuple[int, int], dtype: torch.dtype) -> str | None:
-    return _packed_limits(shape, dtype) or triton_linear.unsuitable_reason(shape, dtype)
+    return _packed_limits(shape, dtype) or triton_linear.unsupported_reason(shape, dtype)
 
 
 def _packed_limits(shape: tuple[int, int], dtype: torch.dtype) -> str | None:
@@ -215,9 +216,9 @@ def _multiples(name: str, dtype: torch.dtype, shape: tuple[int, int], of: tuple[
 
 BACKENDS = (
     Backend(DENSE, _cublas_limits, _cublas),
-    Backend("cusparselt", partial(semi_structured.unsuitable_reason, "cusparselt"), _cusparselt),
+    Backend("cusparselt", partial(semi_structured.unsupported_reason, "cusparselt"), _cusparselt),
     Backend(
-        "cutlass", partial(semi_structured.unsuitable_reason, "cutlass"), _cutlass, major=semi_structured.CUTLASS_MAJOR
+        "cutlass", partial(semi_structured.unsupported_reason, "cutlass"), _cutlass, major=semi_structured.CUTLASS_MAJOR
     ),
     Backend("triton", _triton_limits, partial(_linear24, "triton")),
     Backend("unpack", _triton_limits, partial(_linear24, "unpack")),

@@ -16,12 +16,12 @@ from runtime_bench.gpu import Device, GpuResult
 from runtime_bench.gpu_backends import fault, inputs, masked_weight, truth
 from runtime_bench.layers import SHAPES
 from swiftprune.errors import SettingsError
-from swiftprune.pruning.progress import Progress, silent
-from swiftprune.sparse24.format import pack
-from swiftprune.sparse24.kernels import triton_linear
-from swiftprune.sparse24.kernels.gpu import EXACT
-from swiftprune.sparse24.kernels.triton_linear import Config
-from swiftprune.sparse24.plan import TABLE_VERSION
+from swiftprune.kernels import triton_linear
+from swiftprune.kernels.gpu import EXACT
+from swiftprune.kernels.packing import pack
+from swiftprune.kernels.plan import TABLE_VERSION
+from swiftprune.kernels.triton_linear import Config
+from swiftprune.progress import Progress, silent
 
 TUNED_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128)
 TUNED_ROUNDS = 10

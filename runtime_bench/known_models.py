@@ -6,7 +6,7 @@ from pathlib import Path
 
 from runtime_bench import demo_data, synthetic
 from swiftprune.errors import SettingsError
-from swiftprune.pruning.progress import Progress, silent
+from swiftprune.progress import Progress, silent
 
 DEMO_MODEL = "smollm2-135m"
 NAMES = (DEMO_MODEL, *synthetic.SHAPES)

@@ -26,11 +26,10 @@ from runtime_bench.results import Result
 from runtime_bench.statistics import ratios
 from runtime_bench.stored import Stored
 from swiftprune.errors import SettingsError
-from swiftprune.pruning.progress import Progress, silent
-from swiftprune.sparse24 import dispatch
-from swiftprune.sparse24.format import pack
-from swiftprune.sparse24.kernels import native
-from swiftprune.sparse24.linear import Linear24
+from swiftprune.kernels import dispatch, native
+from swiftprune.kernels.linear import Linear24
+from swiftprune.kernels.packing import pack
+from swiftprune.progress import Progress, silent
 
 SHAPES: dict[str, list[tuple[int, int]]] = {
     "llama-2-7b": [(4096, 4096), (11008, 4096), (4096, 11008)],

@@ -16,7 +16,7 @@ import torch
 from pydantic import Field
 
 from runtime_bench.stored import Stored
-from swiftprune.sparse24.kernels.native import supported_isas
+from swiftprune.kernels.native import supported_isas
 
 PACKAGES = ("swiftprune", "torch", "transformers", "safetensors")
 _ISA_FLAGS = re.compile(r"avx\w*|amx\w*|fma|f16c|asimd\w*|sve\w*|bf16|i8mm")

@@ -10,15 +10,16 @@ from pydantic import BaseModel
 
 from runtime_bench.demo_data import DemoData
 from runtime_bench.machine import Machine, this_machine
-from swiftprune.pruning.calibration_text import load_tokenizer, token_windows
-from swiftprune.pruning.checkpoint import Checkpoint
-from swiftprune.pruning.evaluate import perplexity
-from swiftprune.pruning.pipeline import Pipeline, PruneSettings
-from swiftprune.pruning.progress import Progress, silent
-from swiftprune.pruning.text_files import read_text
-from swiftprune.pruning.whole_model import load_whole_model
-from swiftprune.sparse24 import format as format24
-from swiftprune.sparse24.format import Packed24
+from swiftprune.calibration.text import load_tokenizer, token_windows
+from swiftprune.calibration.text_files import read_text
+from swiftprune.checkpoints.source import Checkpoint
+from swiftprune.config import PruneSettings
+from swiftprune.formats.spec import Packed24
+from swiftprune.kernels import packing
+from swiftprune.models.load import load_whole_model
+from swiftprune.models.perplexity import perplexity
+from swiftprune.progress import Progress, silent
+from swiftprune.stages.run import Pipeline
 
 SEQLEN = 2048
 
@@ -80,7 +81,7 @@ def _run(
     for done in pipeline.blocks():
         for name, weight in done.weights.items():
             dense[name] = parameters[name].detach().clone()
-            parameters[name].data.copy_(format24.unpack(weight) if isinstance(weight, Packed24) else weight)
+            parameters[name].data.copy_(packing.unpack(weight) if isinstance(weight, Packed24) else weight)
     value = perplexity(model, windows, stage="evaluate", progress=staged)
     for name, weight in dense.items():
         parameters[name].data.copy_(weight)

@@ -11,13 +11,14 @@ from torch import Tensor
 from runtime_bench.demo_data import DemoData
 from runtime_bench.machine import Machine, this_machine
 from runtime_bench.measure import Timing, interleaved
-from swiftprune.pruning.checkpoint import Checkpoint
-from swiftprune.pruning.mask import ewma
-from swiftprune.pruning.pipeline import Pipeline, PruneSettings
-from swiftprune.pruning.progress import Progress, silent
-from swiftprune.pruning.score import InputStats, wanda
-from swiftprune.sparse24.format import prune_and_pack
-from swiftprune.sparse24.score_factors import ScoreFactors
+from swiftprune.checkpoints.source import Checkpoint
+from swiftprune.config import PruneSettings
+from swiftprune.kernels.packing import prune_and_pack
+from swiftprune.kernels.score_factors import ScoreFactors
+from swiftprune.methods.mask import ewma
+from swiftprune.methods.scores import InputStats, wanda
+from swiftprune.progress import Progress, silent
+from swiftprune.stages.run import Pipeline
 
 SHAPE = (4096, 14336)
 ROUNDS = 9

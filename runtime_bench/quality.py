@@ -11,12 +11,12 @@ from transformers import AutoTokenizer
 
 import swiftprune.serve.transformers  # noqa: F401 - registers the packed format
 from runtime_bench.results import SIDES, Quality
+from swiftprune.calibration.text import load_tokenizer, token_windows
+from swiftprune.calibration.text_files import read_text
 from swiftprune.errors import SettingsError
-from swiftprune.pruning import evaluate
-from swiftprune.pruning.calibration_text import load_tokenizer, token_windows
-from swiftprune.pruning.progress import Progress, silent
-from swiftprune.pruning.text_files import read_text
-from swiftprune.pruning.whole_model import load_whole_model
+from swiftprune.models import perplexity as evaluate
+from swiftprune.models.load import load_whole_model
+from swiftprune.progress import Progress, silent
 
 
 def perplexity(

@@ -20,8 +20,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from runtime_bench.measure import interleaved
 from runtime_bench.stored import Stored
-from swiftprune.sparse24.format import GROUP, KEPT, QUANT_METHOD, metadata_width
-from swiftprune.sparse24.kernels import native
+from swiftprune.formats.spec import GROUP, KEPT, QUANT_METHOD, metadata_width
+from swiftprune.kernels import native
 
 _READ_BYTES = 512 << 20
 _GEMM_SIZES = (128, 256, 512, 1024, 2048)

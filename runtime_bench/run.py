@@ -30,10 +30,10 @@ from runtime_bench.engines.vllm_engine import ENVIRONMENT
 from runtime_bench.machine import PACKAGES, this_machine
 from runtime_bench.results import SIDES, Case, Check, Metric, RunResult, SideFacts
 from runtime_bench.statistics import spread
+from swiftprune.config import PruneSettings
 from swiftprune.errors import SettingsError
-from swiftprune.pruning.pipeline import PruneSettings
-from swiftprune.pruning.progress import Progress, silent
-from swiftprune.sparse24 import dispatch
+from swiftprune.kernels import dispatch
+from swiftprune.progress import Progress, silent
 
 _T = TypeVar("_T")
 CHECK_TOKENS = 16

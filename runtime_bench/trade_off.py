@@ -19,16 +19,15 @@ from runtime_bench.conditions import Conditions, judged, watch
 from runtime_bench.demo_data import DemoData
 from runtime_bench.machine import this_machine
 from runtime_bench.stored import Stored
+from swiftprune.calibration.text import load_tokenizer, token_windows
+from swiftprune.calibration.text_files import read_text
+from swiftprune.compute import autocast, faster_type
+from swiftprune.config import DTYPES, PruneSettings, QualityName, make_settings
 from swiftprune.errors import ResultError, SettingsError
-from swiftprune.pruning.calibration_text import load_tokenizer, token_windows
-from swiftprune.pruning.compute import autocast, faster_type
-from swiftprune.pruning.distill import Validation
-from swiftprune.pruning.evaluate import perplexity
-from swiftprune.pruning.pipeline import DTYPES, PruneSettings
-from swiftprune.pruning.progress import Progress, silent
-from swiftprune.pruning.quality import QualityName, make_settings
-from swiftprune.pruning.text_files import read_text
-from swiftprune.pruning.whole_model import load_whole_model
+from swiftprune.models.load import load_whole_model
+from swiftprune.models.perplexity import perplexity
+from swiftprune.progress import Progress, silent
+from swiftprune.stages.distill import Validation
 
 SEQLEN = 2048
 WINDOWS = 15  # of each text

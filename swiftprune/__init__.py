@@ -14,10 +14,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from swiftprune.config import PruneSettings
     from swiftprune.errors import SwiftpruneError
-    from swiftprune.pruning.module import ModuleReport, prune_module
-    from swiftprune.pruning.pipeline import PrunedBlock, PruneSettings, prune
-    from swiftprune.sparse24.format import Packed24, pack, unpack, validate
+    from swiftprune.formats.spec import Packed24, validate
+    from swiftprune.kernels.packing import pack, unpack
+    from swiftprune.module import ModuleReport, prune_module
+    from swiftprune.stages.run import PrunedBlock, prune
 
 __version__ = "0.1.0"
 
@@ -28,15 +30,15 @@ __all__ = [
 
 _HOMES = {
     "SwiftpruneError": "swiftprune.errors",
-    "ModuleReport": "swiftprune.pruning.module",
-    "prune_module": "swiftprune.pruning.module",
-    "PruneSettings": "swiftprune.pruning.pipeline",
-    "PrunedBlock": "swiftprune.pruning.pipeline",
-    "prune": "swiftprune.pruning.pipeline",
-    "Packed24": "swiftprune.sparse24.format",
-    "pack": "swiftprune.sparse24.format",
-    "unpack": "swiftprune.sparse24.format",
-    "validate": "swiftprune.sparse24.format",
+    "ModuleReport": "swiftprune.module",
+    "prune_module": "swiftprune.module",
+    "PruneSettings": "swiftprune.config",
+    "PrunedBlock": "swiftprune.stages.run",
+    "prune": "swiftprune.stages.run",
+    "Packed24": "swiftprune.formats.spec",
+    "pack": "swiftprune.kernels.packing",
+    "unpack": "swiftprune.kernels.packing",
+    "validate": "swiftprune.formats.spec",
 }
 
 

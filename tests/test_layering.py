@@ -15,7 +15,18 @@ MAY_IMPORT = {
     "exporters": {"swiftprune", "exporters"},
     "runtime_bench": {"swiftprune", "exporters", "runtime_bench"},
 }
-STAGES_BELOW = {"sparse24": {"sparse24"}, "pruning": {"sparse24", "pruning"}, "serve": {"sparse24", "pruning", "serve"}}
+# Inside swiftprune, what the modules of each folder may import beside errors, progress and compute, which all may.
+MAY_IMPORT_INSIDE = {
+    "formats": {"formats"},
+    "kernels": {"formats", "kernels"},
+    "methods": {"formats", "kernels", "methods"},
+    "checkpoints": {"checkpoints"},
+    "models": {"formats", "checkpoints", "models"},
+    "calibration": {"formats", "methods", "checkpoints", "models", "calibration"},
+    "stages": {"formats", "kernels", "methods", "checkpoints", "models", "calibration", "stages", "config"},
+    "serve": {"formats", "kernels", "checkpoints", "serve"},
+}
+FOR_ALL = {"errors", "progress", "compute"}
 
 
 def imported(path: Path) -> set[str]:
@@ -25,6 +36,17 @@ def imported(path: Path) -> set[str]:
             names.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module:
             names.update(f"{node.module}.{alias.name}" for alias in node.names)
+    return names
+
+
+def imported_at_the_top(path: Path) -> set[str]:
+    """Names of modules, and of what may be one, that `path` imports when it is imported itself."""
+    names: set[str] = set()
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.update({node.module, *(f"{node.module}.{alias.name}" for alias in node.names)})
     return names
 
 
@@ -38,18 +60,40 @@ def test_packages_import_downwards_only(package: str) -> None:
             assert top not in MAY_IMPORT or top in MAY_IMPORT[package], f"{path} imports {name}"
 
 
-@pytest.mark.parametrize("stage", STAGES_BELOW)
-def test_stages_import_downwards_only(stage: str) -> None:
-    for path in (ROOT / "swiftprune" / stage).rglob("*.py"):
+def test_the_map_is_complete() -> None:
+    assert {path.parent.name for path in (ROOT / "swiftprune").glob("*/__init__.py")} == set(MAY_IMPORT_INSIDE)
+
+
+@pytest.mark.parametrize("folder", MAY_IMPORT_INSIDE)
+def test_folders_import_downwards_only(folder: str) -> None:
+    for path in (ROOT / "swiftprune" / folder).rglob("*.py"):
         for name in imported(path):
             parts = name.split(".")
-            if parts[0] == "swiftprune" and len(parts) > 1 and parts[1] in STAGES_BELOW:
-                assert parts[1] in STAGES_BELOW[stage], f"{path} imports {name}"
+            if parts[0] == "swiftprune" and len(parts) > 1:
+                assert parts[1] in MAY_IMPORT_INSIDE[folder] | FOR_ALL, f"{path} imports {name}"
+
+
+def test_no_module_imports_itself_through_others() -> None:
+    """Imports at the top of modules, those for type checkers aside, have no circle."""
+    files = {".".join(path.relative_to(ROOT).with_suffix("").parts): path
+             for package in MAY_IMPORT for path in (ROOT / package).rglob("*.py")}  # fmt: skip
+    found = {name: {other for other in imported_at_the_top(path) if other in files} for name, path in files.items()}
+    done: set[str] = set()
+
+    def visit(name: str, on_the_way: tuple[str, ...]) -> None:
+        assert name not in on_the_way, " -> ".join((*on_the_way, name))
+        if name not in done:
+            for other in found[name]:
+                visit(other, (*on_the_way, name))
+            done.add(name)
+
+    for name in files:
+        visit(name, ())
 
 
 def test_importing_swiftprune_loads_nothing_heavy() -> None:
     code = (
-        "import sys, swiftprune, swiftprune.sparse24.format, swiftprune.sparse24.linear\n"
+        "import sys, swiftprune, swiftprune.formats.spec, swiftprune.kernels.linear\n"
         "swiftprune.pack\n"
         "import torch\n"
         "assert not torch.cuda.is_initialized()\n"

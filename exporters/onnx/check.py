@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from exporters.onnx.weights import find_weights, load_graph
-from swiftprune.pruning.mask import first_violation
-from swiftprune.pruning.progress import Progress, silent
-from swiftprune.sparse24.format import GROUP, KEPT
+from swiftprune.formats.spec import GROUP, KEPT
+from swiftprune.methods.mask import first_violation
+from swiftprune.progress import Progress, silent
 
 
 @dataclass(frozen=True)

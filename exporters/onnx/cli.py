@@ -15,9 +15,9 @@ from exporters.cli import DtypeChoice, ProgressBars, run
 from exporters.onnx.check import WeightCheck, check_weights
 from exporters.onnx.pack import pack_model
 from exporters.onnx.tensorrt import trtexec_command
+from swiftprune.config import DTYPES
 from swiftprune.errors import FormatError
-from swiftprune.pruning.pipeline import DTYPES
-from swiftprune.pruning.targets import DEFAULT_IGNORE, compile_ignore
+from swiftprune.models.ignore import DEFAULT_IGNORE, compile_ignore
 
 app = typer.Typer(
     add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False, no_args_is_help=True,
@@ -95,7 +95,7 @@ def pack_command(
     """Pack the 2:4 weights of a dense ONNX model.
 
     Each MatMul or Gemm by one becomes the model-local function swiftprune::MatMul24. Any runtime runs the file; with
-    swiftprune.onnx.session, ONNX Runtime runs it on the packed weights.
+    swiftprune.serve.onnxruntime.session, ONNX Runtime runs it on the packed weights.
     """
     compile_ignore(ignore)
     with ProgressBars(Console(stderr=True)) as progress:
@@ -128,11 +128,11 @@ def generate_command(
     threads: Annotated[int | None, typer.Option(min=1, show_default="onnxruntime's")] = None,
 ) -> None:
     """Continue a prompt greedily in onnxruntime-genai, on the packed kernels."""
-    import swiftprune.onnx
+    import swiftprune.serve.onnxruntime
 
-    model, linears = swiftprune.onnx.genai_model(folder, threads=threads)
+    model, linears = swiftprune.serve.onnxruntime.genai_model(folder, threads=threads)
     print("linears by backend: " + ", ".join(f"{count} {name}" for name, count in linears.items()), file=sys.stderr)
-    for piece in swiftprune.onnx.generate(model, prompt, tokens):
+    for piece in swiftprune.serve.onnxruntime.generate(model, prompt, tokens):
         print(piece, end="", flush=True)
     print()
 

@@ -21,10 +21,10 @@ from transformers import DynamicCache, PretrainedConfig
 
 from exporters.onnx.trace import STANDARD_OPSET, trace
 from exporters.workspace import disk_errors
+from swiftprune.config import DTYPES, DtypeName
 from swiftprune.errors import CheckpointError, OutputError, first_line
-from swiftprune.pruning.pipeline import DTYPES, DtypeName
-from swiftprune.pruning.progress import Progress, silent
-from swiftprune.pruning.whole_model import load_whole_model, read_config
+from swiftprune.models.load import load_whole_model, read_config
+from swiftprune.progress import Progress, silent
 
 FUSED_OPSET = 23
 """The first with Attention, RMSNormalization and RotaryEmbedding, which ONNX Runtime runs faster than their parts."""

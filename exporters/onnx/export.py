@@ -13,10 +13,10 @@ from exporters.onnx.check import check_weights
 from exporters.onnx.decoder import build_decoder
 from exporters.onnx.pack import pack_model
 from exporters.workspace import disk_errors
+from swiftprune.config import DTYPES, DtypeName
 from swiftprune.errors import FormatError
-from swiftprune.pruning.pipeline import DTYPES, DtypeName
-from swiftprune.pruning.progress import Progress, silent
-from swiftprune.pruning.whole_model import load_whole_model
+from swiftprune.models.load import load_whole_model
+from swiftprune.progress import Progress, silent
 
 CHECK_TOKENS = 16
 _PROMPT_TOKENS = 24
@@ -124,9 +124,9 @@ def _expected(checkpoint: Path) -> tuple[torch.Tensor, list[int]]:
 
 def _logits(path: Path, tokens: list[int]) -> torch.Tensor:
     """The same of the ONNX file: the prompt at once, then the given tokens one by one through the cache."""
-    import swiftprune.onnx
+    import swiftprune.serve.onnxruntime
 
-    decoder = swiftprune.onnx.Decoder(swiftprune.onnx.session(path))
+    decoder = swiftprune.serve.onnxruntime.Decoder(swiftprune.serve.onnxruntime.session(path))
     row = np.asarray([tokens])
     steps = [decoder.step(row[:, :_PROMPT_TOKENS])]
     steps += [decoder.step(row[:, at : at + 1]) for at in range(_PROMPT_TOKENS, len(tokens))]

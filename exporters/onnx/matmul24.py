@@ -1,12 +1,12 @@
 """The operator of packed weights: `swiftprune::MatMul24(x, values, metadata)`, defined in each model that uses it.
 
 y (..., N) = x (..., K) W^T, with W the 2:4 weight (N, K) that the pair holds by the specification in
-swiftprune/sparse24/format.py: values (N, K/2) in float32, float16 or bfloat16, metadata (N, ceil(K/8)) uint8. x and y
+swiftprune/formats/spec.py: values (N, K/2) in float32, float16 or bfloat16, metadata (N, ceil(K/8)) uint8. x and y
 are of one float type; the values are cast to it.
 
 The body is made of standard operators, so any runtime that reads ONNX functions runs the model. Since the pair is
 constant, runtimes fold the body into a dense MatMul when they load it. Where a kernel of the operator's name is
-registered (swiftprune.onnx), ONNX Runtime takes that in the body's place.
+registered (swiftprune.serve.onnxruntime), ONNX Runtime takes that in the body's place.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from swiftprune.sparse24.format import GROUP, KEPT, QUANT_METHOD
+from swiftprune.formats.spec import GROUP, KEPT, QUANT_METHOD
 
 DOMAIN = QUANT_METHOD
 DOMAIN_VERSION = 1

@@ -16,8 +16,8 @@ from exporters.onnx.check import check_weights
 from exporters.onnx.pack import check_replaceable, pack_model, written_aside
 from exporters.onnx.trace import STANDARD_OPSET, trace
 from swiftprune.errors import FormatError
-from swiftprune.pruning.module import call_arguments, eval_mode
-from swiftprune.pruning.progress import Progress, silent
+from swiftprune.module import call_arguments, eval_mode
+from swiftprune.progress import Progress, silent
 
 _TOLERANCE = 1e-3  # of the largest output, in float32
 
@@ -101,9 +101,9 @@ def _tensors(tree: Any) -> list[Tensor]:
 
 def _compare(path: Path, inputs: list[Tensor], expected: list[Tensor]) -> float:
     """The largest difference of the file's outputs from `expected`. Raises FormatError when it is no rounding."""
-    import swiftprune.onnx
+    import swiftprune.serve.onnxruntime
 
-    session = swiftprune.onnx.session(path)
+    session = swiftprune.serve.onnxruntime.session(path)
     feeds = {value.name: leaf.numpy() for value, leaf in zip(session.get_inputs(), inputs, strict=True)}
     found = [torch.from_numpy(array) for array in session.run(None, feeds)]
     difference = max(float((a - b).abs().max()) for a, b in zip(found, expected, strict=True))

@@ -18,10 +18,11 @@ from exporters.onnx import matmul24
 from exporters.onnx.weights import PACK_OPSET, Weight, find_weights, load_graph
 from exporters.workspace import disk_errors
 from swiftprune.errors import FormatError, OutputError
-from swiftprune.pruning.progress import Progress, silent
-from swiftprune.pruning.targets import DEFAULT_IGNORE, Ignore, compile_ignore
-from swiftprune.sparse24 import format as format24
-from swiftprune.sparse24.format import GROUP, KEPT, Packed24, metadata_width
+from swiftprune.formats import spec
+from swiftprune.formats.spec import GROUP, KEPT, Packed24, metadata_width
+from swiftprune.kernels import packing
+from swiftprune.models.ignore import DEFAULT_IGNORE, Ignore, compile_ignore
+from swiftprune.progress import Progress, silent
 
 _OLDEST_IR = 8  # the first with functions in models
 # Each tensor on a page of its own, so that runtimes map it and the packed values are aligned.
@@ -72,7 +73,7 @@ def pack_model(
 
     @functools.lru_cache(maxsize=1)  # values and metadata are written one after the other
     def pair(weight: Weight, stored: torch.dtype) -> Packed24:
-        return format24.pack(weight.read().to(stored), weight.name)
+        return packing.pack(weight.read().to(stored), weight.name)
 
     for index, weight in enumerate(found.found):
         progress("pack", index, len(found.found))
@@ -117,10 +118,10 @@ def _exempt(weight: Weight, ignore: Ignore | None) -> str | None:
 
 
 def _not_2of4(rows: Tensor) -> str | None:
-    if reason := format24.unpackable_reason(tuple(rows.shape), rows.dtype):
+    if reason := spec.unpackable_reason(tuple(rows.shape), rows.dtype):
         return reason
     try:
-        format24.pack(rows, "not 2:4")
+        packing.pack(rows, "not 2:4")
     except FormatError as error:
         return str(error)
     return None

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from swiftprune.errors import CheckpointError, SettingsError, first_line
-from swiftprune.sparse24.format import QUANT_METHOD
+from swiftprune.formats.spec import QUANT_METHOD
 
 PACK_OPSET = 18  # the first with BitwiseAnd, which the body of MatMul24 needs
 _PRODUCTS = {"MatMul", "Gemm", "MatMulInteger", "QLinearMatMul"}

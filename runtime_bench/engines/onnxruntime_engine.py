@@ -1,4 +1,4 @@
-"""ONNX Runtime on an exported decoder, its packed linears on the kernels of `swiftprune.onnx`: greedy decoding."""
+"""Greedy decoding in ONNX Runtime, the packed linears of an exported decoder on our kernels."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-import swiftprune.onnx
+import swiftprune.serve.onnxruntime
 from runtime_bench.engines import Options
 from swiftprune.errors import CheckpointError, SettingsError
 
@@ -30,9 +30,9 @@ class OnnxModel:
         self.engine_version = str(onnxruntime.__version__)
         settings = onnxruntime.SessionOptions()
         settings.intra_op_num_threads = options.threads
-        session = swiftprune.onnx.session(path, settings)
+        session = swiftprune.serve.onnxruntime.session(path, settings)
         self.linears: dict[str, int] = session.linears
-        self._decoder = swiftprune.onnx.Decoder(session)
+        self._decoder = swiftprune.serve.onnxruntime.Decoder(session)
 
     def generate(self, prompts: list[list[int]], new_tokens: int, arrived: Callable[[], None]) -> list[list[int]]:
         self._decoder.reset()

@@ -14,9 +14,9 @@ from transformers.generation.streamers import BaseStreamer
 import swiftprune.serve.transformers  # noqa: F401 - registers the packed format
 from runtime_bench import onednn
 from runtime_bench.engines import Options
-from swiftprune.pruning.whole_model import load_whole_model
-from swiftprune.sparse24.dispatch import DENSE
-from swiftprune.sparse24.linear import Linear24
+from swiftprune.kernels.dispatch import DENSE
+from swiftprune.kernels.linear import Linear24
+from swiftprune.models.load import load_whole_model
 
 
 def load(folder: Path, options: Options) -> TransformersModel:

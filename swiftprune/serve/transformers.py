@@ -26,10 +26,10 @@ from torch import nn
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from swiftprune.sparse24 import format as format24
-from swiftprune.sparse24.format import METADATA_SUFFIX, QUANT_METHOD
-from swiftprune.sparse24.kernels import native
-from swiftprune.sparse24.linear import Linear24
+from swiftprune.formats import spec
+from swiftprune.formats.spec import METADATA_SUFFIX, QUANT_METHOD
+from swiftprune.kernels import native
+from swiftprune.kernels.linear import Linear24
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ class SwiftpruneConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """The `quantization_config` of a packed checkpoint's config.json; `ignore` names the linears that stay dense."""
 
     def __init__(
-        self, format: str = format24.FORMAT, version: int = format24.VERSION, ignore: list[str] | None = None, **_: Any
+        self, format: str = spec.FORMAT, version: int = spec.VERSION, ignore: list[str] | None = None, **_: Any
     ) -> None:
         self.quant_method = QUANT_METHOD
         self.format = format
@@ -57,7 +57,7 @@ class SwiftpruneQuantizer(HfQuantizer):  # type: ignore[misc]
             raise ValueError("swiftprune packs checkpoints ahead of time: run swiftprune-export, then load its output")
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
-        format24.check_declared(self.quantization_config.format, self.quantization_config.version, "transformers")
+        spec.check_declared(self.quantization_config.format, self.quantization_config.version, "transformers")
 
     def _process_model_before_weight_loading(
         self, model: nn.Module, checkpoint_files: list[str] | None = None, **kwargs: Any

@@ -31,13 +31,13 @@ from transformers import (
 
 import swiftprune.serve.transformers  # noqa: F401 - registers the packed format
 from exporters import export
+from swiftprune.checkpoints.source import Checkpoint
+from swiftprune.config import PruneSettings, make_settings
 from swiftprune.errors import CheckpointError, SettingsError
-from swiftprune.pruning import memory
-from swiftprune.pruning.checkpoint import Checkpoint
-from swiftprune.pruning.pipeline import Pipeline, PruneSettings
-from swiftprune.pruning.quality import make_settings
-from swiftprune.pruning.whole_model import load_whole_model
-from swiftprune.sparse24.linear import Linear24
+from swiftprune.kernels.linear import Linear24
+from swiftprune.models.load import load_whole_model
+from swiftprune.stages import memory
+from swiftprune.stages.run import Pipeline
 from tests import models
 
 NO_DATA = PruneSettings(calibration="none")
@@ -344,7 +344,7 @@ def test_a_stage_that_does_not_fit_into_memory_is_refused_before_any_work(
 
 
 def test_the_limit_of_the_process_counts() -> None:
-    code = "from swiftprune.pruning.memory import available_bytes; print(available_bytes())"
+    code = "from swiftprune.stages.memory import available_bytes; print(available_bytes())"
     run = ["prlimit", "--data=2500000000", sys.executable, "-c", code]
     found = int(subprocess.run(run, capture_output=True, text=True, check=True).stdout)
     assert 0 < found < 2_500_000_000

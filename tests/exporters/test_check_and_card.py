@@ -19,11 +19,11 @@ from exporters import export
 from exporters.checkpoint import Target
 from exporters.info import describe
 from swiftprune import PruneSettings
-from swiftprune.pruning import memory
-from swiftprune.pruning.calibration_data import calibration_data
-from swiftprune.pruning.checkpoint import Checkpoint
-from swiftprune.pruning.progress import silent
-from swiftprune.pruning.whole_model import load_whole_model
+from swiftprune.calibration.data import calibration_data
+from swiftprune.checkpoints.source import Checkpoint
+from swiftprune.models.load import load_whole_model
+from swiftprune.progress import silent
+from swiftprune.stages import memory
 
 SAMPLES, SEQLEN = 8, 48
 
@@ -117,7 +117,7 @@ def test_what_cannot_be_checked_is_said(
 def test_a_poor_result_is_said_with_what_to_do_next(
     tiny_models: Callable[[str], Path], settings: PruneSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("swiftprune.pruning.pipeline.POOR_RATIO", 0.0)
+    monkeypatch.setattr("swiftprune.stages.run.POOR_RATIO", 0.0)
     for method, calibration, advice in (
         ("wanda", settings.calibration, "another method; the default one also solves"),
         ("admm", settings.calibration, "--quality balanced"),

@@ -16,8 +16,8 @@ import pytest
 
 from exporters import export
 from exporters.workspace import Workspace
+from swiftprune.config import PruneSettings
 from swiftprune.errors import OutputError
-from swiftprune.pruning.pipeline import PruneSettings
 
 NO_DATA = PruneSettings(calibration="none")
 HOLD = """

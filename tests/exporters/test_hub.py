@@ -14,12 +14,12 @@ from huggingface_hub.cli.hf import app as hf
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-import swiftprune.onnx
+import swiftprune.serve.onnxruntime
 import swiftprune.serve.transformers
 from exporters import export
 from exporters.cli import app
+from swiftprune.config import PruneSettings
 from swiftprune.errors import OutputError, SettingsError, SwiftpruneError
-from swiftprune.pruning.pipeline import PruneSettings
 from tests import hub
 from tests.hub import TOKEN, Hub, Repository
 
@@ -119,7 +119,7 @@ def test_an_onnx_decoder_generates_by_its_hub_id(
     export(tiny_models("llama-gqa-tied"), out, DATA_FREE, target="onnx", push_to_hub="owner/tiny-onnx")
     answers = []
     for model in ("owner/tiny-onnx", out):
-        loaded, linears = swiftprune.onnx.genai_model(model)
-        answers.append(("".join(swiftprune.onnx.generate(loaded, "The pruned", 8)), linears))
+        loaded, linears = swiftprune.serve.onnxruntime.genai_model(model)
+        answers.append(("".join(swiftprune.serve.onnxruntime.generate(loaded, "The pruned", 8)), linears))
     assert answers[0] == answers[1]
     assert len(answers[0][1]) == 2  # backends: a native one, and dense for the head

@@ -18,10 +18,10 @@ import pytest
 
 from exporters import export
 from exporters.workspace import Workspace
+from swiftprune.config import PruneSettings
 from swiftprune.errors import OutputError
-from swiftprune.pruning import distill, refine_blocks
-from swiftprune.pruning.pipeline import PruneSettings
-from swiftprune.pruning.progress import Progress
+from swiftprune.progress import Progress
+from swiftprune.stages import distill, refine_blocks
 from tests import models
 
 EXPORT = str(Path(sys.executable).parent / "swiftprune-export")

@@ -30,8 +30,8 @@ from transformers import (
 from exporters.onnx import decoder
 from exporters.onnx.decoder import build_decoder
 from exporters.onnx.trace import STANDARD_OPSET
+from swiftprune.config import DtypeName
 from swiftprune.errors import CheckpointError, SettingsError
-from swiftprune.pruning.pipeline import DtypeName
 from tests import models
 
 BUILDER, TORCH = "onnxruntime-genai", "torch.onnx"

@@ -16,15 +16,15 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
-import swiftprune.onnx
+import swiftprune.serve.onnxruntime
 from exporters import export
 from exporters.onnx import check_weights
 from exporters.onnx.cli import app
 from exporters.onnx.decoder import build_decoder
 from exporters.onnx.export import CHECK_TOKENS
 from runtime_bench import demo_data
+from swiftprune.config import PruneSettings
 from swiftprune.errors import CheckpointError, FormatError, OutputError, SettingsError
-from swiftprune.pruning.pipeline import PruneSettings
 from tests import models
 
 ROOT = Path(__file__).parent.parent.parent
@@ -34,7 +34,7 @@ PROMPT = [5, 17, 42, 99, 7]
 
 
 def greedy(session: Any, prompt: list[int], tokens: int) -> list[int]:
-    decoder = swiftprune.onnx.Decoder(session)
+    decoder = swiftprune.serve.onnxruntime.Decoder(session)
     step = np.asarray([prompt])
     answer = []
     for _ in range(tokens):
@@ -54,7 +54,7 @@ def in_transformers(folder: Path, prompt: list[int], tokens: int) -> list[int]:
 def plain_session(path: Path) -> Any:
     """ONNX Runtime as everybody has it."""
     session = onnxruntime.InferenceSession(path)
-    assert swiftprune.onnx.session(path, kernels=False).linears["reference"]
+    assert swiftprune.serve.onnxruntime.session(path, kernels=False).linears["reference"]
     return session
 
 
@@ -83,7 +83,7 @@ def test_each_architecture_answers_as_transformers(
 
     export(tiny_models(name), tmp_path / "dense", NONE, target="dense")
     expected = in_transformers(tmp_path / "dense", PROMPT, 20)
-    fast = swiftprune.onnx.session(path)
+    fast = swiftprune.serve.onnxruntime.session(path)
     (backend,) = set(fast.linears) - {"dense"}
     assert backend != "reference"
     assert fast.linears[backend] == sum(node.op_type == "MatMul24" for node in model.graph.node) > 0
@@ -195,7 +195,7 @@ def test_generation_in_onnxruntime_genai(
     folder = tmp_path / "onnx"
     export(tiny_models("llama-gqa-tied"), folder, NONE, target="onnx")
     monkeypatch.chdir(tmp_path)  # the kernels' library is not below it, as it is below the repository
-    model, linears = swiftprune.onnx.genai_model("onnx", threads=1)
+    model, linears = swiftprune.serve.onnxruntime.genai_model("onnx", threads=1)
     assert Path.cwd() == tmp_path
     (backend,) = set(linears) - {"dense"}
     assert backend != "reference"
@@ -204,7 +204,7 @@ def test_generation_in_onnxruntime_genai(
     parameters.set_search_options(max_length=len(PROMPT) + 12)
     generator = onnxruntime_genai.Generator(model, parameters)
     generator.append_tokens(PROMPT)
-    answer = greedy(swiftprune.onnx.session(folder / "model.onnx"), PROMPT, 12)
+    answer = greedy(swiftprune.serve.onnxruntime.session(folder / "model.onnx"), PROMPT, 12)
     assert 1 not in answer  # where it would stop
     for token in answer:
         generator.generate_next_token()
@@ -212,7 +212,7 @@ def test_generation_in_onnxruntime_genai(
 
     export(tiny_models("gpt-neox"), tmp_path / "neox", NONE, target="onnx")
     with pytest.raises(CheckpointError, match=r"has no genai_config\.json"):
-        swiftprune.onnx.genai_model(tmp_path / "neox")
+        swiftprune.serve.onnxruntime.genai_model(tmp_path / "neox")
 
 
 @pytest.mark.slow
@@ -223,7 +223,7 @@ def test_smollm2(tmp_path: Path) -> None:
     assert report.onnx.equal_tokens == CHECK_TOKENS
     # bf16 values in a file that is fp32 otherwise: 9 bits of 32 for the linears, the tied head as it was.
     assert report.bytes_after < 0.45 * 4 * 134_515_008
-    session = swiftprune.onnx.session(tmp_path / "onnx" / "model.onnx")
+    session = swiftprune.serve.onnxruntime.session(tmp_path / "onnx" / "model.onnx")
     assert session.linears["dense"] == 1
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "onnx")
     prompt = tokenizer.encode("The capital of France is")

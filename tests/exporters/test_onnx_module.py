@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertModel, ResNetConfig, ResNetModel, ViTConfig, ViTModel
 
 import swiftprune
-import swiftprune.onnx
+import swiftprune.serve.onnxruntime
 from exporters.onnx import export_module
 from swiftprune.errors import CheckpointError, FormatError
 
@@ -89,7 +89,7 @@ def test_models_answer_as_in_torch(name: str, packed: bool, tmp_path: Path) -> N
     inputs = batch(5)
     with torch.no_grad():
         expected = module.eval()(*inputs if isinstance(inputs, tuple) else (inputs,)).numpy()
-    fast = swiftprune.onnx.session(out)
+    fast = swiftprune.serve.onnxruntime.session(out)
     for session in (onnxruntime.InferenceSession(out), fast):
         assert np.allclose(answers(session, inputs), expected, rtol=1e-4, atol=1e-4)
     if made.packed:

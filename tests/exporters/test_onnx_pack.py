@@ -16,11 +16,12 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from typer.testing import CliRunner
 
-import swiftprune.onnx
+import swiftprune.serve.onnxruntime
 from exporters.onnx import check_weights, pack_model
 from exporters.onnx.cli import app
 from swiftprune.errors import CheckpointError, FormatError, OutputError, SwiftpruneError
-from swiftprune.sparse24.format import Packed24, unpack
+from swiftprune.formats.spec import Packed24
+from swiftprune.kernels.packing import unpack
 from tests import onnx_graphs
 from tests.onnx_graphs import FloatArray, linear, save, sparse
 
@@ -30,7 +31,8 @@ FORMS = ("MatMul", "Transpose", "Gemm", "GemmT")
 def both(dense: Path, packed: Path, x: np.ndarray[Any, Any]) -> tuple[Any, Any, Any]:
     """What the dense model, the packed model as any runtime reads it, and the packed model on our kernels answer."""
     sessions = (
-        onnxruntime.InferenceSession(dense), onnxruntime.InferenceSession(packed), swiftprune.onnx.session(packed),
+        onnxruntime.InferenceSession(dense), onnxruntime.InferenceSession(packed),
+        swiftprune.serve.onnxruntime.session(packed),
     )  # fmt: skip
     first, second, third = (session.run(None, {"x": x})[0] for session in sessions)
     return first, second, third
@@ -100,7 +102,7 @@ def test_a_weight_of_two_products_is_packed_once(tmp_path: Path) -> None:
     expected, plain, fast = both(dense, tmp_path / "packed.onnx", x)
     assert np.allclose(plain, expected, atol=1e-4)
     assert np.allclose(fast, expected, atol=1e-4)
-    assert swiftprune.onnx.session(tmp_path / "packed.onnx").linears.popitem()[1] == 2
+    assert swiftprune.serve.onnxruntime.session(tmp_path / "packed.onnx").linears.popitem()[1] == 2
 
 
 @pytest.mark.parametrize(
@@ -195,7 +197,7 @@ def test_the_rest_stays_dense_with_its_reason(tmp_path: Path) -> None:
     assert report.dense["head"] == "matches --ignore head"
     assert "has 4 non-zeros" in report.dense["dense"]
     # float32 weights, one of them packed: 17 bits instead of 32
-    assert swiftprune.onnx.session(tmp_path / "packed.onnx").linears["dense"] == 2
+    assert swiftprune.serve.onnxruntime.session(tmp_path / "packed.onnx").linears["dense"] == 2
 
 
 def damaged(folder: Path, how: str) -> Path:
@@ -435,7 +437,7 @@ def test_weights_in_constant_nodes_are_packed(tmp_path: Path) -> None:
     report = pack_model(save(placed("Constant", weight), tmp_path / "m.onnx"), tmp_path / "packed.onnx")
     assert list(report.packed.values()) == [(16, 32)]
     x = np.random.default_rng(0).standard_normal((2, 32)).astype(np.float32)
-    (y,) = swiftprune.onnx.session(tmp_path / "packed.onnx").run(None, {"x": x})
+    (y,) = swiftprune.serve.onnxruntime.session(tmp_path / "packed.onnx").run(None, {"x": x})
     assert np.allclose(y, x @ weight.T, atol=1e-5)
 
 

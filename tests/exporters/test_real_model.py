@@ -12,14 +12,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import swiftprune.serve.transformers  # noqa: F401 - registers the packed format
 from exporters import export
 from runtime_bench import demo_data
-from swiftprune.pruning.calibration_text import load_tokenizer, token_windows
-from swiftprune.pruning.checkpoint import Checkpoint
-from swiftprune.pruning.evaluate import perplexity
-from swiftprune.pruning.pipeline import PruneSettings
-from swiftprune.pruning.text_files import read_text
-from swiftprune.sparse24.kernels.native import NativeKernels, supported_isas
-from swiftprune.sparse24.kernels.reference import ReferenceKernels
-from swiftprune.sparse24.score_factors import ScoreFactors
+from swiftprune.calibration.text import load_tokenizer, token_windows
+from swiftprune.calibration.text_files import read_text
+from swiftprune.checkpoints.source import Checkpoint
+from swiftprune.config import PruneSettings
+from swiftprune.kernels.native import NativeKernels, supported_isas
+from swiftprune.kernels.reference import ReferenceKernels
+from swiftprune.kernels.score_factors import ScoreFactors
+from swiftprune.models.perplexity import perplexity
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parent.parent.parent

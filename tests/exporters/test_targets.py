@@ -16,10 +16,10 @@ from transformers import AutoModelForCausalLM
 
 import swiftprune.serve.transformers  # noqa: F401 - registers the packed format
 from exporters import Target, export, torch_sparse
+from swiftprune.checkpoints.source import Checkpoint
+from swiftprune.config import PruneSettings
 from swiftprune.errors import FormatError, SettingsError
-from swiftprune.pruning.checkpoint import Checkpoint
-from swiftprune.pruning.pipeline import PruneSettings
-from swiftprune.sparse24.linear import Linear24
+from swiftprune.kernels.linear import Linear24
 from tests import models
 
 PROMPT = torch.tensor([[5, 17, 42, 99, 7]])

@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from swiftprune.sparse24.kernels import reference, semi_structured, triton_linear
-from swiftprune.sparse24.kernels.triton_linear import Config
+from swiftprune.kernels import reference, semi_structured, triton_linear
+from swiftprune.kernels.triton_linear import Config
 from tests.gpu.weights import packed_pair, random_weight
 
 DTYPES = {torch.float16: 5e-4, torch.bfloat16: 8e-3}

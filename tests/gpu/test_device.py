@@ -12,10 +12,9 @@ from torch import Tensor
 from exporters import torch_sparse
 from exporters.checkpoint import export
 from swiftprune import pack, prune_module, unpack
-from swiftprune.pruning.pipeline import PruneSettings
-from swiftprune.sparse24 import dispatch
-from swiftprune.sparse24.kernels import gpu
-from swiftprune.sparse24.linear import Linear24
+from swiftprune.config import PruneSettings
+from swiftprune.kernels import dispatch, gpu
+from swiftprune.kernels.linear import Linear24
 from tests.gpu.weights import random_weight
 
 pytestmark = [

@@ -12,10 +12,10 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from swiftprune.errors import SettingsError
-from swiftprune.sparse24 import dispatch
-from swiftprune.sparse24.format import Packed24, pack
-from swiftprune.sparse24.kernels import gpu, triton_linear
-from swiftprune.sparse24.linear import Linear24
+from swiftprune.formats.spec import Packed24
+from swiftprune.kernels import dispatch, gpu, triton_linear
+from swiftprune.kernels.linear import Linear24
+from swiftprune.kernels.packing import pack
 from tests.gpu.weights import random_weight
 
 BF16 = torch.bfloat16

@@ -14,9 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from swiftprune.errors import SettingsError
-from swiftprune.sparse24 import dispatch, plan
-from swiftprune.sparse24.kernels import gpu, triton_linear
-from swiftprune.sparse24.plan import Plan
+from swiftprune.kernels import dispatch, gpu, plan, triton_linear
+from swiftprune.kernels.plan import Plan
 
 H100 = "NVIDIA H100 80GB HBM3", (9, 0)
 A100 = "NVIDIA A100-SXM4-40GB", (8, 0)

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.sparse._semi_structured_conversions import sparse_semi_structured_from_dense_cutlass
 
 from swiftprune.errors import FormatError
-from swiftprune.sparse24.kernels import semi_structured
+from swiftprune.formats import cutlass
+from swiftprune.kernels import semi_structured
 from tests.gpu.weights import masked, packed_pair, random_weight
 
 MULTIPLES = {torch.float16: (32, 64), torch.bfloat16: (32, 64), torch.int8: (16, 128)}
@@ -28,11 +29,11 @@ def test_cutlass_layout_is_torchs_bit_for_bit(
     weight[torch.rand(shape, generator=generator) < zeros] = 0  # groups with fewer than two
     values, metadata = packed_pair(weight)
     want_values, want_metadata = sparse_semi_structured_from_dense_cutlass(weight)  # type: ignore[no-untyped-call]
-    got_values, got_metadata = semi_structured.to_cutlass(values, metadata)
+    got_values, got_metadata = cutlass.to_cutlass(values, metadata)
     assert torch.equal(got_values, want_values)
     assert got_metadata.dtype == want_metadata.dtype
     assert torch.equal(got_metadata, want_metadata)
-    assert torch.equal(semi_structured.from_cutlass(got_values, got_metadata)[1], metadata)
+    assert torch.equal(cutlass.from_cutlass(got_values, got_metadata)[1], metadata)
 
 
 def test_cutlass_words_by_hand() -> None:
@@ -47,7 +48,7 @@ def test_cutlass_words_by_hand() -> None:
     weight.view(32, 16, 4)[..., :2] = 1
     for row, group, places in ((0, 0, (2, 3)), (8, 4, (1, 3)), (8, 0, (0, 3))):
         weight.view(32, 16, 4)[row, group] = torch.zeros(4).index_fill(0, torch.tensor(places), 1)
-    _, words = semi_structured.to_cutlass(*packed_pair(weight.half()))
+    _, words = cutlass.to_cutlass(*packed_pair(weight.half()))
     flat = [word & 0xFFFF for word in words.flatten().tolist()]
     assert flat[:4] == [0x444E, 0x444C, 0x4444, 0x444D]
     assert set(flat[4:]) == {0x4444}
@@ -69,7 +70,7 @@ def test_cutlass_words_by_hand() -> None:
 )
 def test_shapes_that_are_refused(backend: str, shape: tuple[int, int], dtype: torch.dtype, message: str) -> None:
     values, metadata = torch.zeros(shape[0], shape[1] // 2).to(dtype), torch.zeros(shape[0], shape[1] // 8).byte()
-    lay_out = semi_structured.to_cutlass if backend == "cutlass" else semi_structured.compress_cusparselt
+    lay_out = cutlass.to_cutlass if backend == "cutlass" else semi_structured.compress_cusparselt
     with pytest.raises(FormatError, match=f"^down: torch's {backend} .*{message}"):
         lay_out(values, metadata, "down")
 
@@ -85,7 +86,7 @@ def test_products_and_biases(dtype: torch.dtype, with_bias: bool, tokens: int) -
     bias = torch.randn(96, generator=generator).to(dtype) if with_bias else None
     values, metadata = packed_pair(weight)
     want = torch.nn.functional.linear(x.double(), weight.double(), None if bias is None else bias.double()).to(dtype)
-    assert torch.equal(semi_structured.cutlass_linear(x, *semi_structured.to_cutlass(values, metadata), bias), want)
+    assert torch.equal(semi_structured.cutlass_linear(x, *cutlass.to_cutlass(values, metadata), bias), want)
     compressed = semi_structured.compress_cusparselt(values, metadata)
     assert torch.equal(semi_structured.cusparselt_linear(x, compressed, bias), want)
 

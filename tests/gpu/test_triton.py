@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from swiftprune.errors import SettingsError
-from swiftprune.sparse24.kernels import triton_linear
-from swiftprune.sparse24.kernels.triton_linear import Config
+from swiftprune.kernels import triton_linear
+from swiftprune.kernels.triton_linear import Config
 
 triton = pytest.importorskip("triton")
 
@@ -44,8 +44,8 @@ def test_interpreted() -> None:
     [((8, 12), torch.float16, "multiples of 8, not 12"), ((8, 16), torch.float32, "not torch.float32")],
 )
 def test_weights_that_are_refused(shape: tuple[int, int], dtype: torch.dtype, message: str) -> None:
-    assert message in (triton_linear.unsuitable_reason(shape, dtype) or "")
-    assert triton_linear.unsuitable_reason((8, 16), torch.bfloat16) is None
+    assert message in (triton_linear.unsupported_reason(shape, dtype) or "")
+    assert triton_linear.unsupported_reason((8, 16), torch.bfloat16) is None
 
 
 def test_the_table_covers_all_tokens_and_devices_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,7 +119,7 @@ def compiled(
 
 def constants_for(config: Config, tokens: int, bits: int) -> dict[str, Any]:
     """Triton also takes an argument that is 1 for a constant."""
-    from swiftprune.sparse24.kernels import triton_kernels
+    from swiftprune.kernels import triton_kernels
 
     constants: dict[str, Any] = {"ALIGN": 16, "SCALED": bits == 8, "BIASED": tokens > 1}
     constants |= dict(zip(("BM", "BN", "BYTES"), config.tile, strict=True))
@@ -133,7 +133,7 @@ def test_compiled_for(capability: int, tokens: int, bits: int, tmp_path: Path) -
     """With the table's configuration: wide loads of the weight, tensor cores where they are meant, no spilling."""
     from triton.backends.compiler import GPUTarget
 
-    from swiftprune.sparse24.kernels import triton_kernels
+    from swiftprune.kernels import triton_kernels
 
     config = triton_linear.config_for("", tokens)
     kernel = getattr(triton_kernels, config.kernel)
@@ -158,7 +158,7 @@ def test_compiled_for(capability: int, tokens: int, bits: int, tmp_path: Path) -
 def test_the_smaller_kernels_compile(capability: int, tmp_path: Path) -> None:
     from triton.backends.compiler import GPUTarget
 
-    from swiftprune.sparse24.kernels import triton_kernels
+    from swiftprune.kernels import triton_kernels
 
     target = GPUTarget("cuda", capability, 32)
     for constants in (
@@ -185,7 +185,7 @@ def test_compiled_for_amd() -> None:
     """gfx942 (MI300): its matrix cores."""
     from triton.backends.compiler import GPUTarget
 
-    from swiftprune.sparse24.kernels import triton_kernels
+    from swiftprune.kernels import triton_kernels
 
     config = triton_linear.config_for("", 16)
     target = GPUTarget("hip", "gfx942", 64)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from swiftprune.sparse24.format import pack
+from swiftprune.kernels.packing import pack
 
 
 def masked(weight: Tensor, generator: torch.Generator) -> Tensor:

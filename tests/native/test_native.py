@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from swiftprune.sparse24.kernels.native import LINEAR_ISAS, supported_isas
+from swiftprune.kernels.native import LINEAR_ISAS, supported_isas
 
 ROOT = Path(__file__).parents[2]
-SOURCES = ROOT / "swiftprune" / "sparse24" / "kernels" / "csrc"
+SOURCES = ROOT / "swiftprune" / "kernels" / "csrc"
 
 
 @pytest.fixture(scope="module")

@@ -16,8 +16,8 @@ from exporters import export
 from runtime_bench import answers
 from runtime_bench.answers import Answer, compare, markdown, read_questions
 from runtime_bench.cli import app
+from swiftprune.config import PruneSettings
 from swiftprune.errors import TextError
-from swiftprune.pruning.pipeline import PruneSettings
 
 QUESTION = "the red fox"
 

@@ -18,13 +18,13 @@ from runtime_bench import cli, demo_data, layers, methods, plots, pruning, resul
 from runtime_bench.demo_data import DemoData
 from runtime_bench.machine import this_machine
 from runtime_bench.measure import Timing, interleaved
+from swiftprune.calibration.text import load_tokenizer, token_windows
+from swiftprune.calibration.text_files import read_text
 from swiftprune.errors import SettingsError
-from swiftprune.pruning.calibration_text import load_tokenizer, token_windows
-from swiftprune.pruning.evaluate import perplexity
-from swiftprune.pruning.progress import Progress
-from swiftprune.pruning.text_files import read_text
-from swiftprune.sparse24.format import QUANT_METHOD
-from swiftprune.sparse24.kernels import native
+from swiftprune.formats.spec import QUANT_METHOD
+from swiftprune.kernels import native
+from swiftprune.models.perplexity import perplexity
+from swiftprune.progress import Progress
 from tests import models
 
 

@@ -17,8 +17,8 @@ from runtime_bench.gpu import Call, CudaDevice, GpuResult, GpuTime
 from runtime_bench.gpu_backends import BACKENDS, DTYPES, Backend
 from runtime_bench.machine import Gpu
 from swiftprune.errors import SettingsError
-from swiftprune.sparse24.format import unpack
-from swiftprune.sparse24.kernels import reference, semi_structured, triton_linear
+from swiftprune.kernels import reference, semi_structured, triton_linear
+from swiftprune.kernels.packing import unpack
 
 CPU = torch.device("cpu")
 BY_NAME = {backend.name: backend for backend in BACKENDS}

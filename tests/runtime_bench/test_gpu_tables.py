@@ -15,9 +15,8 @@ from runtime_bench import cli, gpu_tables, results
 from runtime_bench.gpu import GpuCell, GpuResult, GpuTime
 from runtime_bench.machine import Gpu, this_machine
 from swiftprune.errors import SettingsError
-from swiftprune.sparse24 import dispatch, plan
-from swiftprune.sparse24.kernels import triton_linear
-from swiftprune.sparse24.kernels.triton_linear import Config
+from swiftprune.kernels import dispatch, plan, triton_linear
+from swiftprune.kernels.triton_linear import Config
 from tests.runtime_bench.test_gpu import FakeDevice
 
 L4 = "NVIDIA L4"

@@ -11,7 +11,7 @@ import torch
 
 from exporters import export
 from runtime_bench.roofline import Matrices, Peaks, best, linears, measure
-from swiftprune.pruning.pipeline import PruneSettings
+from swiftprune.config import PruneSettings
 
 BLOCK = 2 * 64 * 64 + 2 * 32 * 64 + 3 * 160 * 64  # q and o, k and v of two heads, gate, up and down
 HEAD = 300 * 64

@@ -21,8 +21,8 @@ from runtime_bench.engines import Job, Loaded, Options, Round
 from runtime_bench.engines.worker import Worker
 from runtime_bench.results import Check, RunResult
 from runtime_bench.run import RunSettings
+from swiftprune.config import PruneSettings
 from swiftprune.errors import CheckpointError, OutputError, SettingsError, TextError
-from swiftprune.pruning.pipeline import PruneSettings
 
 
 @pytest.fixture(scope="session")

@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM
 from runtime_bench import plots, report, results, trade_off
 from runtime_bench.demo_data import DemoData
 from runtime_bench.trade_off import measure
+from swiftprune.calibration.text import load_tokenizer, token_windows
 from swiftprune.errors import ResultError, SettingsError
-from swiftprune.pruning.calibration_text import load_tokenizer, token_windows
-from swiftprune.pruning.evaluate import perplexity
+from swiftprune.models.perplexity import perplexity
 from tests import models
 from tests.runtime_bench.sample_results import layers_result, trade_off_result
 

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM
 
 import swiftprune.serve.transformers  # noqa: F401 - registers the packed format
 from exporters import export
-from swiftprune.pruning.pipeline import PruneSettings
-from swiftprune.sparse24.linear import Linear24
+from swiftprune.config import PruneSettings
+from swiftprune.kernels.linear import Linear24
 
 TOKENS = torch.arange(3, 40)[None]
 

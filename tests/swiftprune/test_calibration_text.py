@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from swiftprune.calibration import sampling
+from swiftprune.calibration.data import CalibrationData, calibration_data
+from swiftprune.calibration.text import CalibrationText, load_tokenizer
+from swiftprune.checkpoints.source import Checkpoint
 from swiftprune.errors import TextError
-from swiftprune.pruning import sampling
-from swiftprune.pruning.calibration_data import CalibrationData, calibration_data
-from swiftprune.pruning.calibration_text import CalibrationText, load_tokenizer
-from swiftprune.pruning.checkpoint import Checkpoint
-from swiftprune.pruning.progress import silent
-from swiftprune.pruning.whole_model import load_whole_model
+from swiftprune.models.load import load_whole_model
+from swiftprune.progress import silent
 from tests import models
 
 

@@ -13,9 +13,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from exporters import export
+from swiftprune.checkpoints.source import Checkpoint
+from swiftprune.config import PruneSettings
 from swiftprune.errors import CheckpointError, SettingsError
-from swiftprune.pruning.checkpoint import Checkpoint
-from swiftprune.pruning.pipeline import Pipeline, PruneSettings
+from swiftprune.stages.run import Pipeline
 from tests import models
 
 SETTINGS = PruneSettings(calibration="none")

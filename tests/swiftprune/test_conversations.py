@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 from exporters import export
+from swiftprune.calibration.sampling import sampled_conversations
+from swiftprune.calibration.text import load_tokenizer
+from swiftprune.checkpoints.source import Checkpoint
+from swiftprune.config import PruneSettings, make_settings
 from swiftprune.errors import SettingsError
-from swiftprune.pruning.calibration_text import load_tokenizer
-from swiftprune.pruning.checkpoint import Checkpoint
-from swiftprune.pruning.distill import Distillation
-from swiftprune.pruning.pipeline import Pipeline, PruneSettings
-from swiftprune.pruning.progress import silent
-from swiftprune.pruning.quality import make_settings
-from swiftprune.pruning.sampling import sampled_conversations
+from swiftprune.progress import silent
+from swiftprune.stages.distill import Distillation
+from swiftprune.stages.run import Pipeline
 
 TEMPLATE = "{% for message in messages %}<s>{{ message['role'] }}: {{ message['content'] }}</s>{% endfor %}"
 
@@ -99,7 +99,7 @@ def test_a_quarter_of_the_text_is_conversations(
             seen["trained"] = arguments[4]
             super().__init__(*arguments, **options)
 
-    monkeypatch.setattr("swiftprune.pruning.pipeline.Distillation", Noting)
+    monkeypatch.setattr("swiftprune.stages.run.Distillation", Noting)
     settings = PruneSettings(
         method="wanda", calibration=str(text_file) if source == "file" else "self", samples=8, seqlen=32,
         conversations=3, refine=("distill",), steps=1,

@@ -13,10 +13,10 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 from swiftprune.errors import CheckpointError, SettingsError
-from swiftprune.pruning import distill
-from swiftprune.pruning.distill import Budget, Distillation
-from swiftprune.pruning.evaluate import perplexity
-from swiftprune.pruning.mask import n_of_m
+from swiftprune.methods.mask import n_of_m
+from swiftprune.models.perplexity import perplexity
+from swiftprune.stages import distill
+from swiftprune.stages.distill import Budget, Distillation
 from tests import models
 
 WITHIN = {"gpt-neox": "gpt_neox.layers."}

@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.sparse._semi_structured_conversions import sparse_semi_structured_from_dense_cutlass
 
 from swiftprune.errors import FormatError
-from swiftprune.sparse24.format import Packed24, metadata_width, pack, prune_and_pack, unpack, validate
-from swiftprune.sparse24.score_factors import ScoreFactors
+from swiftprune.formats.spec import Packed24, metadata_width, validate
+from swiftprune.kernels.packing import pack, prune_and_pack, unpack
+from swiftprune.kernels.score_factors import ScoreFactors
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 

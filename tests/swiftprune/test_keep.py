@@ -18,9 +18,9 @@ from transformers import AutoModelForCausalLM
 import swiftprune.serve.transformers  # noqa: F401 - registers the packed format
 from exporters import export
 from swiftprune import PruneSettings, unpack
+from swiftprune.checkpoints.source import Checkpoint
 from swiftprune.errors import SettingsError
-from swiftprune.pruning.checkpoint import Checkpoint
-from swiftprune.pruning.pipeline import Pipeline
+from swiftprune.stages.run import Pipeline
 
 DOWN = "model.layers.1.mlp.down_proj.weight"
 DECLARED = {

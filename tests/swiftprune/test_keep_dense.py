@@ -15,14 +15,14 @@ from transformers import AutoModelForCausalLM
 import swiftprune.serve.transformers  # noqa: F401 - registers the packed format
 from exporters import export
 from exporters.workspace import Workspace
+from swiftprune.config import PruneSettings
 from swiftprune.errors import CheckpointError, SettingsError
-from swiftprune.pruning import keep_dense
-from swiftprune.pruning.distill import Distillation
-from swiftprune.pruning.evaluate import dense_perplexity, perplexity
-from swiftprune.pruning.keep_dense import find_dense
-from swiftprune.pruning.mask import n_of_m
-from swiftprune.pruning.pipeline import PruneSettings
-from swiftprune.pruning.targets import fused_sets
+from swiftprune.methods.mask import n_of_m
+from swiftprune.models.perplexity import dense_perplexity, perplexity
+from swiftprune.models.plan import fused_sets
+from swiftprune.stages import keep_dense
+from swiftprune.stages.distill import Distillation
+from swiftprune.stages.keep_dense import find_dense
 
 
 def windows(model: Any) -> Tensor:

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from swiftprune.errors import FormatError
-from swiftprune.sparse24.kernels.native import NativeKernels, supported_isas
-from swiftprune.sparse24.kernels.reference import ReferenceKernels
-from swiftprune.sparse24.score_factors import EwmaGains, ScoreFactors
+from swiftprune.kernels.native import NativeKernels, supported_isas
+from swiftprune.kernels.reference import ReferenceKernels
+from swiftprune.kernels.score_factors import EwmaGains, ScoreFactors
 
 REFERENCE = ReferenceKernels()
 ISAS = supported_isas()

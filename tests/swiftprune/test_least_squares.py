@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from swiftprune.errors import CheckpointError
-from swiftprune.pruning import least_squares
-from swiftprune.pruning.admm import admm
-from swiftprune.pruning.least_squares import DAMPING, DRIFT_SHARE, Normal, refine_weights
-from swiftprune.pruning.mask import Pattern, n_of_m
-from swiftprune.pruning.sparsegpt import sparsegpt
+from swiftprune.methods import least_squares
+from swiftprune.methods.admm import admm
+from swiftprune.methods.least_squares import DAMPING, DRIFT_SHARE, Normal, refine_weights
+from swiftprune.methods.mask import Pattern, n_of_m
+from swiftprune.methods.sparsegpt import sparsegpt
 
 
 def problem(seed: int, n: int, k: int, tokens: int = 400) -> tuple[Tensor, Tensor, Tensor]:

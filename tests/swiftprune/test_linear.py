@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from swiftprune.errors import FormatError, SettingsError
-from swiftprune.pruning.module import prune_module
-from swiftprune.sparse24 import dispatch
-from swiftprune.sparse24.format import Packed24, pack, prune_and_pack, unpack, validate
-from swiftprune.sparse24.kernels import native, reference
-from swiftprune.sparse24.linear import Linear24
-from swiftprune.sparse24.score_factors import ScoreFactors
+from swiftprune.formats.spec import Packed24, validate
+from swiftprune.kernels import dispatch, native, reference
+from swiftprune.kernels.linear import Linear24
+from swiftprune.kernels.packing import pack, prune_and_pack, unpack
+from swiftprune.kernels.score_factors import ScoreFactors
+from swiftprune.module import prune_module
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 FAST = [(isa, dtype) for dtype in DTYPES for isa in native.linear_isas(dtype)]
@@ -312,11 +312,11 @@ def test_backends_are_chosen_by_name_and_never_replaced_in_silence(monkeypatch: 
 
 WITHOUT_KERNELS = """
 import sys
-sys.modules["swiftprune.sparse24.kernels._native"] = None  # what an installation without a compiler looks like
+sys.modules["swiftprune.kernels._native"] = None  # what an installation without a compiler looks like
 import torch
-from swiftprune.sparse24.format import prune_and_pack
-from swiftprune.sparse24.linear import Linear24
-from swiftprune.sparse24.score_factors import ScoreFactors
+from swiftprune.kernels.packing import prune_and_pack
+from swiftprune.kernels.linear import Linear24
+from swiftprune.kernels.score_factors import ScoreFactors
 packed = prune_and_pack(torch.randn(8, 16), ScoreFactors.of_magnitude(16))
 layers = [Linear24.from_packed(packed) for _ in range(3)]
 print(layers[0].backend, layers[0](torch.ones(2, 16)).shape)

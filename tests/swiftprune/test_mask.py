@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from swiftprune.errors import SettingsError
-from swiftprune.pruning.mask import Pattern, ewma, n_of_m, select
+from swiftprune.methods.mask import Pattern, ewma, n_of_m, select
 
 
 @given(st.data())

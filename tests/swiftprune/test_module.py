@@ -15,7 +15,7 @@ from transformers import BertConfig, BertModel, ResNetConfig, ResNetModel, ViTCo
 
 from swiftprune import ModuleReport, prune_module
 from swiftprune.errors import CheckpointError, FormatError, SettingsError
-from swiftprune.pruning.module import input_sq_sum
+from swiftprune.module import input_sq_sum
 
 MATRICES = (nn.Linear, nn.Conv1d, nn.Conv2d)
 

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-import swiftprune.onnx
+import swiftprune.serve.onnxruntime
 from swiftprune.errors import CheckpointError, SettingsError
-from swiftprune.sparse24.kernels import native
+from swiftprune.kernels import native
 from tests import onnx_graphs
 
 TYPES = [("FLOAT", "FLOAT"), ("FLOAT", "FLOAT16"), ("FLOAT", "BFLOAT16"), ("FLOAT16", "FLOAT16")]
@@ -40,7 +40,7 @@ def test_every_kernel_gives_the_product(
         weight = onnx_graphs.packed(
             tmp_path / "m.onnx", dtype=dtype, x_dtype=x_dtype, outputs=outputs, inputs=inputs, seed=outputs
         )
-        session = swiftprune.onnx.session(tmp_path / "m.onnx")
+        session = swiftprune.serve.onnxruntime.session(tmp_path / "m.onnx")
         assert session.linears == {isa: 1}
         for tokens in TOKENS:
             x = rng.standard_normal((1, tokens, inputs)).astype(np.float32 if x_dtype == "FLOAT" else np.float16)
@@ -62,7 +62,7 @@ def test_bfloat16_inputs_take_the_bfloat16_kernel(tmp_path: Path) -> None:
     for value in (*model.graph.input, *model.graph.output):
         value.type.tensor_type.elem_type = TensorProto.FLOAT
     onnx.save(model, tmp_path / "m.onnx")
-    session = swiftprune.onnx.session(tmp_path / "m.onnx")
+    session = swiftprune.serve.onnxruntime.session(tmp_path / "m.onnx")
     assert session.linears == {native.linear_isas(torch.bfloat16)[0]: 1}
     x = torch.randn(2, 3, 128).bfloat16().float().numpy()
     assert np.allclose(run(session, x), x.astype(np.float64) @ weight.T, rtol=1e-2, atol=0.1)
@@ -79,7 +79,7 @@ def test_library_and_function_body_agree(
     path = tmp_path_factory.mktemp("model") / "m.onnx"
     weight = onnx_graphs.packed(path, dtype=dtype, outputs=outputs, inputs=4 * groups, seed=seed)
     x = np.random.default_rng(seed).standard_normal((1, tokens, 4 * groups)).astype(np.float32)
-    fast, plain = swiftprune.onnx.session(path), swiftprune.onnx.session(path, kernels=False)
+    fast, plain = swiftprune.serve.onnxruntime.session(path), swiftprune.serve.onnxruntime.session(path, kernels=False)
     assert plain.linears == {"reference": 1}
     expected = x.astype(np.float64) @ weight.T
     for y in (run(fast, x), run(plain, x)):
@@ -102,7 +102,10 @@ def test_worked_example_in_bits(tmp_path: Path) -> None:
     onnx_graphs.write_packed(tmp_path / "m.onnx", values, np.array([[0x8D]], np.uint8))
     x = np.array([[[1, 10, 100, 1000, 10000, 7, 7, 7]]], np.float32)
     for kernels in (True, False):
-        assert run(swiftprune.onnx.session(tmp_path / "m.onnx", kernels=kernels), x) == 0.5 * 10 - 1000 + 2 * 10000
+        assert (
+            run(swiftprune.serve.onnxruntime.session(tmp_path / "m.onnx", kernels=kernels), x)
+            == 0.5 * 10 - 1000 + 2 * 10000
+        )
 
 
 def test_threads_do_not_change_a_bit(tmp_path: Path) -> None:
@@ -112,7 +115,7 @@ def test_threads_do_not_change_a_bit(tmp_path: Path) -> None:
     for threads in (1, 2, 4):
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
-        answers.append(run(swiftprune.onnx.session(tmp_path / "m.onnx", options), x))
+        answers.append(run(swiftprune.serve.onnxruntime.session(tmp_path / "m.onnx", options), x))
     assert all((answer == answers[0]).all() for answer in answers)
 
 
@@ -131,10 +134,10 @@ def test_metadata_is_checked(tmp_path: Path, row: int, column: int, byte: int, m
     metadata[row, column] = byte
     onnx_graphs.write_packed(tmp_path / "m.onnx", np.ones((3, 10), np.float32), metadata)
     if message is None:
-        swiftprune.onnx.session(tmp_path / "m.onnx")
+        swiftprune.serve.onnxruntime.session(tmp_path / "m.onnx")
         return
     with pytest.raises(CheckpointError, match=rf"m\.onnx: .*MatMul24 lin: {message}"):
-        swiftprune.onnx.session(tmp_path / "m.onnx")
+        swiftprune.serve.onnxruntime.session(tmp_path / "m.onnx")
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
@@ -145,7 +148,7 @@ def test_values_that_are_not_finite_are_refused(tmp_path: Path, value: float) ->
     metadata[:, 2] = 0x04
     onnx_graphs.write_packed(tmp_path / "m.onnx", values, metadata)
     with pytest.raises(CheckpointError, match="MatMul24 lin: a stored value is infinite or not a number"):
-        swiftprune.onnx.session(tmp_path / "m.onnx")
+        swiftprune.serve.onnxruntime.session(tmp_path / "m.onnx")
 
 
 @pytest.mark.parametrize(
@@ -168,7 +171,7 @@ def test_shapes_are_checked(tmp_path: Path, values: tuple[int, int], metadata: t
     opsets = [helper.make_opsetid("", 20), helper.make_opsetid("swiftprune", 1)]
     onnx_graphs.save(helper.make_model(graph, opset_imports=opsets, ir_version=10), tmp_path / "m.onnx")
     with pytest.raises(CheckpointError, match=message):
-        swiftprune.onnx.session(tmp_path / "m.onnx")
+        swiftprune.serve.onnxruntime.session(tmp_path / "m.onnx")
 
 
 def test_weights_must_be_initializers(tmp_path: Path) -> None:
@@ -178,12 +181,12 @@ def test_weights_must_be_initializers(tmp_path: Path) -> None:
     del model.graph.initializer[0]
     onnx.save(model, tmp_path / "m.onnx")
     with pytest.raises(CheckpointError, match="values must be an initializer of the model"):
-        swiftprune.onnx.session(tmp_path / "m.onnx")
+        swiftprune.serve.onnxruntime.session(tmp_path / "m.onnx")
 
 
 def test_inputs_of_the_wrong_width(tmp_path: Path) -> None:
     onnx_graphs.packed(tmp_path / "m.onnx", outputs=8, inputs=16)
-    session = swiftprune.onnx.session(tmp_path / "m.onnx")
+    session = swiftprune.serve.onnxruntime.session(tmp_path / "m.onnx")
     with pytest.raises(Exception, match=r"MatMul24 lin: x must be \(\.\.\., 16\), not \(1, 2, 12\)"):
         session.run(None, {"x": np.ones((1, 2, 12), np.float32)})
     with pytest.raises(Exception, match="Unexpected input data type"):
@@ -195,36 +198,36 @@ def test_backends_are_chosen_out_loud(
 ) -> None:
     path = tmp_path / "m.onnx"
     onnx_graphs.packed(path, outputs=8, inputs=16)
-    assert swiftprune.onnx.session(path).linears == {ISAS[0]: 1}
+    assert swiftprune.serve.onnxruntime.session(path).linears == {ISAS[0]: 1}
     monkeypatch.setenv("SWIFTPRUNE_BACKEND", "reference")
-    assert swiftprune.onnx.session(path).linears == {"reference": 1}
+    assert swiftprune.serve.onnxruntime.session(path).linears == {"reference": 1}
     monkeypatch.setenv("SWIFTPRUNE_BACKEND", "avx1024")
     with pytest.raises(CheckpointError, match=r"backend 'avx1024' \(SWIFTPRUNE_BACKEND\) cannot run float32 .*generic"):
-        swiftprune.onnx.session(path)
+        swiftprune.serve.onnxruntime.session(path)
     monkeypatch.delenv("SWIFTPRUNE_BACKEND")
     monkeypatch.setattr(native, "ONNXRUNTIME_LIBRARY", None)
     with caplog.at_level(logging.WARNING):
-        assert swiftprune.onnx.session(path).linears == {"reference": 1}
+        assert swiftprune.serve.onnxruntime.session(path).linears == {"reference": 1}
     assert "without its native kernels" in caplog.text
     with pytest.raises(SettingsError, match="without its native kernels"):
-        swiftprune.onnx.library()
+        swiftprune.serve.onnxruntime.library()
 
 
 def test_what_cannot_be_loaded(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"m\.onnx: no such file"):
-        swiftprune.onnx.session(tmp_path / "m.onnx")
+        swiftprune.serve.onnxruntime.session(tmp_path / "m.onnx")
     (tmp_path / "m.onnx").write_bytes(b"not a model")
     with pytest.raises(CheckpointError, match="not a readable ONNX model"):
-        swiftprune.onnx.session(tmp_path / "m.onnx")
+        swiftprune.serve.onnxruntime.session(tmp_path / "m.onnx")
     weight = onnx_graphs.sparse(8, 16)
     onnx_graphs.save(onnx_graphs.linear(weight), tmp_path / "e.onnx", external=True)
     (tmp_path / "e.onnx.data").write_bytes(b"short")
     with pytest.raises(CheckpointError, match=r"e\.onnx: ONNX Runtime cannot load it"):
-        swiftprune.onnx.session(tmp_path / "e.onnx")
+        swiftprune.serve.onnxruntime.session(tmp_path / "e.onnx")
     with pytest.raises(CheckpointError, match="no genai_config"):
-        swiftprune.onnx.genai_model(tmp_path)
+        swiftprune.serve.onnxruntime.genai_model(tmp_path)
     onnx_graphs.save(onnx_graphs.linear(weight), tmp_path / "e.onnx")
-    session = swiftprune.onnx.session(tmp_path / "e.onnx")
+    session = swiftprune.serve.onnxruntime.session(tmp_path / "e.onnx")
     assert session.linears == {"dense": 1}
     with pytest.raises(CheckpointError, match="no input_ids and no logits: not an exported decoder"):
-        swiftprune.onnx.Decoder(session)
+        swiftprune.serve.onnxruntime.Decoder(session)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from swiftprune.pruning.pairs import DAMPING, keep_pairs
+from swiftprune.methods.pairs import DAMPING, keep_pairs
 
 
 def losses(weight: Tensor, gram: Tensor) -> dict[tuple[int, int], float]:

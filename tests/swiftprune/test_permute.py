@@ -17,12 +17,13 @@ from transformers import AutoModelForCausalLM, PhiConfig
 
 from exporters import export
 from exporters.workspace import Workspace
+from swiftprune.checkpoints.source import Checkpoint
+from swiftprune.config import PruneSettings
 from swiftprune.errors import CheckpointError, SettingsError
-from swiftprune.pruning import permute
-from swiftprune.pruning.checkpoint import Checkpoint
-from swiftprune.pruning.permute import best_order, find_orders
-from swiftprune.pruning.pipeline import Pipeline, PruneSettings
-from swiftprune.pruning.targets import empty_model, find_targets
+from swiftprune.models.plan import empty_model, find_targets
+from swiftprune.stages import permute
+from swiftprune.stages.permute import best_order, find_orders
+from swiftprune.stages.run import Pipeline
 from tests import models
 
 

@@ -30,22 +30,24 @@ from transformers import (
 
 import swiftprune.serve.transformers  # noqa: F401 - registers the packed format
 from exporters import export
+from swiftprune.calibration.data import CalibrationData, calibration_data
+from swiftprune.calibration.runner import BlockRunner
+from swiftprune.checkpoints.source import Checkpoint
+from swiftprune.config import PruneSettings, make_settings
 from swiftprune.errors import CheckpointError, FormatError, SettingsError
-from swiftprune.pruning import least_squares, refine_blocks
-from swiftprune.pruning import pipeline as pipeline_module
-from swiftprune.pruning.calibrate import BlockRunner
-from swiftprune.pruning.calibration_data import CalibrationData, calibration_data
-from swiftprune.pruning.checkpoint import Checkpoint
-from swiftprune.pruning.distill import Distillation
-from swiftprune.pruning.mask import Pattern
-from swiftprune.pruning.pairs import keep_pairs
-from swiftprune.pruning.pipeline import MemoryStore, Pipeline, PruneSettings, prune
-from swiftprune.pruning.progress import silent
-from swiftprune.pruning.quality import make_settings
-from swiftprune.pruning.score import Needs
-from swiftprune.pruning.sparsegpt import sparsegpt
-from swiftprune.pruning.targets import empty_model, find_targets
-from swiftprune.sparse24.format import Packed24, unpack
+from swiftprune.formats.spec import Packed24
+from swiftprune.kernels.packing import unpack
+from swiftprune.methods import least_squares
+from swiftprune.methods.mask import Pattern
+from swiftprune.methods.pairs import keep_pairs
+from swiftprune.methods.scores import Needs
+from swiftprune.methods.sparsegpt import sparsegpt
+from swiftprune.models.plan import empty_model, find_targets
+from swiftprune.progress import silent
+from swiftprune.stages import refine_blocks
+from swiftprune.stages import run as pipeline_module
+from swiftprune.stages.distill import Distillation
+from swiftprune.stages.run import MemoryStore, Pipeline, prune
 from tests import models
 from tests.swiftprune.test_least_squares import best_values, objective
 
@@ -654,7 +656,7 @@ def test_a_finished_run_is_not_run_forward_again(
     store = MemoryStore(pipeline)
     for done in pipeline.blocks():
         store.save(done)
-    monkeypatch.setattr(BlockRunner, "_run", lambda *_: pytest.fail("a block was run"))
+    monkeypatch.setattr(BlockRunner, "run", lambda *_: pytest.fail("a block was run"))
     assert list(pipeline.blocks(store)) == []
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from swiftprune.errors import SettingsError
-from swiftprune.pruning.score import DAMPING, METHODS, InputStats, find_method
+from swiftprune.methods.scores import DAMPING, METHODS, InputStats, find_method
 
 N, K, TOKENS, GROUP = 24, 64, 50, 4
 

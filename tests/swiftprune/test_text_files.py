@@ -14,9 +14,9 @@ import pytest
 from tokenizers import processors
 from transformers import AutoTokenizer
 
+from swiftprune.calibration.text import chat_template, start_tokens, token_windows
+from swiftprune.calibration.text_files import Messages, read_text
 from swiftprune.errors import TextError
-from swiftprune.pruning.calibration_text import chat_template, start_tokens, token_windows
-from swiftprune.pruning.text_files import Messages, read_text
 from tests import models
 
 LINES = [f"Document {index}, with “quotes” and a \t tab." for index in range(5)]

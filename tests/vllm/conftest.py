@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from exporters import Target, export
-from swiftprune.pruning.pipeline import PruneSettings
+from swiftprune.config import PruneSettings
 from tests import models
 
 if TYPE_CHECKING:

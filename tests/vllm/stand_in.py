@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from swiftprune.sparse24.kernels import gpu
+from swiftprune.kernels import gpu
 
 
 class StandIn(gpu.GpuBackend):

@@ -10,8 +10,8 @@ import torch
 
 from exporters import export
 from runtime_bench import demo_data
-from swiftprune.pruning.pipeline import PruneSettings
-from swiftprune.sparse24.kernels import native
+from swiftprune.config import PruneSettings
+from swiftprune.kernels import native
 from tests.vllm.conftest import Answers, Checkpoints
 from tests.vllm.engine import PROMPTS, TOKENS, TOLERANCE, answers, ask, assert_same, engine
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from swiftprune.sparse24 import dispatch
+from swiftprune.kernels import dispatch
 from tests.vllm import stand_in
 from tests.vllm.conftest import Answers, Checkpoints
 from tests.vllm.engine import PROMPTS, TOKENS, TOLERANCE, answers, ask, assert_same, engine

@@ -18,7 +18,7 @@ from openai import OpenAI
 
 from exporters import export
 from runtime_bench import demo_data
-from swiftprune.pruning.pipeline import PruneSettings
+from swiftprune.config import PruneSettings
 
 pytestmark = pytest.mark.slow
 PROMPT = "The capital of France is"

@@ -12,8 +12,8 @@ import pytest
 RUNTIME = Path(sys.prefix) / "lib" / "libiomp5.so"
 CODE = """
 import os, torch
-from swiftprune.sparse24.format import pack
-from swiftprune.sparse24.linear import Linear24
+from swiftprune.kernels.packing import pack
+from swiftprune.kernels.linear import Linear24
 torch.set_num_threads(2)
 torch.ones(1 << 22).add_(1)
 before = len(os.listdir("/proc/self/task"))

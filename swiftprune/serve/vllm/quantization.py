@@ -24,12 +24,12 @@ from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 from vllm.model_executor.parameter import BasevLLMParameter, ModelWeightParameter
 
+from swiftprune.checkpoints.source import Checkpoint
 from swiftprune.errors import FormatError
-from swiftprune.pruning.checkpoint import Checkpoint
-from swiftprune.sparse24 import bitmask, dispatch
-from swiftprune.sparse24 import format as format24
-from swiftprune.sparse24.format import GROUP, KEPT, METADATA_SUFFIX, QUANT_METHOD, Packed24, metadata_width
-from swiftprune.sparse24.linear import Linear24
+from swiftprune.formats import bitmask, spec
+from swiftprune.formats.spec import GROUP, KEPT, METADATA_SUFFIX, QUANT_METHOD, Packed24, metadata_width
+from swiftprune.kernels import dispatch, packing
+from swiftprune.kernels.linear import Linear24
 
 # Only children of the logger `vllm` show.
 logger = init_logger("vllm.swiftprune")
@@ -60,7 +60,7 @@ class SwiftpruneConfig(QuantizationConfig):  # type: ignore[misc]
         if _is_bitmask(config):
             sparsity = config["sparsity_config"]
             return cls(sparsity.get("ignore") or [], targets=sparsity.get("targets") or [_ALL], from_bitmask=True)
-        format24.check_declared(config.get("format"), config.get("version"), "vLLM")
+        spec.check_declared(config.get("format"), config.get("version"), "vLLM")
         return cls(config.get("ignore") or [])
 
     @classmethod
@@ -118,7 +118,7 @@ class SwiftpruneConfig(QuantizationConfig):  # type: ignore[misc]
         return QUANT_METHOD
 
     def get_supported_act_dtypes(self) -> list[torch.dtype]:
-        return list(format24.VALUE_DTYPES)
+        return list(spec.VALUE_DTYPES)
 
     @classmethod
     def get_min_capability(cls) -> int:
@@ -172,7 +172,7 @@ class SwiftpruneLinearMethod(LinearMethodBase):  # type: ignore[misc]
             mask = layer.bitmask.data
             if _holds_random_weights():
                 mask = torch.full_like(mask, 0b0011_0011)
-            packed = bitmask.from_bitmask(layer.compressed.data, mask, name)
+            packed = packing.canonical(bitmask.from_bitmask(layer.compressed.data, mask, name), name)
             del layer.compressed, layer.bitmask, layer.shape
         else:
             packed = Packed24(layer.weight.data, layer.weight_meta.data)

@@ -1,0 +1,1 @@
+"""Text, and what the model makes of it, block by block."""

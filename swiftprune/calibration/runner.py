@@ -1,0 +1,343 @@
+"""Runs decoder blocks one at a time on calibration tokens and records what enters each linear."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import logging
+from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from swiftprune.calibration.residual import residual_writers
+from swiftprune.checkpoints.source import Checkpoint
+from swiftprune.compute import autocast
+from swiftprune.errors import CheckpointError, SwiftpruneError, first_line
+from swiftprune.formats.spec import GROUP
+from swiftprune.methods.scores import InputStats, Needs
+from swiftprune.models.plan import Block, Linear, Targets, decoder_blocks
+
+logger = logging.getLogger(__name__)
+
+_Arguments = dict[str, tuple[tuple[Any, ...], dict[str, Any]]]
+"""By block, what the model hands to it beside the hidden states of one sample."""
+
+# Tokens whose inputs are kept to measure a linear's output error.
+SAMPLE_TOKENS = 256
+
+
+class BlockRunner:
+    """The hidden states of all calibration samples, moved through the model block by block.
+
+    One block's weights are in memory at a time, in fp32; products are computed in `compute`. `hidden` holds one
+    (1, T, H) fp32 tensor per sample: the input of the next block in the pruned model. `dense_hidden` is the same in the
+    dense model, and None unless asked for. Whatever else the model hands to its blocks (masks, positions, inputs that
+    depend on the tokens, keys and values that blocks share) is kept for each sample, and for each of the two models.
+    """
+
+    def __init__(
+        self, model: nn.Module, checkpoint: Checkpoint, targets: Targets, tokens: Tensor, *,
+        compute: torch.dtype = torch.float32, with_dense: bool = False,
+    ) -> None:  # fmt: skip
+        self._model = model
+        self._compute = compute
+        self._checkpoint = checkpoint
+        self._tensor_of = targets.tensor_of
+        _, modules = decoder_blocks(model)
+        self._modules = {block.name: module for block, module in zip(targets.blocks, modules, strict=True)}
+        self._arguments: list[_Arguments] = []
+        self.hidden = self._embed(tokens)
+        self.dense_hidden = list(self.hidden) if with_dense else None
+        self._dense_arguments = [_without_shared_containers(sample) for sample in self._arguments] if with_dense else []
+        self._warned = False
+
+    @torch.no_grad()
+    def _embed(self, tokens: Tensor) -> list[Tensor]:
+        """Runs all but the blocks, which only note their arguments: these differ by block and by sample.
+
+        Blocks return their hidden states, or these in a tuple: what the model takes is found by trying.
+        Raises CheckpointError for one that does not hand them from each block to the next as they are.
+        """
+        base: Any = getattr(self._model, getattr(self._model, "base_model_prefix", ""), self._model)
+        blocks = tuple(f"{name}." for name in self._modules)
+        outside = [name for name in self._model.state_dict() if not name.startswith(blocks)]
+        base_modules = {id(module) for module in base.modules()}
+        wanted = [name for name in outside if id(self._model.get_submodule(name.rpartition(".")[0])) in base_modules]
+        failure: Exception | None = None
+        for in_tuple in (False, True):
+            hidden: list[Tensor] = []
+            self._arguments = []
+            try:
+                with self._loaded(wanted), self._recording(hidden, in_tuple):
+                    for row in tokens:
+                        self._arguments.append({})
+                        base(input_ids=row[None], use_cache=False)
+                        if len(self._arguments) > 1:
+                            _share_equal_tensors(self._arguments[-1], self._arguments[-2])
+                return hidden
+            except SwiftpruneError:
+                raise
+            except Exception as error:  # of any type, from code that was given what it does not take
+                if not isinstance(failure, _ChangedError):
+                    failure = error
+        assert failure is not None
+        raise CheckpointError(
+            f"{type(self._model).__name__}: cannot be calibrated block by block ({first_line(failure)}); prune it with "
+            "--calibration none"
+        ) from failure
+
+    @contextmanager
+    def _recording(self, hidden: list[Tensor], in_tuple: bool) -> Iterator[None]:
+        names = list(self._modules)
+
+        def record(name: str) -> Callable[..., Any]:
+            def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+                arguments = self._arguments[-1]
+                if name == names[0]:
+                    hidden.append(hidden_states)
+                if len(arguments) == len(names) or names[len(arguments)] != name:
+                    raise _ChangedError(f"its blocks do not run one after the other, each once: {name}")
+                if hidden_states is not hidden[-1] and not torch.equal(hidden_states, hidden[-1]):
+                    raise _ChangedError(f"{name} is not given what the block before it returns")
+                arguments[name] = (args, kwargs)
+                return (hidden_states, None) if in_tuple else hidden_states
+
+            return forward
+
+        for name, module in self._modules.items():
+            module.forward = record(name)
+        try:
+            yield
+        finally:
+            for module in self._modules.values():
+                del module.forward
+
+    @contextmanager
+    def block(self, block: Block) -> Iterator[nn.Module]:
+        """The module of `block` with its dense fp32 weights loaded; they are let go at the end."""
+        module = self._modules[block.name]
+        names = [f"{block.name}.{name}" for name in module.state_dict()]
+        with self._loaded(names):
+            yield module
+
+    @contextmanager
+    def _loaded(self, names: list[str]) -> Iterator[None]:
+        """Puts the named parameters and buffers in place in fp32, and what was there before back at the end."""
+        tensor_of = {name: self._tensor_of[name] for name in names if name in self._tensor_of}
+        tensors = self._checkpoint.read(set(tensor_of.values()))
+        before = {name: self._put(name, tensors[tensor]) for name, tensor in tensor_of.items()}
+        del tensors
+        try:
+            yield
+        finally:
+            for name, tensor in before.items():
+                self._put(name, tensor)
+
+    def _put(self, name: str, tensor: Tensor) -> Tensor:
+        """Puts `tensor`, in fp32, in the place of a parameter or buffer; returns what was there."""
+        owner, _, leaf = name.rpartition(".")
+        module = self._model.get_submodule(owner)
+        before: Tensor = getattr(module, leaf)
+        if isinstance(before, nn.Parameter) and not isinstance(tensor, nn.Parameter):
+            tensor = nn.Parameter(tensor.float(), requires_grad=False)
+        elif not isinstance(before, nn.Parameter) and tensor.is_floating_point():
+            tensor = tensor.float()
+        setattr(module, leaf, tensor)
+        return before
+
+    def run(self, block: Block, sample: int, hidden: Tensor, *, dense: bool = False) -> Tensor:
+        """The output of the loaded block for (1, T, H) `hidden`, with that sample's arguments, or its `dense` ones."""
+        args, kwargs = (self._dense_arguments if dense else self._arguments)[sample][block.name]
+        with autocast(self._compute):
+            out = self._modules[block.name](hidden, *args, **kwargs)
+        result: Tensor = out[0] if isinstance(out, tuple) else out
+        return result.float()
+
+    @torch.no_grad()
+    def collect(
+        self, block: Block, needs: Needs, tick: Callable[[], None], *, advance: bool = False
+    ) -> dict[str, InputStats]:
+        """Runs the loaded block on every sample and returns, by linear name, what entered it.
+
+        `dense_hidden` moves on to the next block, `hidden` only with `advance`.
+        """
+        writers = self._residual_writers(block) if needs == "drift" else {}
+        recorder = _Recorder(needs, max(1, SAMPLE_TOKENS // len(self.hidden)), writers)
+        for index, hidden in enumerate(self.hidden):
+            recorder.new_sample()
+            if self.dense_hidden is not None:
+                dense = self.dense_hidden[index]
+                with self._watched(block, recorder.keep_dense):
+                    self.dense_hidden[index] = self.run(block, index, dense, dense=True)
+                recorder.residual_drift = (dense - hidden).flatten(0, -2)
+            with self._watched(block, recorder.add):
+                out = self.run(block, index, hidden)
+            if advance:
+                self.hidden[index] = out
+            tick()
+        return recorder.stats
+
+    @contextmanager
+    def _watched(self, block: Block, watch: Callable[[Linear, Tensor], None]) -> Iterator[None]:
+        """Calls `watch` with every linear of `block` that runs and what enters it."""
+
+        def hook(linear: Linear) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+            def watched(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+                with autocast(torch.float32):  # what statistics are summed up in
+                    watch(linear, args[0])
+
+            return watched
+
+        hooks = [
+            self._model.get_submodule(linear.name).register_forward_pre_hook(hook(linear)) for linear in block.linears
+        ]
+        try:
+            yield
+        finally:
+            for handle in hooks:
+                handle.remove()
+
+    @torch.no_grad()
+    def advance_dense(self, block: Block) -> None:
+        """Moves `dense_hidden`, where there is one, through the loaded block, which must still be dense."""
+        if self.dense_hidden is not None:
+            self.dense_hidden = [
+                self.run(block, index, hidden, dense=True) for index, hidden in enumerate(self.dense_hidden)
+            ]
+
+    def parameters(self, block: Block, weights: Collection[str]) -> dict[str, nn.Parameter]:
+        """Those of `weights`, names of parameters, and the norms and biases of the loaded block, by name."""
+        names = (f"{block.name}.{name}" for name, _ in self._modules[block.name].named_parameters())
+        found = {name: self._model.get_parameter(name) for name in names}
+        return {name: parameter for name, parameter in found.items() if parameter.ndim == 1 or name in weights}
+
+    def put(self, weights: Mapping[str, Tensor]) -> None:
+        """Puts `weights`, by parameter name, into the loaded block, in fp32."""
+        for name, weight in weights.items():
+            self._put(name, weight)
+
+    def _residual_writers(self, block: Block) -> dict[str, float]:
+        linears = {linear.name: self._model.get_submodule(linear.name) for linear in block.linears}
+        hidden = self.hidden[0]
+        writers = residual_writers(functools.partial(self.run, block, 0, hidden), hidden, linears)
+        if not writers and linears and not self._warned:
+            logger.warning(
+                "%s adds the output of none of its linears to the residual stream as it is (there may be a norm "
+                "between), so what the residual stream has lost is not made up for", block.name,
+            )  # fmt: skip
+            self._warned = True
+        return writers
+
+    @torch.no_grad()
+    def advance(self, block: Block, pruned: Mapping[str, Tensor], tick: Callable[[], None]) -> None:
+        """Puts `pruned` weights, by parameter name, into the loaded block and moves `hidden` through it."""
+        self.put(pruned)
+        for index, hidden in enumerate(self.hidden):
+            self.hidden[index] = self.run(block, index, hidden)
+            tick()
+
+
+class _ChangedError(Exception):
+    """Hidden states do not go from block to block as they are."""
+
+
+class _Recorder:
+    """Accumulates InputStats; linears that are fed the same tensor (q, k, v) share one object and its cost."""
+
+    def __init__(self, needs: Needs, tokens_kept: int, writers: Mapping[str, float]) -> None:
+        self.stats: dict[str, InputStats] = {}
+        self.residual_drift: Tensor | None = None
+        """(T, H): what the residual stream lacks in the sample at hand."""
+        self._needs = needs
+        self._writers = writers
+        self._tokens_kept = tokens_kept
+        self._seen: list[tuple[Tensor, InputStats]] = []
+        self._dense: dict[str, Tensor] = {}
+
+    def new_sample(self) -> None:
+        self._seen = []
+        self._dense = {}
+
+    def keep_dense(self, linear: Linear, inputs: Tensor) -> None:
+        self._dense[linear.name] = inputs
+
+    def add(self, linear: Linear, inputs: Tensor) -> None:
+        for seen, stats in self._seen:
+            if seen is inputs:
+                self.stats[linear.name] = stats
+                return
+        stats = self.stats.setdefault(linear.name, InputStats(token_count=0))
+        self._seen.append((inputs, stats))
+        rows = _rows(inputs)
+        stats.token_count += len(rows)
+        step = max(1, len(rows) // self._tokens_kept)
+        some = rows[step // 2 :: step][: self._tokens_kept].clone()
+        stats.sample = some if stats.sample is None else torch.cat((stats.sample, some))
+        if self._needs in ("nothing", "input_sq_sum"):  # of nothing, whether inputs are finite
+            stats.input_sq_sum = _plus(stats.input_sq_sum, rows.square().sum(0))
+        elif self._needs == "group_gram":
+            groups = rows.T.reshape(-1, GROUP, len(rows))
+            stats.group_gram = _plus(stats.group_gram, groups @ groups.mT)
+        else:
+            stats.gram = _plus_product(stats.gram, rows, rows)
+        if self._needs == "drift":
+            stats.input_drift = _plus_product(stats.input_drift, _rows(self._dense[linear.name]) - rows, rows)
+            if factor := self._writers.get(linear.name):
+                assert self.residual_drift is not None
+                stats.residual_drift = _plus_product(stats.residual_drift, self.residual_drift / factor, rows)
+
+
+def _rows(inputs: Tensor) -> Tensor:
+    return inputs.reshape(-1, inputs.shape[-1]).float()
+
+
+def _plus(total: Tensor | None, term: Tensor) -> Tensor:
+    return term if total is None else total.add_(term)
+
+
+def _plus_product(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
+    """`total` + left^T right, in place: for wide layers a second (K, K) would be as large as a block."""
+    return left.T @ right if total is None else total.addmm_(left.T, right)
+
+
+def _without_shared_containers(arguments: _Arguments) -> _Arguments:
+    """A copy that shares tensors but no container: blocks may leave keys and values in one for those that follow."""
+    copies: dict[int, Any] = {}
+    return {name: (_copied(args, copies), _copied(kwargs, copies)) for name, (args, kwargs) in arguments.items()}
+
+
+def _copied(value: Any, copies: dict[int, Any]) -> Any:
+    if type(value) is tuple:
+        return tuple(_copied(item, copies) for item in value)
+    if not isinstance(value, list | MutableMapping):
+        return value
+    if id(value) not in copies:
+        copies[id(value)] = other = copy.copy(value)
+        for key, item in enumerate(value) if isinstance(value, list) else value.items():
+            other[key] = _copied(item, copies)
+    return copies[id(value)]
+
+
+def _share_equal_tensors(arguments: _Arguments, before: _Arguments) -> None:
+    """Lets arguments that are equal in two samples, as masks and positions are, take up memory once."""
+    chosen: dict[int, Tensor] = {}
+
+    def share(value: Any, other: Any) -> Any:
+        if isinstance(value, Tensor):
+            if id(value) not in chosen:
+                same = isinstance(other, Tensor) and value.shape == other.shape and torch.equal(value, other)
+                chosen[id(value)] = other if same else value
+            return chosen[id(value)]
+        if type(value) is tuple and isinstance(other, tuple) and len(value) == len(other):
+            return tuple(share(item, its) for item, its in zip(value, other, strict=True))
+        return value
+
+    for name, (args, kwargs) in arguments.items():
+        args_before, kwargs_before = before[name]
+        arguments[name] = (
+            share(args, args_before),
+            {key: share(value, kwargs_before.get(key)) for key, value in kwargs.items()},
+        )

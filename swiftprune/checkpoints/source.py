@@ -1,0 +1,283 @@
+"""A source checkpoint on disk: safetensors shards, read lazily, one tensor at a time."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import logging
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from swiftprune.errors import CheckpointError, SettingsError, first_line
+from swiftprune.progress import Progress, silent
+
+logger = logging.getLogger(__name__)
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+# The float types of safetensors that a checkpoint to be pruned may use, and all others only for tensors left alone.
+_TORCH_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# Of a hub repository, all but its weights.
+_SMALL_FILES = (
+    "*.json",
+    "*.jinja",
+    "*.model",
+    "*.txt",
+    "*.tiktoken",
+    "*.py",
+    "README.md",
+    "LICENSE*",
+    "NOTICE*",
+    "USE_POLICY*",
+)
+
+Orders = Mapping[str, Mapping[int, Tensor]]
+"""By tensor and axis, the int64 indices in the order in which the entries along that axis are to stand."""
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """Where a tensor is and what it is, from the header of its shard."""
+
+    shard: str
+    shape: tuple[int, ...]
+    dtype_name: str
+    nbytes: int
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """The torch dtype when it is one that can be pruned, else None."""
+        return _TORCH_DTYPES.get(self.dtype_name)
+
+
+class Checkpoint:
+    """A local folder in the Hugging Face layout. Opening it reads and checks headers only, no weights.
+
+    Raises CheckpointError naming the file when something is missing, damaged, or not a safetensors checkpoint.
+    """
+
+    def __init__(self, folder: Path, name: str | None = None, *, trust_remote_code: bool = False) -> None:
+        self.folder = folder
+        self.trust_remote_code = trust_remote_code
+        """Whether transformers may run Python code that the checkpoint brings along."""
+        self.name = name or folder.resolve().name
+        """The hub id, or the name of the folder."""
+        self.config: dict[str, Any] = read_json(folder / "config.json")
+        self.tensors: dict[str, TensorEntry] = _read_headers(folder)
+        self._orders: Orders = {}
+
+    @classmethod
+    def open(cls, model: str | Path, *, revision: str | None = None, trust_remote_code: bool = False) -> Checkpoint:
+        """Opens a local folder, or downloads a hub id (`owner/name`) to the hub cache and opens that.
+
+        `revision` is a branch, tag or commit of the hub repository.
+        """
+        folder = Path(model)
+        if folder.is_dir():
+            if revision is not None:
+                raise SettingsError(f"--revision {revision}: {model} is a local folder, which has no revisions")
+            return cls(folder, trust_remote_code=trust_remote_code)
+        if folder.exists():
+            raise CheckpointError(f"{model}: is a file; give the folder that holds config.json and *.safetensors")
+        return cls(_download(str(model), revision), str(model), trust_remote_code=trust_remote_code)
+
+    def permuted(self, orders: Orders) -> Checkpoint:
+        """The same checkpoint with the entries of its tensors reordered as they are read."""
+        other = copy.copy(self)
+        other._orders = orders
+        return other
+
+    @property
+    def is_permuted(self) -> bool:
+        return bool(self._orders)
+
+    def refuse_quantized(self) -> None:
+        """Raises CheckpointError for a checkpoint whose weights are quantized or packed already."""
+        quantization = self._quantization
+        if quantization and not stores_plain_weights(quantization):
+            method = quantization.get("quant_method", "an unnamed method")
+            raise CheckpointError(
+                f"{self.folder}: already quantized or packed by {method!r}; prune the original checkpoint"
+            )
+
+    @property
+    def _quantization(self) -> dict[str, Any]:
+        value = self.config.get("quantization_config") or {}
+        if not isinstance(value, dict) or not isinstance(value.get("sparsity_config") or {}, dict):
+            raise CheckpointError(f"{self.folder / 'config.json'}: its quantization_config is no object that says how")
+        return value
+
+    @property
+    def declared_pattern(self) -> str | None:
+        """The pattern, as `2:4`, that the checkpoint itself says its weights have."""
+        declared = (self._quantization.get("sparsity_config") or {}).get("sparsity_structure")
+        if declared is None and (self.folder / "swiftprune.json").is_file():  # of an export with zeros in place
+            declared = (read_json(self.folder / "swiftprune.json").get("settings") or {}).get("pattern")
+        return declared if isinstance(declared, str) else None
+
+    @property
+    def shards(self) -> list[str]:
+        return sorted({entry.shard for entry in self.tensors.values()})
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(entry.nbytes for entry in self.tensors.values())
+
+    @property
+    def parameter_count(self) -> int:
+        return sum(torch.Size(entry.shape).numel() for entry in self.tensors.values())
+
+    def fingerprint(self, progress: Progress = silent) -> dict[str, str]:
+        """Shard name -> SHA-256 of its bytes, in hex. Reads every shard once."""
+        hashes: dict[str, str] = {}
+        for index, shard in enumerate(self.shards):
+            progress("hash source", index, len(self.shards))
+            with open(self.folder / shard, "rb") as file:
+                hashes[shard] = hashlib.file_digest(file, "sha256").hexdigest()
+        progress("hash source", len(self.shards), len(self.shards))
+        return hashes
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """The named tensors, as read-only views of the mapped file: their pages go when the tensors go.
+
+        Tensors that are permuted are copies.
+        """
+        by_shard: dict[str, list[str]] = {}
+        for name in names:
+            by_shard.setdefault(self.tensors[name].shard, []).append(name)
+        tensors = {}
+        for shard, members in by_shard.items():
+            with _open_shard(self.folder / shard) as file:
+                for name in members:
+                    tensor = file.get_tensor(name)
+                    for axis, order in self._orders.get(name, {}).items():
+                        tensor = tensor.index_select(axis, order)
+                    tensors[name] = tensor
+        return tensors
+
+
+def stores_plain_weights(quantization: Mapping[str, Any]) -> bool:
+    """Whether a `quantization_config` only says that compressed-tensors pruned weights, which are stored as ever."""
+    sparsity = quantization.get("sparsity_config") or {}
+    return sparsity.get("format") == "dense" and not quantization.get("config_groups")
+
+
+def _download(name: str, revision: str | None) -> Path:
+    """The folder of a hub repository's newest or given revision: first its small files, then the weights they name."""
+    folder = from_hub(name, revision)
+    index = folder / INDEX_NAME
+    shards = set(read_json(index).get("weight_map", {}).values()) if index.exists() else {SINGLE_NAME}
+    folder = from_hub(name, revision, *sorted(shards))
+    if not index.exists() and not (folder / SINGLE_NAME).exists():
+        raise CheckpointError(
+            f"{name}: the repository holds neither {SINGLE_NAME} nor {INDEX_NAME}. If its weights are "
+            "pytorch_model.bin, convert it once: load it with AutoModelForCausalLM.from_pretrained, and its tokenizer, "
+            "and save_pretrained both into one folder"
+        )
+    return folder
+
+
+def from_hub(name: str, revision: str | None, *weights: str) -> Path:
+    """The local folder of the hub repository `name` with its small files and those that match `weights`.
+
+    Raises CheckpointError when `name` is no hub id (`owner/name`), or the hub cannot be read.
+    """
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise CheckpointError(f"{name}: no such folder, and not a hub id of the form owner/name")
+    try:
+        return Path(
+            huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=[*_SMALL_FILES, *weights])
+        )
+    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
+        at = f" at revision {revision}" if revision else ""
+        raise CheckpointError(
+            f"{name}: no such folder here, and the hub could not be read{at}: {first_line(error)}"
+        ) from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises CheckpointError that names the file."""
+    try:
+        value = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: missing; is {path.parent} a model folder?") from None
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not valid JSON ({first_line(error)})") from error
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: is not a JSON object")
+    return value
+
+
+def _read_headers(folder: Path) -> dict[str, TensorEntry]:
+    index_path = folder / INDEX_NAME
+    weight_map: dict[str, str] | None = None
+    if (folder / SINGLE_NAME).exists():  # as transformers chooses, whatever an index says
+        shards = [SINGLE_NAME]
+        if index_path.exists():
+            logger.warning("%s: holds %s and %s; the first is read, as transformers reads it, and the shards of the "
+                           "second are left out: delete what is stale", folder, SINGLE_NAME, INDEX_NAME)  # fmt: skip
+    elif index_path.exists():
+        weight_map = read_json(index_path).get("weight_map")
+        if not weight_map:
+            raise CheckpointError(f"{index_path}: has no weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+            raise CheckpointError(f"{index_path}: its weight_map does not name a file for each tensor")
+        shards = sorted(set(weight_map.values()))
+    else:
+        other = next((p.name for p in folder.iterdir() if p.suffix in {".bin", ".pt", ".pth", ".gguf"}), None)
+        hint = f"; it holds {other}: convert it first with save_pretrained" if other else ""
+        raise CheckpointError(f"{folder}: holds neither {SINGLE_NAME} nor {INDEX_NAME}{hint}")
+
+    tensors: dict[str, TensorEntry] = {}
+    for shard in shards:
+        if Path(shard).name != shard:
+            raise CheckpointError(f"{index_path}: names the shard {shard!r}, which is not a plain file name")
+        if not (folder / shard).exists():
+            raise CheckpointError(f"{folder / shard}: missing, though {INDEX_NAME} names it; download it again")
+        tensors.update(shard_entries(folder / shard))
+    if weight_map is not None:
+        for name, shard in weight_map.items():
+            if name not in tensors or tensors[name].shard != shard:
+                raise CheckpointError(f"{index_path}: places {name} in {shard}, which does not hold it")
+    return tensors
+
+
+def shard_entries(path: Path) -> dict[str, TensorEntry]:
+    """What the header of one safetensors file lists, by tensor name in order."""
+    entries = {}
+    with _open_shard(path) as file:
+        for name in sorted(file.keys()):
+            view = file.get_slice(name)
+            shape, dtype = tuple(view.get_shape()), view.get_dtype()
+            entries[name] = TensorEntry(path.name, shape, dtype, _nbytes(shape, dtype))
+    return entries
+
+
+def _nbytes(shape: tuple[int, ...], dtype_name: str) -> int:
+    bits = re.search(r"\d+", dtype_name)  # the first number: F8_E4M3 has 8
+    return torch.Size(shape).numel() * (int(bits[0]) if bits else 8) // 8
+
+
+@contextmanager
+def _open_shard(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        size = path.stat().st_size if path.exists() else 0
+        raise CheckpointError(f"{path}: truncated or damaged ({error}; {size:,} bytes on disk)") from error

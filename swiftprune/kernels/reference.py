@@ -1,0 +1,110 @@
+"""The slow oracle: select, pack and unpack in plain torch, written for reading rather than for speed."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from swiftprune.errors import FormatError
+from swiftprune.kernels.score_factors import EwmaGains, ScoreFactors
+
+# (pos0, pos1) stored for each set of non-zero kept positions, by the bits of the set (format.py, rule 4);
+# None where the set has more than two members.
+STORED_POSITIONS: tuple[tuple[int, int] | None, ...] = (
+    (2, 3), (0, 2), (1, 2), (0, 1),
+    (2, 3), (0, 2), (1, 2), None,
+    (2, 3), (0, 3), (1, 3), None,
+    (2, 3), None, None, None,
+)  # fmt: skip
+
+
+class ReferenceKernels:
+    """See `dispatch.Kernels`."""
+
+    def prune_pack(self, weight: Tensor, factors: ScoreFactors, name: str) -> tuple[Tensor, Tensor]:
+        groups = _groups(weight)
+        _check_finite(groups, name)
+        scores = factors.scores(weight).reshape(groups.shape).masked_fill_(groups == 0, -torch.inf)
+        # A stable descending sort ranks the lower position first among equal scores.
+        order = scores.argsort(dim=-1, descending=True, stable=True)
+        keep = torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, order[..., :2], True)
+        return _store(torch.where(keep, groups, 0))
+
+    def pack(self, weight: Tensor, name: str) -> tuple[Tensor, Tensor]:
+        groups = _groups(weight)
+        _check_finite(groups, name)
+        count = (groups != 0).sum(-1)
+        if (count > 2).any():
+            row, group = (count > 2).nonzero()[0].tolist()
+            raise too_many_non_zeros(name, row, group, int(count[row, group]))
+        return _store(groups)
+
+    def unpack(self, values: Tensor, metadata: Tensor, name: str) -> Tensor:
+        positions = stored_positions(values, metadata)
+        if (bad := positions[..., 0] >= positions[..., 1]).any():
+            row, group = bad.nonzero()[0].tolist()
+            raise bad_metadata(name, row, group, int(metadata[row, group // 2]) >> group % 2 * 4 & 15)
+        return scatter(values, positions)
+
+    def surprise(self, score: Tensor, mean: Tensor, deviation: Tensor, gains: EwmaGains) -> Tensor:
+        columns = []
+        for now in score.T:
+            distance = now - mean
+            columns.append(distance / (deviation + gains.floor))
+            deviation = deviation + gains.deviation * (distance.abs() - deviation)
+            mean = mean + gains.mean * distance
+        return torch.stack(columns, dim=1)
+
+    def ranked_value(self, values: Tensor, rank: int) -> float:
+        return float(values.flatten().kthvalue(rank + 1).values)
+
+
+def stored_positions(values: Tensor, metadata: Tensor) -> Tensor:
+    """Positions within their groups (N, K/4, 2) int64 of `values` (N, K/2), on any device, unchecked."""
+    nibbles = torch.stack((metadata & 15, metadata >> 4), dim=-1).flatten(1)[:, : values.shape[1] // 2]
+    return torch.stack((nibbles & 3, nibbles >> 2), dim=-1).long()
+
+
+def scatter(values: Tensor, positions: Tensor) -> Tensor:
+    """The weight (N, K) with zeros between the values."""
+    weight = torch.zeros(*positions.shape[:2], 4, dtype=values.dtype, device=values.device)
+    return weight.scatter_(-1, positions, values.reshape(positions.shape)).flatten(1)
+
+
+def _groups(weight: Tensor) -> Tensor:
+    return weight.reshape(weight.shape[0], -1, 4)
+
+
+def _check_finite(groups: Tensor, name: str) -> None:
+    finite = torch.isfinite(groups).all(-1)
+    if not finite.all():
+        row, group = (~finite).nonzero()[0].tolist()
+        raise not_finite(name, row, group, groups[row, group].tolist())
+
+
+def _store(groups: Tensor) -> tuple[Tensor, Tensor]:
+    """`groups` (N, K/4, 4) with at most two non-zeros each -> values (N, K/2), metadata (N, ceil(K/8))."""
+    rows, count, _ = groups.shape
+    table = torch.tensor([pair or (0, 0) for pair in STORED_POSITIONS], device=groups.device)
+    non_zero_set = ((groups != 0) * torch.tensor([1, 2, 4, 8], device=groups.device)).sum(-1)
+    positions = table[non_zero_set]
+    values = groups.gather(-1, positions).reshape(rows, 2 * count)
+    values = torch.where(values == 0, 0, values)  # no -0.0
+    nibbles = (positions[..., 0] | positions[..., 1] << 2).to(torch.uint8)
+    nibbles = torch.nn.functional.pad(nibbles, (0, count % 2))
+    return values, nibbles[:, 0::2] | nibbles[:, 1::2] << 4
+
+
+def not_finite(name: str, row: int, group: int, values: list[float]) -> FormatError:
+    return FormatError(f"{name}: row {row}, group {group} (inputs {4 * group}..{4 * group + 3}) holds {values}; "
+                       "NaN and infinities cannot be pruned or packed, check the checkpoint")  # fmt: skip
+
+
+def too_many_non_zeros(name: str, row: int, group: int, count: int) -> FormatError:
+    return FormatError(f"{name}: row {row}, group {group} (inputs {4 * group}..{4 * group + 3}) has {count} non-zeros; "
+                       "2:4 allows two, and packing never drops a weight: prune first")  # fmt: skip
+
+
+def bad_metadata(name: str, row: int, group: int, nibble: int) -> FormatError:
+    return FormatError(f"{name}: metadata of row {row}, group {group} is {nibble:#x}, not a pair of ascending "
+                       "positions; the file is damaged or of another format")  # fmt: skip

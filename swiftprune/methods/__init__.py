@@ -1,0 +1,1 @@
+"""From statistics of the inputs to a mask and the weights that stay."""

@@ -1,0 +1,62 @@
+"""Loads a whole model with transformers, for what cannot run block by block: sampling, distillation, evaluation.
+
+Two things that a checkpoint's own files set are taken back, since they would leak into what is measured and sampled:
+generation settings (`repetition_penalty`, `top_k` and so on; only its special tokens stay) and the attention
+implementation (`flash_attention_2` asks for a package that this needs nothing of).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig
+
+from swiftprune.checkpoints.source import stores_plain_weights
+from swiftprune.errors import CheckpointError, first_line
+
+# Up to this size models run in fp32, which is faster than bf16 on CPUs without bf16 matrix units.
+FP32_PARAMETERS = 1_000_000_000
+
+
+def load_whole_model(
+    folder: Path, parameter_count: int | None = None, dtype: torch.dtype | None = None, *,
+    trust_remote_code: bool = False,
+) -> Any:  # fmt: skip
+    """The causal LM in `folder`, in eval mode, that generates by no settings but those given to `generate`.
+
+    In `dtype`, or without one in fp32 when it has at most FP32_PARAMETERS, else in its own type.
+    """
+    small = parameter_count is not None and parameter_count <= FP32_PARAMETERS
+    chosen: Any = dtype or (torch.float32 if small else "auto")
+    config = read_config(folder, trust_remote_code=trust_remote_code)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, config=config, dtype=chosen, trust_remote_code=trust_remote_code
+    )
+    own = model.generation_config
+    model.generation_config = GenerationConfig(
+        bos_token_id=own.bos_token_id, eos_token_id=own.eos_token_id, pad_token_id=own.pad_token_id
+    )
+    return model.eval()
+
+
+def context_length(config: PretrainedConfig) -> int | None:
+    """How many tokens the model was made for; None where its config does not say."""
+    length = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return length if isinstance(length, int) and length > 0 else None
+
+
+def read_config(folder: Path, *, trust_remote_code: bool = False) -> PretrainedConfig:
+    """transformers' reading of config.json, attention left to it. Raises CheckpointError when it cannot read it."""
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:  # transformers raises many types here, all meaning the same to the user
+        hint = "; if you trust that code, add --trust-remote-code" if "trust_remote_code" in str(error) else ""
+        raise CheckpointError(
+            f"{folder / 'config.json'}: transformers cannot read it: {first_line(error)}{hint}"
+        ) from error
+    config._attn_implementation = None
+    if stores_plain_weights(getattr(config, "quantization_config", None) or {}):
+        del config.quantization_config  # else transformers wants the package that wrote it
+    return config

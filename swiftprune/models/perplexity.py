@@ -1,0 +1,41 @@
+"""Perplexity of a causal LM on a text."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from swiftprune.errors import CheckpointError
+from swiftprune.progress import Progress, silent
+
+
+@torch.no_grad()
+def perplexity(model: Any, windows: Tensor, *, stage: str = "evaluate", progress: Progress = silent) -> float:
+    """exp of the mean negative log-likelihood of every token but the first of each of `windows` (W, T) int64.
+
+    Windows do not see each other, as usual for these tables (GPTQ, SparseGPT, Wanda).
+    """
+    total = 0.0
+    for index, window in enumerate(windows):
+        logits = model(input_ids=window[None].to(model.device), use_cache=False).logits[0, :-1].float()
+        total += float(torch.nn.functional.cross_entropy(logits, window[1:].to(model.device), reduction="sum"))
+        progress(stage, index + 1, len(windows))
+    mean = total / (windows.shape[0] * (windows.shape[1] - 1))
+    return math.exp(mean) if mean < 700 else math.inf
+
+
+def dense_perplexity(model: Any, windows: Tensor, *, stage: str = "evaluate", progress: Progress = silent) -> float:
+    """`perplexity` of the model before pruning, which others are compared with.
+
+    Raises CheckpointError when it is not finite: then nothing can be said about the pruned model.
+    """
+    value = perplexity(model, windows, stage=stage, progress=progress)
+    if not math.isfinite(value):
+        raise CheckpointError(
+            f"{model.name_or_path}: the dense model's own perplexity is {value}: its logits are not finite, or this is "
+            "not its tokenizer"
+        )
+    return value

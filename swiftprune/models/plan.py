@@ -1,0 +1,289 @@
+"""Which linears of a model are pruned: found from the module tree, whatever the architecture is called."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import nn
+from transformers import AutoModelForCausalLM
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
+from transformers.pytorch_utils import Conv1D
+
+from swiftprune.checkpoints.source import Checkpoint
+from swiftprune.errors import CheckpointError, SettingsError, first_line
+from swiftprune.formats.spec import unpackable_reason
+from swiftprune.models.ignore import DEFAULT_IGNORE, Ignore, compile_ignore
+from swiftprune.models.load import read_config
+
+# Engines run these as one layer, so of each set all are packed or none.
+FUSED = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})
+# Of state-space layers: small, and their modules read the weight and do not call the linear.
+_MULTIPLIED_DIRECTLY = {"dt_proj"}
+
+
+@dataclass(frozen=True)
+class Linear:
+    """One linear of a decoder block: its module name in the model, and its tensor in the checkpoint."""
+
+    name: str
+    tensor: str
+
+    @property
+    def kind(self) -> str:
+        """Its role, e.g. `q_proj`: the last part of the name."""
+        return self.name.rpartition(".")[2]
+
+
+@dataclass(frozen=True)
+class Block:
+    """One decoder block: the linears to prune and every tensor of the checkpoint that belongs to it."""
+
+    name: str
+    linears: list[Linear]
+    tensors: list[str]
+
+
+@dataclass(frozen=True)
+class Targets:
+    """The work: blocks in order, linears that stay dense with the reason, and tensors outside of the blocks."""
+
+    blocks: list[Block]
+    tensor_of: dict[str, str]
+    """Parameter of the model -> tensor of the checkpoint."""
+    embedding: str
+    """Tensor of the input embeddings."""
+    head: str
+    """Tensor of the output head: the same where the two are tied, and empty where the checkpoint has none."""
+    dense: dict[str, str] = field(default_factory=dict)
+    outside: list[str] = field(default_factory=list)
+
+
+def empty_model(checkpoint: Checkpoint) -> nn.Module:
+    """The checkpoint's causal LM with parameters on the meta device and real buffers (rotary tables and the like).
+
+    Raises CheckpointError when transformers does not know the architecture.
+    """
+    config = read_config(checkpoint.folder, trust_remote_code=checkpoint.trust_remote_code)
+    try:
+        with init_empty_weights(include_buffers=False):
+            model: nn.Module = AutoModelForCausalLM.from_config(
+                config, dtype=torch.float32, trust_remote_code=checkpoint.trust_remote_code
+            )
+    except Exception as error:  # of many types, where values of config.json do not fit together
+        raise CheckpointError(
+            f"{checkpoint.folder}: transformers has no causal language model for model_type "
+            f"{checkpoint.config.get('model_type')!r}: {first_line(error)}{_way_out(checkpoint)}"
+        ) from error
+    return model.eval()
+
+
+def _way_out(checkpoint: Checkpoint) -> str:
+    """What a user of a model with several parts can do."""
+    if not isinstance(checkpoint.config.get("text_config"), dict):
+        return ""
+    kind = checkpoint.config["text_config"].get("model_type", "another one")
+    return (
+        f". It wraps a language model ({kind}), which can be pruned by itself: load the whole with transformers' "
+        "AutoModelForImageTextToText or AutoModel, put its `language_model` and `lm_head` into a causal language "
+        "model of that kind, save_pretrained that with the tokenizer, and prune the folder"
+    )
+
+
+def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """The name and list of the decoder blocks: the outermost ModuleList of the model with the most parameters."""
+    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    outermost = [
+        (name, module) for name, module in lists if not any(name.startswith(f"{other}.") for other, _ in lists)
+    ]
+    if not outermost:
+        raise CheckpointError(f"{type(model).__name__}: has no list of decoder blocks (no ModuleList)")
+    return max(outermost, key=lambda item: sum(p.numel() for p in item[1].parameters()))
+
+
+def find_targets(model: nn.Module, checkpoint: Checkpoint, *, ignore: str, group: int) -> Targets:
+    """Finds the linears of every decoder block and matches the model with the checkpoint.
+
+    `ignore` is as in `Ignore`; `group` is the M of N:M, which in_features must be a multiple of.
+    Raises CheckpointError when tensors are missing, have a wrong shape or dtype, or when the architecture keeps its
+    weights in a form that is not supported (transposed Conv1D, fused mixture-of-experts tensors).
+    """
+    ignored = compile_ignore(ignore)
+    if ignore != DEFAULT_IGNORE:
+        ignored.check(name for name, _ in model.named_modules())
+    list_name, modules = decoder_blocks(model)
+    _refuse_unsupported(list_name, modules)
+    parameter_of = _parameter_names(model, checkpoint)
+    tensor_of = {parameter: tensor for tensor, parameter in parameter_of.items()}
+    _match_tensors(model, checkpoint, tensor_of)
+    dense = _further_blocks(model, checkpoint, f"{list_name}.", len(modules), tensor_of)
+    blocks = []
+    claimed: set[str] = set()
+    for index, module in enumerate(modules):
+        block_name = f"{list_name}.{index}"
+        linears = []
+        for child_name, child in module.named_modules():
+            if not isinstance(child, nn.Linear):
+                continue
+            name = f"{block_name}.{child_name}"
+            tensor = tensor_of[f"{name}.weight"]
+            if reason := _dense_reason(name, child, checkpoint, tensor, ignored, group):
+                dense[name] = reason
+            else:
+                linears.append(Linear(name, tensor))
+        tensors = sorted(tensor for tensor, name in parameter_of.items() if name.startswith(f"{block_name}."))
+        claimed.update(tensors)
+        blocks.append(Block(block_name, linears, tensors))
+    for name, child in model.named_modules():
+        if isinstance(child, nn.Linear) and not name.startswith(f"{list_name}."):
+            dense[name] = "outside of the decoder blocks"
+    if not any(block.linears for block in blocks):
+        raise SettingsError(f"nothing to prune: all linears are ignored or unsuitable ({_first_reason(dense)})")
+    embedding, head = _ends(model, tensor_of)
+    return Targets(blocks, tensor_of, embedding, head, dense, sorted(set(checkpoint.tensors) - claimed))
+
+
+def _ends(model: nn.Module, tensor_of: dict[str, str]) -> tuple[str, str]:
+    """The tensors of the input embeddings and of the output head."""
+    causal: Any = model
+    ends = (causal.get_input_embeddings(), causal.get_output_embeddings())
+    names = [next(name for name, module in model.named_modules() if module is end) for end in ends]
+    embedding, head = f"{names[0]}.weight", f"{names[1]}.weight"
+    tied = (getattr(model, "all_tied_weights_keys", None) or {}).get(head)
+    return tensor_of[embedding], tensor_of.get(head) or (tensor_of[tied] if tied else "")
+
+
+def _further_blocks(
+    model: nn.Module, checkpoint: Checkpoint, within: str, count: int, tensor_of: Mapping[str, str]
+) -> dict[str, str]:
+    """Modules, with the reason to leave them dense, of blocks behind the model's `count`: they predict further tokens.
+
+    Raises CheckpointError when config.json knows nothing of such blocks: then it has too few.
+    """
+    config: Any = model.config
+    further = getattr(config.get_text_config(), "num_nextn_predict_layers", None) or 0
+    dense = {}
+    for name, tensor in tensor_of.items():
+        number = name.removeprefix(within).partition(".")[0]
+        if not (name.startswith(within) and number.isdigit() and int(number) >= count):
+            continue
+        if int(number) >= count + further:
+            raise CheckpointError(
+                f"{checkpoint.folder}: holds {tensor}, but by config.json (num_hidden_layers) the model has {count} "
+                "blocks; put back the config.json that belongs to these weights"
+            )
+        if name.endswith(".weight") and len(checkpoint.tensors[tensor].shape) == 2:
+            dense[name.removesuffix(".weight")] = "in a block that predicts further tokens, which is not pruned"
+    return dense
+
+
+def _head(model: nn.Module) -> nn.Module:
+    causal: Any = model
+    head: nn.Module = causal.get_output_embeddings() or nn.Module()
+    return head
+
+
+def fused_sets(names: Iterable[str]) -> list[list[str]]:
+    """The linears of `names` in sets that engines run as one layer, in order; most are alone."""
+    sets: dict[tuple[str, object], list[str]] = {}
+    for name in names:
+        parent, _, kind = name.rpartition(".")
+        fused = next((index for index, kinds in enumerate(FUSED) if kind in kinds), kind)
+        sets.setdefault((parent, fused), []).append(name)
+    return list(sets.values())
+
+
+def _first_reason(dense: dict[str, str]) -> str:
+    return next((f"{name}: {reason}" for name, reason in dense.items()), "the blocks hold no linears")
+
+
+def _dense_reason(
+    name: str, module: nn.Linear, checkpoint: Checkpoint, tensor: str, ignored: Ignore, group: int
+) -> str | None:
+    if name.rpartition(".")[2] in _MULTIPLIED_DIRECTLY:
+        return "its module multiplies by the weight itself"
+    if ignored.search(name):
+        return f"matches --ignore {ignored.pattern}"
+    entry = checkpoint.tensors[tensor]
+    if entry.dtype is None:
+        raise CheckpointError(
+            f"{checkpoint.folder / entry.shard}: {tensor} is {entry.dtype_name}; "
+            "pruning needs BF16, F16 or F32 weights: prune before quantizing, or convert it"
+        )
+    if module.in_features % group:
+        return f"in_features = {module.in_features} is not a multiple of {group}"
+    return unpackable_reason(entry.shape, entry.dtype) if group == 4 else None
+
+
+def _refuse_unsupported(list_name: str, modules: nn.ModuleList) -> None:
+    for child_name, module in modules.named_modules():
+        name = f"{list_name}.{child_name}"
+        if isinstance(module, Conv1D):
+            raise CheckpointError(
+                f"{name}: a GPT-2 style Conv1D, which stores its weight transposed (in, out); "
+                "such models are not supported, since no engine serves their packed form"
+            )
+        fused = [
+            key
+            for key, parameter in module.named_parameters(recurse=False)
+            if parameter.ndim == 3 and not isinstance(module, nn.Conv1d)
+        ]
+        experts = isinstance(module, nn.ModuleList) and any(isinstance(child, nn.Linear) for child in module.modules())
+        if fused or (child_name and experts):
+            what = f"{name}.{fused[0]}" if fused else name
+            raise CheckpointError(
+                f"{what}: mixture-of-experts weights; such models are not supported yet, "
+                "since their experts are fused into three-dimensional tensors that no 2:4 engine serves"
+            )
+
+
+def _parameter_names(model: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
+    """Tensor of the checkpoint -> parameter of the model, as transformers itself would load it.
+
+    Names differ where a base model was saved without its prefix, or where transformers renamed a module since
+    (GPT-NeoX: `embed_out` -> `lm_head`).
+    """
+    renamings = [change for change in get_model_conversion_mapping(model) if isinstance(change, WeightRenaming)]
+    parameters = model.state_dict()
+    prefix = getattr(model, "base_model_prefix", "")
+    names = {}
+    for tensor in checkpoint.tensors:
+        renamed, _ = rename_source_key(tensor, renamings, [], prefix, parameters)
+        if renamed not in parameters and tensor in parameters:
+            renamed = tensor
+        names[tensor] = renamed
+    return names
+
+
+def _match_tensors(model: nn.Module, checkpoint: Checkpoint, tensor_of: dict[str, str]) -> None:
+    """Every parameter needs its tensor in the right shape, or one that it is tied to, under either name.
+
+    `tensor_of` gets those of parameters that are stored under the other name only. A head may be missing.
+    """
+    tied: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    partners = defaultdict(list, {source: [name for name in tied if tied[name] == source] for source in tied.values()})
+    head = {id(parameter) for parameter in _head(model).parameters()}
+    missing = []
+    for parameter, value in model.named_parameters(remove_duplicate=False):
+        if parameter not in tensor_of:
+            if other := next((name for name in partners[parameter] if name in tensor_of), None):
+                tensor_of[parameter] = tensor_of[other]
+            elif parameter not in tied and id(value) not in head:
+                missing.append(parameter)
+            continue
+        tensor = tensor_of[parameter]
+        entry = checkpoint.tensors[tensor]
+        if entry.shape != tuple(value.shape):
+            raise CheckpointError(
+                f"{checkpoint.folder / entry.shard}: {tensor} has shape {entry.shape}, but config.json asks for "
+                f"{tuple(value.shape)}"
+            )
+    if missing:
+        raise CheckpointError(
+            f"{checkpoint.folder}: {len(missing)} parameters of the model have no tensor, first {missing[0]}"
+        )

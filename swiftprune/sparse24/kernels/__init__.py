@@ -1,1 +1,0 @@
-"""Implementations of the same three functions: `reference` (plain torch, the oracle) and `native` (C++)."""

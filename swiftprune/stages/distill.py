@@ -1,0 +1,338 @@
+"""Distillation: the whole sparse model learns to predict what its dense original does, by its kept weights alone.
+
+Hinton et al., "Distilling the Knowledge in a Neural Network" (arXiv 1503.02531), with the Kullback-Leibler divergence
+of the next token's distribution as the only loss. Text needs no labels, so any will do that is like what the model is
+for. Masters and Adam's moments are float32; products are computed in the type asked for. Logits of a vocabulary of
+128,000 are large, so the divergence and its gradient are made for a few tokens at a time.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from swiftprune.compute import autocast
+from swiftprune.errors import CheckpointError, SettingsError, first_line
+from swiftprune.progress import Progress, silent
+
+STAGE = "distill"
+LEARNING_RATE = 3e-4
+WARMUP = 0.05
+LAST_RATE = 0.01  # of the learning rate, at the end
+BETAS = (0.9, 0.95)
+LARGEST_GRADIENT = 1.0
+BATCH_TOKENS = 512
+SEQLEN = 256
+# Of the windows, the last ones, held back; at most so many.
+VALIDATION_SHARE = 0.03
+VALIDATION_WINDOWS = 8
+VALIDATIONS = 10
+# One takes about as long as a step, so a short run has fewer of them.
+STEPS_BETWEEN = 8
+# Validations in a row without a new lowest divergence, after which it stops.
+PATIENCE = 3
+# Logits in memory at a time: 16 MiB in fp32, which caches hold, and the same again for the teacher's.
+_CHUNK_LOGITS = 1 << 22
+_SAVE_SECONDS = 60.0
+ACTIVATION_BYTES = 800_000_000
+"""Of a step, about, for models that are distilled on CPUs."""
+
+
+def memory_bytes(parameters: int, pruned: int, compute: torch.dtype) -> int:
+    """About what distilling a model of so many parameters takes, of which so many are in pruned linears.
+
+    Both models, then of each pruned weight its gradient, Adam's two moments, its best value, its mask and what autograd
+    keeps of it in the type that is computed in; activations of a step and chunks of logits come on top.
+    """
+    kept_by_autograd = 0 if compute == torch.float32 else compute.itemsize
+    per_pruned = 4 + 8 + 4 + 1 + kept_by_autograd
+    return parameters * (4 + compute.itemsize) + pruned * per_pruned + ACTIVATION_BYTES
+
+
+def check_supported(model: Any) -> None:
+    """Raises SettingsError when the logits of `model`, which may be on the meta device, are not the head's output.
+
+    Some architectures scale or cap them. The model runs here on no weights: its body is left out, and its head gives
+    numbers that are known.
+    """
+    known = torch.tensor([[[-40.0, -1.0, 0.5, 3.0, 40.0]]])
+    body, head = getattr(model, model.base_model_prefix), model.get_output_embeddings()
+    body.forward = lambda *_, **__: _Hidden(last_hidden_state=torch.zeros(1, 1, 1))
+    head.forward = lambda *_, **__: known.clone()
+    try:
+        logits = model(input_ids=torch.zeros(1, 1, dtype=torch.int64), use_cache=False).logits
+    except Exception as error:  # a body that is used in another way, of any type
+        raise SettingsError(
+            f"--refine distill: {type(model).__name__} does not run as a body and a head: {first_line(error)}"
+        ) from error
+    finally:
+        del body.forward, head.forward
+    if logits.shape != known.shape or not torch.equal(logits.float(), known):
+        raise _changes_its_logits(model)
+
+
+class _Hidden(BaseModelOutputWithPast):  # type: ignore[misc]
+    """What a body returns; what only some models look for in it is None."""
+
+    def __getattr__(self, name: str) -> None:
+        return None
+
+
+def _changes_its_logits(model: Any) -> SettingsError:
+    return SettingsError(f"--refine distill: {type(model).__name__} changes its logits after the head, "
+                         "which distillation does not support; use other refinements")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How long to train: so many minutes, or so many steps, which gives the same bytes on the same machine."""
+
+    minutes: float | None = None
+    steps: int | None = None
+
+    def share(self, minutes: float, steps: int) -> float:
+        """How much of it is used up, from 0 to 1."""
+        if self.steps is not None:
+            return min(1.0, steps / self.steps)
+        assert self.minutes is not None
+        return min(1.0, minutes / self.minutes) if self.minutes else 1.0
+
+
+@dataclass
+class Validation:
+    """How far the sparse model is from the dense one on text it does not learn from."""
+
+    step: int
+    minutes: float
+    """Of training, until then."""
+    divergence: float
+    """Kullback-Leibler, in nats a token."""
+    perplexity: float
+
+
+class TrainingStore(Protocol):
+    """Where a training keeps what it continues from when it was stopped."""
+
+    def load_training(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """What `save_training` was given last; None when it never was."""
+
+    def save_training(self, tensors: Mapping[str, Tensor], progress: Mapping[str, Any]) -> None: ...
+
+
+class Distillation:
+    """Trains `student`, a causal LM of transformers, towards `teacher`, in place.
+
+    `keep_masks` (bool, True = kept) names the sparse parameters; of these the kept weights move, and with them every
+    one-dimensional parameter whose name starts with `within` (norms, biases). All else is frozen. `tokens` are (W, T)
+    int64 windows, of which the last are held back for validation. With a `store`, training is saved once a minute, and
+    a new Distillation with the same arguments continues from there.
+
+    Raises SettingsError when there are too few windows, CheckpointError when the loss is not finite or when the
+    architecture makes its logits from its hidden states by more than a linear head.
+    """
+
+    def __init__(
+        self, student: Any, teacher: Any, keep_masks: Mapping[str, Tensor], within: str, tokens: Tensor, *,
+        compute: torch.dtype = torch.float32, seed: int = 0, store: TrainingStore | None = None,
+        progress: Progress = silent,
+    ) -> None:  # fmt: skip
+        if len(tokens) < 2:
+            raise SettingsError(f"distillation needs at least two windows of {tokens.shape[1]} tokens; give more text")
+        held_back = min(VALIDATION_WINDOWS, max(1, int(len(tokens) * VALIDATION_SHARE)))
+        self._train, self._held_back = tokens[:-held_back], tokens[-held_back:]
+        self._student, self._teacher = student, teacher.requires_grad_(False)
+        self._compute = compute
+        self._seed = seed
+        self._store = store
+        self._progress = progress
+        self._trained = self._trainable(keep_masks, within)
+        self._adam = torch.optim.Adam(self._trained.values(), lr=LEARNING_RATE, betas=BETAS, fused=True)
+        self._steps = 0
+        self._minutes = 0.0
+        self._best: dict[str, Tensor] = {}
+        self.validations: list[Validation] = []
+        self._load()
+
+    def _trainable(self, keep_masks: Mapping[str, Tensor], within: str) -> dict[str, nn.Parameter]:
+        self._student.requires_grad_(False)
+        trained = {}
+        for name, parameter in self._student.named_parameters():
+            if name in keep_masks or (parameter.ndim == 1 and name.startswith(within)):
+                trained[name] = parameter.requires_grad_(True)
+            if name in keep_masks:
+                parameter.register_hook(functools.partial(torch.mul, keep_masks[name].to(parameter.device)))
+        return trained
+
+    def run(self, budget: Budget) -> list[Validation]:
+        """Trains until `budget` is used up or validation stops falling, and leaves the best weights in the student."""
+        start = saved = time.monotonic()
+        before = self._minutes
+        if not self.validations:
+            self._check_head()
+            self._validate()
+        batches = self._batches()
+        used = budget.share(self._minutes, self._steps)
+        while used < 1 and not self._stagnates():
+            self._progress(STAGE, round(used * 1000), 1000)
+            begun = time.monotonic()
+            self._step(next(batches), _learning_rate(used))
+            pace = (time.monotonic() - begun) / 60  # minutes of a step
+            self._steps += 1
+            self._minutes = before + (time.monotonic() - start) / 60
+            # Another step must fit into the minutes, and so must the validation after it.
+            used = budget.share(self._minutes + 2 * pace, self._steps)
+            due = used * VALIDATIONS >= len(self.validations)
+            if used == 1 or (due and self._steps - self.validations[-1].step >= STEPS_BETWEEN):
+                self._validate()
+            if self._store and time.monotonic() - saved > _SAVE_SECONDS:
+                self.save()
+                saved = time.monotonic()
+        self._progress(STAGE, 1000, 1000)
+        with torch.no_grad():
+            for name, best in self._best.items():
+                self._trained[name].copy_(best)
+        return self.validations
+
+    def _stagnates(self) -> bool:
+        lowest = min(range(len(self.validations)), key=lambda index: self.validations[index].divergence)
+        return len(self.validations) - 1 - lowest >= PATIENCE
+
+    def _batches(self) -> Iterator[Tensor]:
+        """Windows in a new random order each time around, from where the steps taken so far have left off."""
+        size = max(1, BATCH_TOKENS // self._train.shape[1])
+        for count in itertools.count(self._steps):
+            around, index = divmod(count * size, len(self._train) // size * size or 1)
+            generator = torch.Generator().manual_seed(self._seed + around)
+            yield self._train[torch.randperm(len(self._train), generator=generator)[index : index + size]]
+
+    def _step(self, batch: Tensor, learning_rate: float) -> None:
+        target = self._hidden(self._teacher, batch)
+        hidden = self._hidden(self._student, batch)
+        loss, gradient = self._divergence(hidden.detach(), target)
+        if not math.isfinite(loss):
+            raise CheckpointError(f"distillation: the loss is {loss} at step {self._steps}; prune without it, or look "
+                                  "for very large weights in the checkpoint")  # fmt: skip
+        hidden.backward(gradient)  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(self._trained.values(), LARGEST_GRADIENT)
+        for group in self._adam.param_groups:
+            group["lr"] = learning_rate
+        self._adam.step()
+        self._adam.zero_grad(set_to_none=True)
+
+    def _hidden(self, model: Any, batch: Tensor) -> Tensor:
+        """(tokens, H) fp32: what enters the head."""
+        training = model is self._student and torch.is_grad_enabled()
+        with torch.set_grad_enabled(training), self._autocast():
+            base = getattr(model, model.base_model_prefix)
+            hidden: Tensor = base(input_ids=batch.to(model.device), use_cache=False).last_hidden_state
+        return hidden.flatten(0, 1).float()
+
+    def _autocast(self) -> torch.autocast:
+        return autocast(self._compute, self._student.device.type)
+
+    def _log_probabilities(self, model: Any, hidden: Tensor) -> Tensor:
+        with self._autocast():
+            logits: Tensor = model.get_output_embeddings()(hidden)
+        return logits.float().log_softmax(-1)
+
+    @torch.no_grad()
+    def _divergence(self, hidden: Tensor, target: Tensor) -> tuple[float, Tensor]:
+        """Mean KL(teacher || student) over tokens, and its gradient by the student's `hidden` (tokens, H).
+
+        By its logits that gradient is the student's probability less the teacher's, so it needs no graph.
+        """
+        gradient = torch.empty_like(hidden)
+        head: Tensor = self._student.get_output_embeddings().weight
+        total = 0.0
+        for rows in self._chunks(len(hidden)):
+            wanted = self._log_probabilities(self._teacher, target[rows])
+            given = self._log_probabilities(self._student, hidden[rows])
+            probability = wanted.exp()
+            total += float(torch.dot(probability.flatten(), wanted.sub_(given).flatten()))
+            with self._autocast():
+                gradient[rows] = given.exp_().sub_(probability) @ head
+        return total / len(hidden), gradient.div_(len(hidden))
+
+    def _chunks(self, tokens: int) -> Iterator[slice]:
+        size = max(1, _CHUNK_LOGITS // self._student.config.get_text_config().vocab_size)
+        return (slice(start, start + size) for start in range(0, tokens, size))
+
+    @functools.cached_property
+    def _targets(self) -> list[Tensor]:
+        """What enters the teacher's head, for each window that is held back."""
+        return [self._hidden(self._teacher, window[None]) for window in self._held_back]
+
+    @torch.no_grad()
+    def _validate(self) -> None:
+        divergence = likelihood = 0.0
+        for window, target in zip(self._held_back, self._targets, strict=True):
+            hidden = self._hidden(self._student, window[None])
+            following = window[1:].to(hidden.device)
+            for rows in self._chunks(len(hidden) - 1):
+                log_probabilities = self._log_probabilities(self._student, hidden[:-1][rows])
+                wanted = self._log_probabilities(self._teacher, target[:-1][rows])
+                divergence += float(F.kl_div(log_probabilities, wanted, reduction="sum", log_target=True))
+                likelihood += float(F.nll_loss(log_probabilities, following[rows], reduction="sum"))
+        count = len(self._held_back) * (self._held_back.shape[1] - 1)
+        result = Validation(self._steps, self._minutes, divergence / count, math.exp(likelihood / count))
+        if all(result.divergence < other.divergence for other in self.validations):
+            self._best = {name: parameter.detach().clone() for name, parameter in self._trained.items()}
+        self.validations.append(result)
+
+    @torch.no_grad()
+    def _check_head(self) -> None:
+        """Some architectures scale or cap their logits after the head, which `_log_probabilities` would miss."""
+        window = self._held_back[:1]
+        with self._autocast():
+            logits = self._teacher(input_ids=window.to(self._teacher.device), use_cache=False).logits[0].float()
+        ours = self._log_probabilities(self._teacher, self._targets[0])
+        if not torch.allclose(logits.log_softmax(-1), ours, atol=0.05, rtol=0.05):
+            raise _changes_its_logits(self._teacher)
+
+    def save(self) -> None:
+        """Stores all that training depends on, where there is a store."""
+        if self._store is None:
+            return
+        tensors = {}
+        for name, parameter in self._trained.items():
+            tensors[f"weight {name}"] = parameter.detach()
+            for key, value in self._adam.state[parameter].items():
+                tensors[f"{key} {name}"] = value
+        tensors |= {f"best {name}": best for name, best in self._best.items()}
+        progress = {
+            "steps": self._steps, "minutes": self._minutes,
+            "validations": [asdict(validation) for validation in self.validations],
+        }  # fmt: skip
+        self._store.save_training(tensors, progress)
+
+    def _load(self) -> None:
+        saved = self._store.load_training() if self._store else None
+        if saved is None:
+            return
+        stored, progress = saved
+        self._steps, self._minutes = progress["steps"], progress["minutes"]
+        self.validations = [Validation(**validation) for validation in progress["validations"]]
+        for name, parameter in self._trained.items():
+            parameter.data.copy_(stored[f"weight {name}"])
+            # A fused step takes no state from another device.
+            self._adam.state[parameter] = {
+                key: stored[f"{key} {name}"].to(parameter.device) for key in ("step", "exp_avg", "exp_avg_sq")
+            }
+            self._best[name] = stored[f"best {name}"].to(parameter.device)
+
+
+def _learning_rate(used: float) -> float:
+    """A linear start, then a cosine down to LAST_RATE; `used` is the share of the budget."""
+    if used < WARMUP:
+        return LEARNING_RATE * max(used / WARMUP, LAST_RATE)
+    return LEARNING_RATE * max(LAST_RATE, (1 + math.cos(math.pi * used)) / 2)

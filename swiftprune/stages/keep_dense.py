@@ -1,0 +1,97 @@
+"""Which linears to leave dense, so that the model stays within a perplexity budget at the least cost in bytes.
+
+To restore the dense weight D of a pruned layer V changes the loss, to first order, by <dL/dV, D - V>: one backward pass
+rates all layers at once (Molchanov et al., arXiv 1906.10771, turned around). Layers are restored in the order of what
+they promise per byte, and how many it takes is found by bisection, with perplexity measured each time.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from swiftprune.errors import SettingsError
+from swiftprune.models.perplexity import perplexity
+from swiftprune.progress import Progress, silent
+
+STAGE = "keep dense"
+WINDOWS = 32  # to measure perplexity on, as long as those of distillation
+GRADIENT_WINDOWS = 16
+
+
+def find_dense(
+    model: Any, dense: Callable[[str], Tensor], sets: Sequence[Sequence[str]], windows: Tensor, *,
+    dense_perplexity: float, max_ratio: float, progress: Progress = silent,
+) -> list[str]:  # fmt: skip
+    """The linears to restore, of `sets` of names that engines run as one layer, none of which may be split.
+
+    `model` is the pruned causal LM, `dense` gives a linear's dense fp32 weight by name, `windows` (W, T) int64 are what
+    perplexity is measured on. The model is left with these linears restored. Raises SettingsError when even all of them
+    are not enough, or all of them are needed.
+    """
+    limit = max_ratio * dense_perplexity
+    pruned = {name: model.get_submodule(name).weight for names in sets for name in names}
+    promise = _promises(model, dense, pruned, windows[:GRADIENT_WINDOWS])
+    rated = sorted(
+        sets, key=lambda names: sum(promise[name] for name in names) / sum(pruned[name].numel() for name in names)
+    )
+    before = {name: weight.detach().clone() for name, weight in pruned.items()}
+    rounds = math.ceil(math.log2(len(rated) + 1)) + 1
+    done = 0
+
+    def restore(count: int) -> None:
+        restored = {name for names in rated[:count] for name in names}
+        for name, weight in pruned.items():
+            weight.data.copy_(dense(name) if name in restored else before[name])
+
+    def measure(count: int) -> float:
+        nonlocal done
+        restore(count)
+        value = perplexity(model, windows)
+        done += 1
+        progress(STAGE, done, max(done, rounds))
+        return value
+
+    low, high = 0, len(rated)  # fewer than `low` are too few, `high` are enough
+    if not (lowest := measure(high)) <= limit:
+        raise SettingsError(
+            f"--max-perplexity-ratio {max_ratio:g}: with every linear dense perplexity still is "
+            f"{lowest / dense_perplexity:.3f} times the dense model's"
+        )
+    while low < high:
+        middle = (low + high) // 2
+        if measure(middle) <= limit:
+            high = middle
+        else:
+            low = middle + 1
+    if high == len(rated):
+        raise SettingsError(
+            f"--max-perplexity-ratio {max_ratio:g}: only with every linear dense is perplexity within it, so nothing "
+            "would be pruned; give a higher ratio, or a better method or --quality"
+        )
+    restore(high)
+    return [name for names in rated[:high] for name in names]
+
+
+def _promises(
+    model: Any, dense: Callable[[str], Tensor], pruned: Mapping[str, nn.Parameter], windows: Tensor
+) -> dict[str, float]:
+    """By name, <dL/dV, D - V>: the lower, the more perplexity falls when the layer is restored."""
+    model.requires_grad_(False)
+    for weight in pruned.values():
+        weight.requires_grad_(True)
+    for window in windows:
+        logits = model(input_ids=window[None].to(model.device), use_cache=False).logits[0, :-1].float()
+        F.cross_entropy(logits, window[1:].to(model.device)).backward()  # type: ignore[no-untyped-call]
+    promises = {}
+    with torch.no_grad():
+        for name, weight in pruned.items():
+            assert weight.grad is not None
+            promises[name] = float((weight.grad * (dense(name).to(weight.device) - weight)).sum())
+            weight.requires_grad_(False).grad = None
+    return promises

@@ -1,0 +1,235 @@
+"""Free permutations: input channels are reordered so that important weights do not compete within a group of four.
+
+An order of a layer's inputs costs nothing at run time where the layer before it can give its outputs in that order:
+
+- the inputs of `down_proj`, by the rows of `gate_proj` and `up_proj`;
+- the inputs of `o_proj`, inside each head, by the rows of `v_proj` (those of one key-value head serve all its heads);
+- the hidden dimension, one order for the whole model: embeddings, norms, every reader's inputs, every writer's outputs.
+
+GPT-NeoX has the same under other names, with v fused into `query_key_value`. The search is that of RIA (Zhang et al.,
+ICLR 2024, section 4): channels are dealt to groups by rank, then one channel of every group is put up and all are
+handed out again by linear assignment, which is optimal for that step, and again with other channels.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor, nn
+
+from swiftprune.calibration.runner import BlockRunner
+from swiftprune.checkpoints.source import Checkpoint, Orders
+from swiftprune.errors import CheckpointError, SettingsError
+from swiftprune.formats.spec import GROUP
+from swiftprune.models.plan import Block, Targets, decoder_blocks
+
+STEPS = 16
+# Bounds for large models: rows looked at, of all weights that read the hidden dimension together, and groups among
+# which channels are handed out at a time.
+HIDDEN_ROWS = 16384
+GROUPS_AT_ONCE = 512
+TOLERANCE = 0.02  # of the hidden states behind the last block, permuted against not, in whatever type is computed in
+
+
+@dataclass(frozen=True)
+class _Family:
+    """Names of the linears in the decoder blocks of an architecture."""
+
+    mlp_in: tuple[str, ...]
+    mlp_out: str
+    attention_out: str
+    value: str
+    fused_qkv: bool
+    readers: frozenset[str]
+
+    @property
+    def writers(self) -> set[str]:
+        return {self.mlp_out, self.attention_out}
+
+
+_FAMILIES = (
+    _Family(
+        ("gate_proj", "up_proj"), "down_proj", "o_proj", "v_proj", False,
+        frozenset({"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"}),
+    ),
+    _Family(
+        ("dense_h_to_4h",), "dense_4h_to_h", "dense", "query_key_value", True,
+        frozenset({"query_key_value", "dense_h_to_4h"}),
+    ),
+)  # fmt: skip
+_HEAD_NORMS = {"q_norm", "k_norm"}
+
+
+def best_order(scores: Tensor) -> Tensor:
+    """The order (K,) int64 of the columns of `scores` (N, K), fp32 and not negative, that 2:4 keeps the most of.
+
+    Kept is the sum, over rows and groups of four consecutive columns, of the two highest scores. Never worse than the
+    order they are in.
+    """
+    generator = torch.Generator().manual_seed(0)
+    columns = scores.T.contiguous()
+    count = len(columns) // GROUP
+    ranks = columns.sum(1).argsort(descending=True).view(GROUP, count)
+    ranks[1::2] = ranks[1::2].flip(1)
+    members = ranks.T.contiguous()
+    for _ in range(STEPS):
+        leaving = torch.randint(0, GROUP, (count,), generator=generator)
+        stays = torch.arange(GROUP) != leaving[:, None]
+        staying, put_up = members[stays].view(count, GROUP - 1), members[~stays]
+        order = torch.randperm(count, generator=generator)
+        for start in range(0, count, GROUPS_AT_ONCE):
+            some = order[start : start + GROUPS_AT_ONCE]
+            gain = _gain(columns, staying[some], put_up[some])
+            groups, channels = linear_sum_assignment(gain.numpy(), maximize=True)
+            members[some[groups]] = torch.cat((staying[some[groups]], put_up[some[channels]][:, None]), dim=1)
+    found = members.flatten()
+    return found if _kept(columns[found]) > _kept(columns) else torch.arange(len(columns))
+
+
+def _gain(columns: Tensor, staying: Tensor, put_up: Tensor) -> Tensor:
+    """(G, G): how much channel j of `put_up` (G,) adds to what group g of `staying` (G, 3) keeps.
+
+    With b the second highest of three scores, a fourth one x adds max(0, x - b) = ((x - b) + |x - b|) / 2.
+    """
+    first, second, third = columns[staying].unbind(1)
+    bar = torch.maximum(torch.minimum(first, second), torch.minimum(torch.maximum(first, second), third))
+    candidates = columns[put_up]
+    return (candidates.sum(1) - bar.sum(1)[:, None] + torch.cdist(bar, candidates, p=1)) / 2
+
+
+def _kept(columns: Tensor) -> float:
+    return float(columns.view(-1, GROUP, columns.shape[1]).topk(2, dim=1).values.sum())
+
+
+def find_orders(
+    model: nn.Module, checkpoint: Checkpoint, targets: Targets, tokens: Tensor, *,
+    compute: torch.dtype = torch.float32, tick: Callable[[], None] = lambda: None,
+) -> Orders:  # fmt: skip
+    """Orders for the tensors of `checkpoint`, by scores (w ||x_k||)^2 on `tokens` (samples, T): Wanda's, squared.
+
+    `tick` is called once a sample and block. Raises SettingsError when the architecture is not one whose permutations
+    are known, CheckpointError when the permuted model would not compute what the model does.
+    """
+    search = _Search(model)
+    runner = BlockRunner(model, checkpoint, targets, tokens, compute=compute)
+    for block in targets.blocks:
+        with runner.block(block) as module:
+            stats = runner.collect(block, "input_sq_sum", tick, advance=True)
+            search.add_block(block, module, {name: layer.channel_energy for name, layer in stats.items()})
+    hidden = search.finish()
+    orders = {targets.tensor_of[name]: axes for name, axes in search.orders.items() if name in targets.tensor_of}
+    _check_same(model, checkpoint.permuted(orders), targets, tokens[:1], runner.hidden[0][..., hidden], compute)
+    return orders
+
+
+def check_supported(model: nn.Module) -> None:
+    """Raises SettingsError when the architecture is not one whose permutations are known."""
+    _Search(model).finish()
+
+
+def _check_same(
+    model: nn.Module, permuted: Checkpoint, targets: Targets, tokens: Tensor, expected: Tensor, compute: torch.dtype
+) -> None:
+    runner = BlockRunner(model, permuted, targets, tokens, compute=compute)
+    for block in targets.blocks:
+        with runner.block(block):
+            runner.advance(block, {}, lambda: None)
+    error = float(torch.linalg.vector_norm(runner.hidden[0] - expected) / torch.linalg.vector_norm(expected))
+    if not error < TOLERANCE:
+        raise CheckpointError(
+            f"{permuted.folder}: permuting changes the hidden states of this architecture, by {error:.1%}; "
+            "leave out --permute"
+        )
+
+
+class _Search:
+    """Gathers orders by parameter name, block after block, and at the end that of the hidden dimension."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.orders: dict[str, dict[int, Tensor]] = defaultdict(dict)
+        self._model = model
+        self._list, modules = decoder_blocks(model)
+        kinds = {name.rpartition(".")[2] for name, child in modules.named_modules() if isinstance(child, nn.Linear)}
+        known = [family for family in _FAMILIES if kinds == family.readers | family.writers]
+        if not known:
+            raise SettingsError(
+                f"--permute knows the decoder blocks of Llama and GPT-NeoX, not those of {type(model).__name__} "
+                f"(linears {', '.join(sorted(kinds))})"
+            )
+        self._family = known[0]
+        config: Any = model.config
+        self._heads = int(config.num_attention_heads)
+        self._blocks = len(modules)
+        self._hidden_scores: list[Tensor] = []
+
+    def add_block(self, block: Block, module: nn.Module, energy: Mapping[str, Tensor]) -> None:
+        """Finds the orders within a block whose dense weights are loaded; `energy` (K,) is by linear."""
+        linears = {
+            name.rpartition(".")[2]: (f"{block.name}.{name}", child)
+            for name, child in module.named_modules()
+            if isinstance(child, nn.Linear)
+        }
+
+        def scores(kind: str) -> Tensor | None:
+            name, linear = linears[kind]
+            return linear.weight.float().square() * energy[name] if name in energy else None
+
+        family = self._family
+        if (out := scores(family.mlp_out)) is not None:
+            order = best_order(out)
+            self._put(linears[family.mlp_out], 1, order)
+            for kind in family.mlp_in:
+                self._put(linears[kind], 0, order)
+        if (out := scores(family.attention_out)) is not None:
+            inside, rows = self._head_orders(out, linears[family.value][1])
+            self._put(linears[family.attention_out], 1, inside)
+            self._put(linears[family.value], 0, rows)
+        share = max(1, HIDDEN_ROWS // self._blocks // len(family.readers))
+        for kind in sorted(family.readers):
+            if (read := scores(kind)) is not None:
+                some = read[:: max(1, len(read) // share)]
+                self._hidden_scores.append(some / some.mean().clamp_min(torch.finfo(torch.float32).tiny))
+
+    def _head_orders(self, scores: Tensor, value: nn.Linear) -> tuple[Tensor, Tensor]:
+        """The orders of the inputs of the attention's output (N, heads x D), and of the rows of `value`."""
+        size = scores.shape[1] // self._heads
+        key_values = self._heads if self._family.fused_qkv else value.out_features // size
+        per_head = scores.view(len(scores), key_values, -1, size)
+        inside, rows = [], torch.arange(value.out_features)
+        for head in range(key_values):
+            order = best_order(per_head[:, head].reshape(-1, size))
+            sharing = per_head.shape[2]
+            inside += [(head * sharing + index) * size + order for index in range(sharing)]
+            start = (3 * head + 2) * size if self._family.fused_qkv else head * size
+            rows[start : start + size] = start + order
+        return torch.cat(inside), rows
+
+    def _put(self, linear: tuple[str, nn.Linear], axis: int, order: Tensor) -> None:
+        name, module = linear
+        self.orders[f"{name}.weight"][axis] = order
+        if axis == 0 and module.bias is not None:
+            self.orders[f"{name}.bias"][axis] = order
+
+    def finish(self) -> Tensor:
+        """Adds the order of the hidden dimension to every parameter that has one, and returns it."""
+        model: Any = self._model
+        width = model.get_input_embeddings().embedding_dim
+        order = best_order(torch.cat(self._hidden_scores)) if self._hidden_scores else torch.arange(width)
+        ends = {id(model.get_input_embeddings()), id(model.get_output_embeddings())}
+        for name, module in model.named_modules():
+            kind = name.rpartition(".")[2]
+            if isinstance(module, nn.Linear) and name.startswith(f"{self._list}."):
+                self._put((name, module), 1 if kind in self._family.readers else 0, order)
+            elif id(module) in ends:
+                self.orders[f"{name}.weight"][1] = order
+            elif kind not in _HEAD_NORMS:
+                for key, parameter in module.named_parameters(recurse=False):
+                    if parameter.shape != (width,):
+                        raise SettingsError(f"--permute does not know what {name}.{key} of {type(model).__name__} is")
+                    self.orders[f"{name}.{key}"][0] = order
+        return order
