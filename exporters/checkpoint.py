@@ -30,8 +30,11 @@ from swiftprune.models.load import context_length, load_whole_model, read_config
 from swiftprune.models.perplexity import dense_perplexity, perplexity
 from swiftprune.models.plan import FUSED, Block, Linear, Targets
 from swiftprune.progress import Announce, Progress, silent, unheard
+from swiftprune.results import Check, LayerResult, PrunedBlock
+from swiftprune.stages.check import check as check_result
+from swiftprune.stages.context import Run
 from swiftprune.stages.distill import Validation
-from swiftprune.stages.run import Check, LayerResult, Pipeline, PrunedBlock
+from swiftprune.stages.run import run_stages
 
 Target = Literal["packed", "dense", "torch", "sparse24-bitmask", "onnx", "onnx-dense"]
 _ONNX: tuple[Target, ...] = ("onnx", "onnx-dense")
@@ -112,32 +115,32 @@ def export(
     checkpoint = Checkpoint.open(model, revision=revision, trust_remote_code=trust_remote_code)
     workspace = Workspace(Path(out), checkpoint.folder, resume=resume, overwrite=overwrite, announce=announce)
     with workspace:
-        pipeline = Pipeline(checkpoint, settings, progress=progress, announce=announce)
-        settings = pipeline.settings
-        if evaluate and not pipeline.targets.head:
+        run = Run(checkpoint, settings, progress=progress, announce=announce)
+        settings = run.settings
+        if evaluate and not run.targets.head:
             raise CheckpointError(f"{checkpoint.folder}: holds no output head, which --evaluate needs")
-        _check_stored(pipeline, target)
+        _check_stored(run, target)
         if target in ("packed", "sparse24-bitmask", "onnx"):
-            _check_fused(pipeline.targets)
+            _check_fused(run.targets)
         windows = _evaluation_windows(checkpoint, Path(evaluate), settings.text_column) if evaluate else None
-        with pipeline.clock("hash source"):
+        with run.clock("hash source"):
             state = _state(checkpoint, settings, target, progress)
         workspace.begin(state)
-        workspace.check_space(_estimate(pipeline, target))
+        workspace.check_space(_estimate(run, target))
 
-        pipeline.data, pipeline.orders = workspace.data(), workspace.orders()
-        pipeline.dense_linears, pipeline.fitted_samples = workspace.dense_linears(), workspace.fitted_samples()
-        writer = _ShardWriter(pipeline, target, workspace)
-        pipeline.run(writer)
-        found = pipeline.check(writer) if check else None
-        with pipeline.clock("write"):
+        run.data, run.orders = workspace.data(), workspace.orders()
+        run.dense_linears, run.fitted_samples = workspace.dense_linears(), workspace.fitted_samples()
+        writer = _ShardWriter(run, target, workspace)
+        run_stages(run, writer)
+        found = check_result(run, writer) if check else None
+        with run.clock("write"):
             writer.write_outside()
             report = writer.complete(state, found, push_to_hub)
         if target in _ONNX:
-            with pipeline.clock("onnx"):
+            with run.clock("onnx"):
                 report = writer.write_onnx(report, progress)
         if windows is not None:
-            with pipeline.clock("evaluate"):
+            with run.clock("evaluate"):
                 before, after = _evaluate(checkpoint, workspace.folder, target, windows, progress)
             report = report.model_copy(
                 update={
@@ -148,10 +151,10 @@ def export(
             )
         workspace.finish(ONNX_FOLDER if target in _ONNX else None)
         if push_to_hub:
-            with pipeline.clock("push"):
+            with run.clock("push"):
                 address = hub.push(Path(out), push_to_hub, private=private)
             report = report.model_copy(update={"hub": address})
-    return report.model_copy(update={"seconds": dict(pipeline.clock.seconds), "distillation": pipeline.validations})
+    return report.model_copy(update={"seconds": dict(run.clock.seconds), "distillation": run.validations})
 
 
 def _check_target(settings: PruneSettings, target: Target) -> None:
@@ -165,19 +168,19 @@ def _check_target(settings: PruneSettings, target: Target) -> None:
         require_packages()
 
 
-def _check_stored(pipeline: Pipeline, target: Target) -> None:
+def _check_stored(run: Run, target: Target) -> None:
     """Raises SettingsError where a target would store every linear dense."""
-    linears = [linear for block in pipeline.targets.blocks for linear in block.linears]
-    reasons = [_unsupported_reason(pipeline, linear, FORMATS.get(target)) for linear in linears]
+    linears = [linear for block in run.targets.blocks for linear in block.linears]
+    reasons = [_unsupported_reason(run, linear, FORMATS.get(target)) for linear in linears]
     if all(reasons):
-        hint = "; add --dtype bfloat16" if pipeline.stored_dtype(linears[0]) == torch.float32 else ""
+        hint = "; add --dtype bfloat16" if run.stored_dtype(linears[0]) == torch.float32 else ""
         raise SettingsError(f"--target {target} would store every linear dense: {reasons[0]}{hint}")
 
 
-def _unsupported_reason(pipeline: Pipeline, linear: Linear, format: CheckpointFormat | None) -> str | None:
+def _unsupported_reason(run: Run, linear: Linear, format: CheckpointFormat | None) -> str | None:
     """Why `format` cannot store the pruned `linear`, or None where it can; dense tensors take any."""
-    rows, cols = pipeline.checkpoint.tensors[linear.tensor].shape
-    return format.unsupported_reason((rows, cols), pipeline.stored_dtype(linear)) if format else None
+    rows, cols = run.checkpoint.tensors[linear.tensor].shape
+    return format.unsupported_reason((rows, cols), run.stored_dtype(linear)) if format else None
 
 
 def _check_fused(targets: Targets) -> None:
@@ -218,17 +221,17 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _estimate(pipeline: Pipeline, target: Target) -> int:
+def _estimate(run: Run, target: Target) -> int:
     """Bytes of the output, closely enough to refuse a disk that is too small."""
-    sizes = pipeline.checkpoint.tensors
-    total = pipeline.checkpoint.nbytes
+    sizes = run.checkpoint.tensors
+    total = run.checkpoint.nbytes
     if target in _ONNX:  # the dense ONNX file comes on top, in float32 before it is packed
-        total += pipeline.checkpoint.parameter_count * (4 + 2)
+        total += run.checkpoint.parameter_count * (4 + 2)
     elif target != "dense":
-        for block in pipeline.targets.blocks:
+        for block in run.targets.blocks:
             total -= sum(int(sizes[linear.tensor].nbytes * 7 / 16) for linear in block.linears)
-    if "distill" in pipeline.settings.refine:  # weights, two moments and the best weights, kept twice while written
-        total += 2 * 4 * 4 * pipeline.pruned_count()
+    if "distill" in run.settings.refine:  # weights, two moments and the best weights, kept twice while written
+        total += 2 * 4 * 4 * run.pruned_count()
     return total
 
 
@@ -238,42 +241,42 @@ class _ShardWriter:
     It is the BlockStore of an export.
     """
 
-    def __init__(self, pipeline: Pipeline, target: Target, workspace: Workspace) -> None:
+    def __init__(self, run: Run, target: Target, workspace: Workspace) -> None:
         self.load_training, self.save_training = workspace.load_training, workspace.save_training
         self.keep_data = workspace.keep_data
         self.keep_orders = workspace.keep_orders
         self.keep_dense_linears = workspace.keep_dense_linears
         self.keep_fitted_samples = workspace.keep_fitted_samples
-        self._pipeline = pipeline
+        self._run = run
         self._target = target
         self._format = FORMATS.get(target)
         """None where zeros stay in place; the ONNX targets are made from such a checkpoint."""
         self._workspace = workspace
-        self._blocks = pipeline.targets.blocks
+        self._blocks = run.targets.blocks
         self._outside = self._split_outside()
         self._layer_seconds: dict[str, float] = defaultdict(float)
 
     @property
     def _checkpoint(self) -> Checkpoint:
-        return self._pipeline.checkpoint  # another one once it is permuted
+        return self._run.checkpoint  # another one once it is permuted
 
     @property
     def _dense(self) -> dict[str, str]:
         """The linears that are not packed, with the reason."""
-        ratio = self._pipeline.settings.max_perplexity_ratio
-        kept = dict.fromkeys(self._pipeline.dense_linears or (), f"kept dense for --max-perplexity-ratio {ratio}")
-        return self._pipeline.targets.dense | self._unsupported() | kept
+        ratio = self._run.settings.max_perplexity_ratio
+        kept = dict.fromkeys(self._run.dense_linears or (), f"kept dense for --max-perplexity-ratio {ratio}")
+        return self._run.targets.dense | self._unsupported() | kept
 
     def _unsupported(self) -> dict[str, str]:
         """Linears that are pruned, but that the target cannot store packed."""
         linears = (linear for block in self._blocks for linear in block.linears)
-        found = {linear.name: _unsupported_reason(self._pipeline, linear, self._format) for linear in linears}
+        found = {linear.name: _unsupported_reason(self._run, linear, self._format) for linear in linears}
         return {name: f"pruned, stored dense: {reason}" for name, reason in found.items() if reason}
 
     def _split_outside(self) -> list[list[str]]:
         groups: list[list[str]] = []
         room = 0
-        for name in self._pipeline.targets.outside:
+        for name in self._run.targets.outside:
             nbytes = self._checkpoint.tensors[name].nbytes
             if not groups or nbytes > room:
                 groups.append([])
@@ -327,7 +330,7 @@ class _ShardWriter:
     def _unpruned(self, names: list[str]) -> dict[str, Tensor]:
         """Tensors of the source, in the type that is written. Raises SettingsError where that cannot hold them."""
         tensors = self._checkpoint.read(names)
-        if dtype := self._pipeline.settings.dtype:
+        if dtype := self._run.settings.dtype:
             for name, tensor in tensors.items():
                 if tensor.is_floating_point():
                     tensors[name] = tensor.to(DTYPES[dtype])
@@ -361,7 +364,7 @@ class _ShardWriter:
             state
             | {
                 "format_version": spec.VERSION,
-                **({"fitted_samples": fitted} if (fitted := self._pipeline.fitted_samples) else {}),
+                **({"fitted_samples": fitted} if (fitted := self._run.fitted_samples) else {}),
                 **({"check": check.model_dump()} if check else {}),
                 "layers": [layer.model_dump() for layer in layers],
                 "dense": self._dense,
@@ -371,7 +374,7 @@ class _ShardWriter:
         workspace.write_text(
             model_card.NAME,
             model_card.model_card(
-                checkpoint, self._pipeline.settings, self._target, check, pruned=len(pruned), dense=self._dense,
+                checkpoint, self._run.settings, self._target, check, pruned=len(pruned), dense=self._dense,
                 bytes_before=checkpoint.nbytes, bytes_after=total, repository=repository,
             ),
         )  # fmt: skip
@@ -383,21 +386,21 @@ class _ShardWriter:
             if name in stored
         )
         return ExportReport(
-            out=str(workspace.out), settings=self._pipeline.settings, target=self._target, layers=layers,
+            out=str(workspace.out), settings=self._run.settings, target=self._target, layers=layers,
             dense_linears=self._dense, bytes_before=checkpoint.nbytes, bytes_after=total,
             linear_bytes_before=linear_before, linear_bytes_after=linear_after,
             token_bytes_before=self._token_bytes(checkpoint.tensors), token_bytes_after=self._token_bytes(stored),
-            seconds={}, layer_seconds=dict(self._layer_seconds), fitted_samples=self._pipeline.fitted_samples,
+            seconds={}, layer_seconds=dict(self._layer_seconds), fitted_samples=self._run.fitted_samples,
             check=check,
         )  # fmt: skip
 
     def _pruned(self) -> list[Linear]:
-        kept = self._pipeline.dense_linears or ()
+        kept = self._run.dense_linears or ()
         return [linear for block in self._blocks for linear in block.linears if linear.name not in kept]
 
     def _token_bytes(self, stored: Mapping[str, TensorEntry]) -> int:
         """Bytes of weights that generating a token reads: all but the embeddings, unless these are the head too."""
-        targets = self._pipeline.targets
+        targets = self._run.targets
         unread = {targets.embedding} - {targets.head}
         return sum(entry.nbytes for name, entry in stored.items() if name not in unread)
 
@@ -430,7 +433,7 @@ class _ShardWriter:
         out = workspace.folder / ONNX_FOLDER
         made = write_decoder(
             workspace.folder, out, packed=self._target == "onnx",
-            dtype=self._pipeline.settings.dtype or stored,
+            dtype=self._run.settings.dtype or stored,
             pruned_weights=sum(torch.Size(linear.shape).numel() for linear in linears), progress=progress,
         )  # fmt: skip
         config = self._config()
@@ -452,7 +455,7 @@ class _ShardWriter:
     def _config(self) -> dict[str, Any]:
         config = copy.deepcopy(self._checkpoint.config)
         config.pop("quantization_config", None)  # what only said that weights are sparse, and of which tool
-        if dtype := self._pipeline.settings.dtype:
+        if dtype := self._run.settings.dtype:
             config["dtype"] = dtype
             _set_dtype(config, dtype)
         if self._format:

@@ -19,7 +19,7 @@ from swiftprune.config import PruneSettings
 from swiftprune.formats import bitmask, cutlass, spec
 from swiftprune.formats.spec import METADATA_SUFFIX
 from swiftprune.kernels import dispatch
-from swiftprune.stages.run import Check
+from swiftprune.results import Check
 
 app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
 

@@ -11,7 +11,7 @@ from huggingface_hub.repocard import metadata_load
 
 from swiftprune.checkpoints.source import Checkpoint
 from swiftprune.config import PruneSettings
-from swiftprune.stages.run import Check
+from swiftprune.results import Check
 
 NAME = "README.md"
 

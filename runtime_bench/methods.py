@@ -19,7 +19,8 @@ from swiftprune.kernels import packing
 from swiftprune.models.load import load_whole_model
 from swiftprune.models.perplexity import perplexity
 from swiftprune.progress import Progress, silent
-from swiftprune.stages.run import Pipeline
+from swiftprune.stages.context import Run
+from swiftprune.stages.run import stream_blocks
 
 SEQLEN = 2048
 
@@ -75,10 +76,10 @@ def _run(
     settings = PruneSettings(
         method=method, calibration=str(calibration), samples=samples, seqlen=seqlen, seed=seed, pattern=pattern
     )
-    pipeline = Pipeline(checkpoint, settings, progress=staged)
+    pipeline = Run(checkpoint, settings, progress=staged)
     parameters = dict(model.named_parameters())
     dense = {}
-    for done in pipeline.blocks():
+    for done in stream_blocks(pipeline):
         for name, weight in done.weights.items():
             dense[name] = parameters[name].detach().clone()
             parameters[name].data.copy_(packing.unpack(weight) if isinstance(weight, Packed24) else weight)

@@ -16,9 +16,11 @@ from swiftprune.config import PruneSettings
 from swiftprune.kernels.packing import prune_and_pack
 from swiftprune.kernels.score_factors import ScoreFactors
 from swiftprune.methods.mask import ewma
-from swiftprune.methods.scores import InputStats, wanda
+from swiftprune.methods.scores import wanda
+from swiftprune.methods.statistics import InputStats
 from swiftprune.progress import Progress, silent
-from swiftprune.stages.run import Pipeline
+from swiftprune.stages.context import Run
+from swiftprune.stages.run import stream_blocks
 
 SHAPE = (4096, 14336)
 ROUNDS = 9
@@ -138,8 +140,8 @@ def _against_sparsegpt(data: DemoData, progress: Progress) -> Comparison:
             progress(f"{method}: {stage}", done, total)
 
         settings = PruneSettings(method=method, calibration=str(data.calibration), samples=16, seqlen=256)
-        pipeline = Pipeline(Checkpoint.open(data.model), settings, data=calibration, progress=staged)
-        for _ in pipeline.blocks():
+        pipeline = Run(Checkpoint.open(data.model), settings, data=calibration, progress=staged)
+        for _ in stream_blocks(pipeline):
             pass
         calibration = pipeline.data
         seconds[method].append(pipeline.clock.seconds["mask"])

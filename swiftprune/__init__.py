@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from swiftprune.formats.spec import Packed24, validate
     from swiftprune.kernels.packing import pack, unpack
     from swiftprune.module import ModuleReport, prune_module
-    from swiftprune.stages.run import PrunedBlock, prune
+    from swiftprune.results import PrunedBlock
+    from swiftprune.stages.run import prune
 
 __version__ = "0.1.0"
 
@@ -33,7 +34,7 @@ _HOMES = {
     "ModuleReport": "swiftprune.module",
     "prune_module": "swiftprune.module",
     "PruneSettings": "swiftprune.config",
-    "PrunedBlock": "swiftprune.stages.run",
+    "PrunedBlock": "swiftprune.results",
     "prune": "swiftprune.stages.run",
     "Packed24": "swiftprune.formats.spec",
     "pack": "swiftprune.kernels.packing",

@@ -18,13 +18,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from swiftprune.errors import CheckpointError, SettingsError
-from swiftprune.formats.spec import GROUP, unpackable_reason
+from swiftprune.formats.spec import GROUP, check_finite, unpackable_reason
 from swiftprune.kernels.linear import Linear24
 from swiftprune.kernels.packing import prune_and_pack, unpack
-from swiftprune.methods.scores import METHODS, InputStats, Method, find_method
+from swiftprune.methods.scores import METHODS, Method, find_method
+from swiftprune.methods.statistics import InputStats
 from swiftprune.models.ignore import Ignore, compile_ignore
 from swiftprune.progress import Progress, silent
-from swiftprune.stages.run import check_finite, kept_energy
+from swiftprune.results import kept_energy
 
 Layer = nn.Linear | nn.Conv1d | nn.Conv2d
 Forward = Callable[[nn.Module, Any], object]

@@ -23,7 +23,7 @@ MAY_IMPORT_INSIDE = {
     "checkpoints": {"checkpoints"},
     "models": {"formats", "checkpoints", "models"},
     "calibration": {"formats", "methods", "checkpoints", "models", "calibration"},
-    "stages": {"formats", "kernels", "methods", "checkpoints", "models", "calibration", "stages", "config"},
+    "stages": {"formats", "kernels", "methods", "checkpoints", "models", "calibration", "stages", "config", "results"},
     "serve": {"formats", "kernels", "checkpoints", "serve"},
 }
 FOR_ALL = {"errors", "progress", "compute"}

@@ -17,7 +17,7 @@ from swiftprune.checkpoints.source import Checkpoint
 from swiftprune.compute import autocast
 from swiftprune.errors import CheckpointError, SwiftpruneError, first_line
 from swiftprune.formats.spec import GROUP
-from swiftprune.methods.scores import InputStats, Needs
+from swiftprune.methods.statistics import InputStats, Needs
 from swiftprune.models.plan import Block, Linear, Targets, decoder_blocks
 
 logger = logging.getLogger(__name__)

@@ -153,3 +153,13 @@ def check_shapes(packed: Packed24, name: str) -> None:
             f"{name}: metadata must be {expected} torch.uint8 beside values {tuple(values.shape)}, "
             f"not {tuple(metadata.shape)} {metadata.dtype}"
         )
+
+
+def check_finite(weight: Tensor, name: str) -> None:
+    """Raises FormatError with the index of the first element of `weight` that is NaN or infinite."""
+    if weight.is_meta:
+        raise FormatError(f"{name}: is on the meta device, which holds no numbers; load the weights first")
+    if not weight.numel() or torch.isfinite(torch.stack(torch.aminmax(weight))).all():  # in one pass
+        return
+    index = tuple((~torch.isfinite(weight)).nonzero()[0].tolist())
+    raise FormatError(f"{name}: weight {index} is {weight[index].item()}; NaN and infinities cannot be pruned")

@@ -14,7 +14,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,14 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from swiftprune.compute import autocast
 from swiftprune.errors import CheckpointError, SettingsError, first_line
+from swiftprune.models.plan import Block
 from swiftprune.progress import Progress, silent
+from swiftprune.results import PrunedBlock, PrunedWeight, layer_result
+from swiftprune.stages.text import windows_to_train_and_to_judge
+
+if TYPE_CHECKING:
+    from swiftprune.stages.context import Run
+    from swiftprune.stages.store import BlockStore
 
 STAGE = "distill"
 LEARNING_RATE = 3e-4
@@ -32,7 +39,6 @@ LAST_RATE = 0.01  # of the learning rate, at the end
 BETAS = (0.9, 0.95)
 LARGEST_GRADIENT = 1.0
 BATCH_TOKENS = 512
-SEQLEN = 256
 # Of the windows, the last ones, held back; at most so many.
 VALIDATION_SHARE = 0.03
 VALIDATION_WINDOWS = 8
@@ -91,6 +97,54 @@ class _Hidden(BaseModelOutputWithPast):  # type: ignore[misc]
 def _changes_its_logits(model: Any) -> SettingsError:
     return SettingsError(f"--refine distill: {type(model).__name__} changes its logits after the head, "
                          "which distillation does not support; use other refinements")  # fmt: skip
+
+
+def distill(run: Run, store: BlockStore) -> None:
+    """Trains the whole pruned model towards the dense one and saves every block anew.
+
+    `validations` then tells how it went. Needs memory for the dense model and five times the pruned one in float32.
+    """
+    if "distill" not in run.settings.refine:
+        return
+    with run.clock("distill"):
+        tokens, _ = windows_to_train_and_to_judge(run)
+        teacher = run.load_whole(run.compute)
+        student = run.load_whole(torch.float32)
+        keep_masks = run.put_pruned(student, store)
+        first = run.targets.blocks[0].name
+        distillation = Distillation(
+            student, teacher, keep_masks, first.rpartition(".")[0] + ".", tokens,
+            compute=run.compute, seed=run.settings.seed, store=store, progress=run.progress,
+        )  # fmt: skip
+        run.validations = distillation.run(_budget(run))
+        distillation.save()
+    for block in run.targets.blocks:
+        run.save(store, _distilled(run, student, block))
+
+
+def _distilled(run: Run, student: nn.Module, block: Block) -> PrunedBlock:
+    linears = {linear.tensor: linear for linear in block.linears}
+    weights: dict[str, PrunedWeight] = {}
+    results = []
+    before = run.checkpoint.read(linears)
+    parameters = dict(student.named_parameters())
+    for name, tensor in run.parameters(block).items():
+        parameter = parameters.get(name)
+        if parameter is None or not parameter.requires_grad:
+            continue
+        linear = linears.get(tensor)
+        weights[tensor] = run.to_store(tensor, parameter.detach().cpu(), linear is not None)
+        if linear:
+            results.append(layer_result(linear, before[tensor], weights[tensor], None, 0.0))
+    return PrunedBlock(block, weights, results)
+
+
+def _budget(run: Run) -> Budget:
+    """What is left of the minutes; of an earlier run that was stopped, only what it distilled counts."""
+    minutes = run.settings.minutes
+    if minutes is not None:
+        minutes = max(0.0, minutes - (time.monotonic() - run.started) / 60)
+    return Budget(minutes, run.settings.steps)
 
 
 @dataclass(frozen=True)

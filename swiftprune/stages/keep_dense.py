@@ -8,20 +8,70 @@ they promise per byte, and how many it takes is found by bisection, with perplex
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from swiftprune.compute import autocast
 from swiftprune.errors import SettingsError
-from swiftprune.models.perplexity import perplexity
+from swiftprune.models.perplexity import dense_perplexity, perplexity
+from swiftprune.models.plan import Block, fused_sets
 from swiftprune.progress import Progress, silent
+from swiftprune.results import PrunedBlock, PrunedWeight, layer_result
+from swiftprune.stages.text import windows_to_train_and_to_judge
+
+if TYPE_CHECKING:
+    from swiftprune.stages.context import Run
+    from swiftprune.stages.store import BlockStore
 
 STAGE = "keep dense"
-WINDOWS = 32  # to measure perplexity on, as long as those of distillation
 GRADIENT_WINDOWS = 16
+
+
+def keep_dense(run: Run, store: BlockStore) -> None:
+    """Restores linears until perplexity is within `max_perplexity_ratio`, and saves their blocks anew."""
+    if run.settings.max_perplexity_ratio is None:
+        return
+    if run.dense_linears is None:
+        run.dense_linears = _dense_linears(run, store)
+        store.keep_dense_linears(run.dense_linears)
+    for block in run.targets.blocks:
+        if any(linear.name in run.dense_linears for linear in block.linears):
+            run.save(store, _with_dense(run, block, store.load(block), run.dense_linears))
+
+
+def _dense_linears(run: Run, store: BlockStore) -> list[str]:
+    """The linears to leave dense for `max_perplexity_ratio`. See `keep_dense`."""
+    assert run.settings.max_perplexity_ratio is not None
+    linears = {linear.name: linear.tensor for block in run.targets.blocks for linear in block.linears}
+    with run.clock("keep dense"), autocast(run.compute):
+        _, windows = windows_to_train_and_to_judge(run)
+        model = run.load_whole(torch.float32)
+        dense = dense_perplexity(model, windows)
+        run.put_pruned(model, store)
+        return find_dense(
+            model, lambda name: run.checkpoint.read([linears[name]])[linears[name]].float(),
+            fused_sets(linears), windows, dense_perplexity=dense,
+            max_ratio=run.settings.max_perplexity_ratio, progress=run.progress,
+        )  # fmt: skip
+
+
+def _with_dense(run: Run, block: Block, finished: Mapping[str, Tensor], names: Collection[str]) -> PrunedBlock:
+    """`block`, all of whose tensors are `finished`, with the linears of `names` as they were before pruning."""
+    linears = {linear.tensor: linear for linear in block.linears}
+    weights: dict[str, PrunedWeight] = dict(finished)
+    results = []
+    before = run.checkpoint.read(linears)
+    for tensor, linear in linears.items():
+        if linear.name in names:
+            weights[tensor] = before[tensor].to(run._stored(before[tensor].dtype))
+            continue
+        weights[tensor] = run.to_store(tensor, finished[tensor], True)
+        results.append(layer_result(linear, before[tensor], weights[tensor], None, 0.0))
+    return PrunedBlock(block, weights, results)
 
 
 def find_dense(

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from scipy.optimize import linear_sum_assignment
@@ -27,6 +27,15 @@ from swiftprune.checkpoints.source import Checkpoint, Orders
 from swiftprune.errors import CheckpointError, SettingsError
 from swiftprune.formats.spec import GROUP
 from swiftprune.models.plan import Block, Targets, decoder_blocks
+from swiftprune.stages.clock import Tick
+from swiftprune.stages.text import calibration_tokens
+
+if TYPE_CHECKING:
+    from swiftprune.stages.context import Run
+    from swiftprune.stages.store import BlockStore
+
+# Of calibration, on which orders are found: they need the energy of channels only, which few tokens tell.
+_ORDER_TOKENS = 4096
 
 STEPS = 16
 # Bounds for large models: rows looked at, of all weights that read the hidden dimension together, and groups among
@@ -104,6 +113,26 @@ def _gain(columns: Tensor, staying: Tensor, put_up: Tensor) -> Tensor:
 
 def _kept(columns: Tensor) -> float:
     return float(columns.view(-1, GROUP, columns.shape[1]).topk(2, dim=1).values.sum())
+
+
+def permute(run: Run, store: BlockStore) -> None:
+    """Makes the checkpoint of `run` a permuted view of it, by orders that were found before or are found now."""
+    if not run.settings.permute:
+        return
+    if run.orders is None:
+        run.orders = _orders(run)
+        store.keep_orders(run.orders)
+    if not run.checkpoint.is_permuted:
+        run.checkpoint = run.checkpoint.permuted(run.orders)
+
+
+def _orders(run: Run) -> Orders:
+    tokens = calibration_tokens(run)
+    assert tokens is not None
+    with run.clock("permute"):
+        tokens = tokens[: max(1, _ORDER_TOKENS // tokens.shape[1])]
+        tick = Tick(run.progress, 0, len(run.targets.blocks) * len(tokens), "permute")
+        return find_orders(run.model, run.checkpoint, run.targets, tokens, compute=run.compute, tick=tick)
 
 
 def find_orders(

@@ -37,7 +37,8 @@ from swiftprune.errors import CheckpointError, SettingsError
 from swiftprune.kernels.linear import Linear24
 from swiftprune.models.load import load_whole_model
 from swiftprune.stages import memory
-from swiftprune.stages.run import Pipeline
+from swiftprune.stages.context import Run
+from swiftprune.stages.text import load_data
 from tests import models
 
 NO_DATA = PruneSettings(calibration="none")
@@ -164,7 +165,7 @@ def test_the_models_own_generation_settings_change_nothing(tiny_copy: Path, tiny
     (tiny_copy / "generation_config.json").write_text(json.dumps({**own, "bos_token_id": 0, "eos_token_id": 1}))
     plain = tiny_models("llama-gqa-tied")
     first, second = (
-        Pipeline(Checkpoint(folder), PruneSettings(samples=3, seqlen=24)).load_data() for folder in (tiny_copy, plain)
+        load_data(Run(Checkpoint(folder), PruneSettings(samples=3, seqlen=24))) for folder in (tiny_copy, plain)
     )
     assert first is not None
     assert second is not None
@@ -236,7 +237,7 @@ def test_presets_leave_out_what_cannot_be_had_and_say_so(text_file: Path, tmp_pa
     assert any("no chat template" in text for text in said)
     assert "prune" in stages
     lfm = models.write_model(tmp_path / "lfm", Lfm2Config(**SMALL, layer_types=["conv", "full_attention"]))
-    left = Pipeline(Checkpoint(lfm), make_settings("best", given), announce=said.append)
+    left = Run(Checkpoint(lfm), make_settings("best", given), announce=said.append)
     assert not left.settings.permute
     assert left.settings.refine == ("distill",)
     for folder, asked, message in (
@@ -254,7 +255,7 @@ def test_presets_leave_out_what_cannot_be_had_and_say_so(text_file: Path, tmp_pa
 
 def test_a_target_that_would_store_nothing_sparse_is_refused(tmp_path: Path) -> None:
     folder = models.write_model(tmp_path / "model", models.SUPPORTED["llama-gqa-tied"], torch.float32)
-    with pytest.raises(SettingsError, match="the checkpoint's are float32; add --dtype bfloat16"):
+    with pytest.raises(SettingsError, match="would store every linear dense: .*does not take float32; add --dtype bfloat16"):
         export(folder, tmp_path / "out", NO_DATA, target="torch")
 
 
@@ -271,7 +272,7 @@ def test_a_target_that_would_store_nothing_sparse_is_refused(tmp_path: Path) -> 
 )
 def test_patterns_of_ignore(ignore: str, dense: int, tmp_path: Path) -> None:
     config = LlamaConfig(**SMALL | {"num_hidden_layers": 11 if ignore == "layers.1" else 3})
-    pipeline = Pipeline(
+    pipeline = Run(
         Checkpoint(models.write_model(tmp_path / "model", config)), PruneSettings(calibration="none", ignore=ignore)
     )
     assert sum(name.startswith("model.layers") for name in pipeline.targets.dense) == dense
@@ -290,7 +291,7 @@ def test_a_pattern_that_matches_nothing_is_an_error(
     ignore: str, message: str, tiny_models: Callable[[str], Path]
 ) -> None:
     with pytest.raises(SettingsError, match=message):
-        Pipeline(Checkpoint(tiny_models("llama-gqa-tied")), PruneSettings(calibration="none", ignore=ignore))
+        Run(Checkpoint(tiny_models("llama-gqa-tied")), PruneSettings(calibration="none", ignore=ignore))
 
 
 def test_a_hub_repository_gives_one_copy_of_its_weights(
@@ -337,8 +338,8 @@ def test_a_stage_that_does_not_fit_into_memory_is_refused_before_any_work(
     given: dict[str, Any] = {"calibration": str(text_file), "samples": 4, "seqlen": 32}
     monkeypatch.setattr(memory, "available_bytes", lambda: 100_000_000)
     with pytest.raises(SettingsError, match=r"--refine distill needs about 0\.8 GB of memory, and 0\.1 GB are free"):
-        Pipeline(Checkpoint(folder), PruneSettings(method="wanda", refine=("distill",), steps=2, **given))
-    left = Pipeline(Checkpoint(folder), make_settings("balanced", given), announce=said.append)
+        Run(Checkpoint(folder), PruneSettings(method="wanda", refine=("distill",), steps=2, **given))
+    left = Run(Checkpoint(folder), make_settings("balanced", given), announce=said.append)
     assert (left.settings.refine, left.settings.minutes) == ((), None)
     assert any("Left out of --quality" in text and "0.1 GB are free" in text for text in said)
 

@@ -117,7 +117,7 @@ def test_what_cannot_be_checked_is_said(
 def test_a_poor_result_is_said_with_what_to_do_next(
     tiny_models: Callable[[str], Path], settings: PruneSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("swiftprune.stages.run.POOR_RATIO", 0.0)
+    monkeypatch.setattr("swiftprune.stages.check.POOR_RATIO", 0.0)
     for method, calibration, advice in (
         ("wanda", settings.calibration, "another method; the default one also solves"),
         ("admm", settings.calibration, "--quality balanced"),

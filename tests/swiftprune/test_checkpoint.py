@@ -16,14 +16,15 @@ from exporters import export
 from swiftprune.checkpoints.source import Checkpoint
 from swiftprune.config import PruneSettings
 from swiftprune.errors import CheckpointError, SettingsError
-from swiftprune.stages.run import Pipeline
+from swiftprune.stages.context import Run
+from swiftprune.stages.run import stream_blocks
 from tests import models
 
 SETTINGS = PruneSettings(calibration="none")
 
 
-def open_pipeline(folder: Path) -> Pipeline:
-    return Pipeline(Checkpoint.open(folder), SETTINGS)
+def open_pipeline(folder: Path) -> Run:
+    return Run(Checkpoint.open(folder), SETTINGS)
 
 
 def edit_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
@@ -215,12 +216,12 @@ def test_hub_id_in_the_cache(monkeypatch: pytest.MonkeyPatch, tiny_copy: Path, t
     monkeypatch.chdir(tmp_path)
     checkpoint = Checkpoint.open("owner/tiny")
     assert checkpoint.name == "owner/tiny"
-    assert len(Pipeline(checkpoint, SETTINGS).targets.blocks) == 3
+    assert len(Run(checkpoint, SETTINGS).targets.blocks) == 3
 
 
 def test_nothing_left_to_prune(tiny_copy: Path) -> None:
     with pytest.raises(SettingsError, match="nothing to prune"):
-        Pipeline(Checkpoint.open(tiny_copy), PruneSettings(calibration="none", ignore="."))
+        Run(Checkpoint.open(tiny_copy), PruneSettings(calibration="none", ignore="."))
 
 
 def test_base_model_names_are_found(tiny_copy: Path) -> None:
@@ -229,7 +230,7 @@ def test_base_model_names_are_found(tiny_copy: Path) -> None:
         tiny_copy,
         lambda tensors: ([tensors.update({name.removeprefix("model."): tensors.pop(name)}) for name in list(tensors)]),
     )
-    blocks = list(open_pipeline(tiny_copy).blocks())
+    blocks = list(stream_blocks(open_pipeline(tiny_copy)))
     assert "layers.0.self_attn.q_proj.weight" in blocks[0].weights
     assert len(blocks) == 3
 

@@ -19,8 +19,9 @@ from swiftprune.checkpoints.source import Checkpoint
 from swiftprune.config import PruneSettings, make_settings
 from swiftprune.errors import SettingsError
 from swiftprune.progress import silent
+from swiftprune.stages.context import Run
 from swiftprune.stages.distill import Distillation
-from swiftprune.stages.run import Pipeline
+from swiftprune.stages.text import calibration_tokens
 
 TEMPLATE = "{% for message in messages %}<s>{{ message['role'] }}: {{ message['content'] }}</s>{% endfor %}"
 
@@ -78,9 +79,9 @@ def test_a_template_that_takes_no_message_is_named_before_any_work(
     tokenizer.save_pretrained(chatty)
     given: dict[str, Any] = {"method": "wanda", "calibration": str(text_file), "samples": 4, "seqlen": 32}
     with pytest.raises(SettingsError, match=f"--conversations: .*{message}"):
-        Pipeline(Checkpoint(chatty), PruneSettings(**given, conversations=2))
+        Run(Checkpoint(chatty), PruneSettings(**given, conversations=2))
     said: list[str] = []
-    pipeline = Pipeline(
+    pipeline = Run(
         Checkpoint(chatty), make_settings("balanced", given | {"steps": 1}), announce=said.append
     )  # fmt: skip
     assert pipeline.settings.conversations == 0
@@ -99,12 +100,12 @@ def test_a_quarter_of_the_text_is_conversations(
             seen["trained"] = arguments[4]
             super().__init__(*arguments, **options)
 
-    monkeypatch.setattr("swiftprune.stages.run.Distillation", Noting)
+    monkeypatch.setattr("swiftprune.stages.distill.Distillation", Noting)
     settings = PruneSettings(
         method="wanda", calibration=str(text_file) if source == "file" else "self", samples=8, seqlen=32,
         conversations=3, refine=("distill",), steps=1,
     )  # fmt: skip
-    calibrated = Pipeline(Checkpoint(chatty), settings)._calibration_tokens()
+    calibrated = calibration_tokens(Run(Checkpoint(chatty), settings))
     assert calibrated is not None
     assert are_conversations(calibrated, begin).sum() == 2
     export(chatty, tmp_path / "out", settings)
@@ -114,7 +115,7 @@ def test_a_quarter_of_the_text_is_conversations(
     if source == "file":
         assert 0.15 < chosen.float().mean() <= 0.25
         assert not chosen[-len(windows) // 2 :].any()  # so none is held back that is trained on as well
-    again = Pipeline(Checkpoint(chatty), settings)._calibration_tokens()
+    again = calibration_tokens(Run(Checkpoint(chatty), settings))
     assert again is not None
     assert torch.equal(calibrated, again)
 

@@ -20,7 +20,8 @@ from exporters import export
 from swiftprune import PruneSettings, unpack
 from swiftprune.checkpoints.source import Checkpoint
 from swiftprune.errors import SettingsError
-from swiftprune.stages.run import Pipeline
+from swiftprune.stages.context import Run
+from swiftprune.stages.run import stream_blocks
 
 DOWN = "model.layers.1.mlp.down_proj.weight"
 DECLARED = {
@@ -120,7 +121,7 @@ def test_linears_that_are_not_sparse_stay_dense_and_are_named(sparse: Path, tmp_
 
 def test_nothing_to_keep(tiny_models: Callable[[str], Path]) -> None:
     with pytest.raises(SettingsError, match=r"no linear of the decoder can stay as it is: .* has [34] non-zeros"):
-        Pipeline(Checkpoint(tiny_models("llama-mha-untied")), PruneSettings(method="keep"))
+        Run(Checkpoint(tiny_models("llama-mha-untied")), PruneSettings(method="keep"))
 
 
 def masks_of(folder: Path) -> dict[str, np.ndarray]:
@@ -162,7 +163,7 @@ def test_masks_from_elsewhere(
     settings = PruneSettings(mask=str(path))
     assert settings.resolved().method == "keep"
     dense = tensors_of(folder)
-    done = {name: unpack(w) for b in Pipeline(Checkpoint(folder), settings).blocks() for name, w in b.weights.items()}
+    done = {name: unpack(w) for b in stream_blocks(Run(Checkpoint(folder), settings)) for name, w in b.weights.items()}
     assert done.keys() == masks.keys()
     for name, weight in done.items():
         assert torch.equal(weight, torch.where(torch.from_numpy(masks[name]), dense[name], 0))
@@ -177,7 +178,7 @@ def test_kept_weights_can_be_refined_on_a_given_mask(
     settings = PruneSettings(
         mask=str(tmp_path / "masks.npz"), calibration=str(text_file), samples=4, seqlen=32, refine=("weights",)
     )
-    for done in Pipeline(Checkpoint(folder), settings).blocks():
+    for done in stream_blocks(Run(Checkpoint(folder), settings)):
         for name, packed in done.weights.items():
             weight = unpack(packed)
             assert not (weight != 0)[~torch.from_numpy(masks[name])].any()
@@ -192,7 +193,7 @@ def test_masks_that_do_not_fit_are_refused(tiny_models: Callable[[str], Path], t
     def refused(masks: dict[str, np.ndarray], message: str) -> None:
         np.savez(path, **masks)  # type: ignore[arg-type]
         with pytest.raises(SettingsError, match=message):
-            Pipeline(Checkpoint(folder), PruneSettings(mask=str(path)))
+            Run(Checkpoint(folder), PruneSettings(mask=str(path)))
 
     beyond = "model.layers.9.mlp.down_proj.weight"
     refused(good | {beyond: good[DOWN]}, rf"'{beyond}' is of no linear that is pruned; near is 'model\.layers\.")
@@ -204,11 +205,11 @@ def test_masks_that_do_not_fit_are_refused(tiny_models: Callable[[str], Path], t
     refused(good | {DOWN: three}, "is not 2:4: row 7, group 2 has 3 non-zeros")
     del good[DOWN]
     np.savez(path, **good)  # type: ignore[arg-type]
-    dense = Pipeline(Checkpoint(folder), PruneSettings(mask=str(path))).targets.dense
+    dense = Run(Checkpoint(folder), PruneSettings(mask=str(path))).targets.dense
     assert "non-zeros and masks.npz has no mask of it" in dense[DOWN.removesuffix(".weight")]
     path.write_bytes(b"torn")
     with pytest.raises(SettingsError, match="cannot be read"):
-        Pipeline(Checkpoint(folder), PruneSettings(mask=str(path)))
+        Run(Checkpoint(folder), PruneSettings(mask=str(path)))
     for settings, message in (
         (PruneSettings(mask="missing.npz"), "no such file"),
         (PruneSettings(mask=str(shutil.copy(path, tmp_path / "masks.pt"))), r"give a \.npz or \.safetensors"),
@@ -217,7 +218,7 @@ def test_masks_that_do_not_fit_are_refused(tiny_models: Callable[[str], Path], t
         (PruneSettings(method="keep", permute=True, calibration="x"), "--permute moves zeros"),
     ):
         with pytest.raises(SettingsError, match=message):
-            Pipeline(Checkpoint(folder), settings)
+            Run(Checkpoint(folder), settings)
 
 
 def test_a_share_of_zeros_is_checked_too(tiny_models: Callable[[str], Path], tmp_path: Path) -> None:
@@ -227,14 +228,14 @@ def test_a_share_of_zeros_is_checked_too(tiny_models: Callable[[str], Path], tmp
     with pytest.raises(
         SettingsError, match=r"--strict: 21 of 21 linears are not.*not unstructured:0\.5: 0\.0% of it is"
     ):
-        Pipeline(Checkpoint(folder), settings)
+        Run(Checkpoint(folder), settings)
     half = {name: mask.copy() for name, mask in masks_of(folder).items()}
     np.savez(tmp_path / "masks.npz", **half)  # type: ignore[arg-type]
-    Pipeline(Checkpoint(folder), settings.model_copy(update={"mask": str(tmp_path / "masks.npz")}))
+    Run(Checkpoint(folder), settings.model_copy(update={"mask": str(tmp_path / "masks.npz")}))
     half[DOWN][:] = True
     np.savez(tmp_path / "masks.npz", **half)  # type: ignore[arg-type]
     with pytest.raises(SettingsError, match=r"down_proj\.weight is not unstructured:0\.5: 0\.0% of it is zero"):
-        Pipeline(Checkpoint(folder), settings.model_copy(update={"mask": str(tmp_path / "masks.npz")}))
+        Run(Checkpoint(folder), settings.model_copy(update={"mask": str(tmp_path / "masks.npz")}))
 
 
 def test_a_damaged_mask_is_named(tiny_models: Callable[[str], Path], tmp_path: Path) -> None:
@@ -246,4 +247,4 @@ def test_a_damaged_mask_is_named(tiny_models: Callable[[str], Path], tmp_path: P
     content[300:9000] = bytes(8700)
     path.write_bytes(content)
     with pytest.raises(SettingsError, match=r"masks\.npz: \S+ cannot be read"):
-        Pipeline(Checkpoint(folder), PruneSettings(mask=str(path)))
+        Run(Checkpoint(folder), PruneSettings(mask=str(path)))

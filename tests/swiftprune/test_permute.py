@@ -22,8 +22,9 @@ from swiftprune.config import PruneSettings
 from swiftprune.errors import CheckpointError, SettingsError
 from swiftprune.models.plan import empty_model, find_targets
 from swiftprune.stages import permute
+from swiftprune.stages.context import Run
 from swiftprune.stages.permute import best_order, find_orders
-from swiftprune.stages.run import Pipeline
+from swiftprune.stages.run import stream_blocks
 from tests import models
 
 
@@ -114,7 +115,7 @@ def test_more_of_the_scores_is_kept(name: str, text_file: Path, tmp_path: Path) 
         settings = PruneSettings(
             method="wanda", permute=chosen, calibration=str(text_file), samples=6, seqlen=48, one_pass=True
         )
-        results = [result for done in Pipeline(Checkpoint(folder), settings).blocks() for result in done.results]
+        results = [result for done in stream_blocks(Run(Checkpoint(folder), settings)) for result in done.results]
         energy[chosen] = sum(result.output_error or 0 for result in results)
     assert energy[True] < 0.99 * energy[False]
 
@@ -164,7 +165,7 @@ def test_what_cannot_be_permuted_says_why(
         tmp_path / "phi", PhiConfig(**common, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128)
     )
     with pytest.raises(SettingsError, match=r"knows the decoder blocks of Llama and GPT-NeoX, not those of Phi"):
-        list(Pipeline(Checkpoint(phi), settings).blocks())
+        list(stream_blocks(Run(Checkpoint(phi), settings)))
     with pytest.raises(SettingsError, match="--permute finds orders for --format 2:4 only"):
         settings.model_copy(update={"pattern": "4:8"}).resolved()
     with pytest.raises(SettingsError, match="--permute needs calibration data"):
@@ -178,4 +179,4 @@ def test_what_cannot_be_permuted_says_why(
 
     monkeypatch.setattr(permute._Search, "_head_orders", wrong)
     with pytest.raises(CheckpointError, match=r"permuting changes the hidden states .* leave out --permute"):
-        list(Pipeline(Checkpoint(tiny_models("llama-mha-untied")), settings).blocks())
+        list(stream_blocks(Run(Checkpoint(tiny_models("llama-mha-untied")), settings)))

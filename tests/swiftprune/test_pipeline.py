@@ -40,14 +40,16 @@ from swiftprune.kernels.packing import unpack
 from swiftprune.methods import least_squares
 from swiftprune.methods.mask import Pattern
 from swiftprune.methods.pairs import keep_pairs
-from swiftprune.methods.scores import Needs
 from swiftprune.methods.sparsegpt import sparsegpt
+from swiftprune.methods.statistics import Needs
 from swiftprune.models.plan import empty_model, find_targets
 from swiftprune.progress import silent
-from swiftprune.stages import refine_blocks
-from swiftprune.stages import run as pipeline_module
+from swiftprune.stages import distill, refine_blocks
+from swiftprune.stages import prune as prune_stage
+from swiftprune.stages.context import Run
 from swiftprune.stages.distill import Distillation
-from swiftprune.stages.run import MemoryStore, Pipeline, prune
+from swiftprune.stages.run import prune, stream_blocks
+from swiftprune.stages.store import MemoryStore
 from tests import models
 from tests.swiftprune.test_least_squares import best_values, objective
 
@@ -119,7 +121,7 @@ def test_pipeline_equals_a_naive_run_of_the_whole_model(
     blocks = reference.get_submodule(BLOCK_LISTS.get(name, "model.layers"))
 
     compared = 0
-    for block, done in zip(blocks, Pipeline(Checkpoint(folder), settings).blocks(), strict=True):
+    for block, done in zip(blocks, stream_blocks(Run(Checkpoint(folder), settings)), strict=True):
         naive_prune(reference, block, tokens, naive)
         for key, packed in done.weights.items():
             assert isinstance(packed, Packed24)
@@ -170,11 +172,11 @@ def test_a_model_that_changes_hidden_states_between_its_blocks_is_refused(
 ) -> None:
     """Calibrated from block to block, it would be pruned on inputs that it never has."""
     settings = PruneSettings(method="wanda", calibration=str(text_file), samples=4, seqlen=16)
-    pipeline = Pipeline(Checkpoint(tiny_models("llama-gqa-tied")), settings)
-    second = pipeline._model.get_submodule("model.layers.1")
+    pipeline = Run(Checkpoint(tiny_models("llama-gqa-tied")), settings)
+    second = pipeline.model.get_submodule("model.layers.1")
     second.register_forward_pre_hook(lambda module, args: (args[0] * 2, *args[1:]))
     with pytest.raises(CheckpointError, match=r"LlamaForCausalLM: cannot be calibrated .*layers\.1 is not given what"):
-        list(pipeline.blocks())
+        list(stream_blocks(pipeline))
 
 
 def record_inputs(model: Any, block: Any, tokens: Tensor) -> tuple[dict[str, Tensor], Tensor, Tensor]:
@@ -224,9 +226,9 @@ def test_weights_are_solved_for_against_the_dense_model(
     dense = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     sparse = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     blocks = BLOCK_LISTS.get(name, "model.layers")
-    pipeline = Pipeline(Checkpoint(folder), PruneSettings(**common, **settings))
+    pipeline = Run(Checkpoint(folder), PruneSettings(**common, **settings))
     gained = []
-    for index, done in enumerate(pipeline.blocks()):
+    for index, done in enumerate(stream_blocks(pipeline)):
         inputs, start, _ = record_inputs(sparse, sparse.get_submodule(f"{blocks}.{index}"), tokens)
         dense_inputs, dense_start, _ = record_inputs(dense, dense.get_submodule(f"{blocks}.{index}"), tokens)
         for tensor, packed in done.weights.items():
@@ -282,7 +284,7 @@ def test_one_pass_calibrates_on_the_dense_model(text_file: Path, tmp_path: Path)
     settings = PruneSettings(method="wanda", calibration=str(text_file), samples=6, seqlen=48, one_pass=True)
     tokens = calibration_data(str(text_file), Checkpoint(folder), samples=6, seqlen=48, seed=0, progress=silent).tokens
     dense = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    for index, done in enumerate(Pipeline(Checkpoint(folder), settings).blocks()):
+    for index, done in enumerate(stream_blocks(Run(Checkpoint(folder), settings))):
         inputs, _, _ = record_inputs(dense, dense.get_submodule(f"model.layers.{index}"), tokens)
         for tensor, packed in done.weights.items():
             assert isinstance(packed, Packed24)
@@ -296,7 +298,7 @@ def test_pairs_see_how_inputs_go_together(text_file: Path, tmp_path: Path) -> No
     settings = PruneSettings(method="swiftprune-pairs", calibration=str(text_file), samples=6, seqlen=48, one_pass=True)
     tokens = calibration_data(str(text_file), Checkpoint(folder), samples=6, seqlen=48, seed=0, progress=silent).tokens
     dense = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    done = next(Pipeline(Checkpoint(folder), settings).blocks())
+    done = next(stream_blocks(Run(Checkpoint(folder), settings)))
     inputs, _, _ = record_inputs(dense, dense.get_submodule("model.layers.0"), tokens)
     for key, x in inputs.items():
         packed = done.weights[f"model.layers.0.{key}.weight"]
@@ -323,7 +325,7 @@ def test_refined_blocks_come_closer_to_the_dense_ones(
         dense = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         sparse = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         trained = set()
-        for done in Pipeline(Checkpoint(folder), settings).blocks():
+        for done in stream_blocks(Run(Checkpoint(folder), settings)):
             for tensor, weight in done.weights.items():
                 parameter = sparse.get_parameter(tensor)
                 after = unpack(weight) if isinstance(weight, Packed24) else weight
@@ -409,21 +411,21 @@ def test_a_model_that_writes_its_own_text_writes_more_to_train_on(
             seen.append(tokens)
             super().__init__(student, teacher, masks, within, tokens, **options)
 
-    monkeypatch.setattr(pipeline_module, "Distillation", Recorded)
+    monkeypatch.setattr(distill, "Distillation", Recorded)
     checkpoint = Checkpoint(tiny_models("llama-gqa-tied"))
     settings = PruneSettings(method="wanda", samples=2, seqlen=64)
-    training = Pipeline(checkpoint, settings.model_copy(update={"refine": ("distill",), "steps": 1}))
+    training = Run(checkpoint, settings.model_copy(update={"refine": ("distill",), "steps": 1}))
     store = MemoryStore(training)
-    for done in training.blocks():
+    for done in stream_blocks(training):
         store.save(done)
     pruned = {name: unpack(weight) for done in store.blocks.values() for name, weight in done.weights.items()}
     assert training.data is not None
     tokens = training.data.tokens
     assert len(tokens) > settings.samples
-    list(training.distill(store))
+    distill.distill(training, store)
     assert torch.equal(seen[0], tokens)
     # Masks come of the samples that were asked for, and of no more.
-    for done in Pipeline(checkpoint, settings, data=CalibrationData(tokens[: settings.samples], tokens[:0])).blocks():
+    for done in stream_blocks(Run(checkpoint, settings, data=CalibrationData(tokens[: settings.samples], tokens[:0]))):
         for name, weight in done.weights.items():
             assert isinstance(weight, Packed24)
             assert torch.equal(unpack(weight), pruned[name])
@@ -502,7 +504,7 @@ def test_numbers_that_become_too_large_are_named(text_file: Path, tmp_path: Path
 
 def test_sequences_longer_than_the_model_takes_are_refused(tiny_models: Callable[[str], Path]) -> None:
     with pytest.raises(SettingsError, match=r"--seqlen 257: by its config\.json the model takes 256 tokens"):
-        Pipeline(Checkpoint(tiny_models("llama-gqa-tied")), PruneSettings(seqlen=257))
+        Run(Checkpoint(tiny_models("llama-gqa-tied")), PruneSettings(seqlen=257))
 
 
 def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path, text_file: Path) -> None:
@@ -561,7 +563,7 @@ def test_masks_do_not_depend_on_the_order_of_samples(tmp_path: Path) -> None:
     first, second = (
         {
             name: unpack(weight) != 0
-            for done in Pipeline(Checkpoint(folder), settings, data=CalibrationData(order, order[:0])).blocks()
+            for done in stream_blocks(Run(Checkpoint(folder), settings, data=CalibrationData(order, order[:0])))
             for name, weight in done.weights.items()
         }
         for order in (tokens, tokens.flip(0))
@@ -649,30 +651,30 @@ def test_prune_gives_what_an_export_writes(
 def test_a_finished_run_is_not_run_forward_again(
     tiny_models: Callable[[str], Path], text_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pipeline = Pipeline(
+    pipeline = Run(
         Checkpoint(tiny_models("qwen2")),
         PruneSettings(method="wanda", calibration=str(text_file), samples=2, seqlen=32),
     )
     store = MemoryStore(pipeline)
-    for done in pipeline.blocks():
+    for done in stream_blocks(pipeline):
         store.save(done)
     monkeypatch.setattr(BlockRunner, "run", lambda *_: pytest.fail("a block was run"))
-    assert list(pipeline.blocks(store)) == []
+    assert list(stream_blocks(pipeline, store)) == []
 
 
 def test_a_preset_fits_itself_to_its_minutes(
     tiny_models: Callable[[str], Path], text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a machine where a sample of a block takes a tenth of a second; what was chosen is said, kept and resumed."""
-    prune_block = Pipeline._prune_block
+    prune_block = prune_stage._prune_block
     seen: list[int] = []
 
-    def slow(self: Pipeline, block: Any, runner: Any, tick: Any) -> Any:
+    def slow(run: Run, block: Any, runner: Any, tick: Any) -> Any:
         seen.append(len(runner.hidden))
         time.sleep(0.1 * len(runner.hidden))
-        return prune_block(self, block, runner, tick)
+        return prune_block(run, block, runner, tick)
 
-    monkeypatch.setattr(Pipeline, "_prune_block", slow)
+    monkeypatch.setattr(prune_stage, "_prune_block", slow)
     folder, said = tiny_models("llama-gqa-tied"), list[str]()
     given = {"calibration": str(text_file), "seqlen": 32, "compute": "float32", "minutes": 0.06}
     settings = make_settings("balanced", given).model_copy(update={"samples": 24})

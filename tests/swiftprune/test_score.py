@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from swiftprune.errors import SettingsError
-from swiftprune.methods.scores import DAMPING, METHODS, InputStats, find_method
+from swiftprune.methods.scores import DAMPING, METHODS, find_method
+from swiftprune.methods.statistics import InputStats
 
 N, K, TOKENS, GROUP = 24, 64, 50, 4
 

@@ -1,0 +1,62 @@
+"""How good the result is, on calibration text that was held back."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from swiftprune.compute import autocast
+from swiftprune.models.load import FP32_PARAMETERS
+from swiftprune.models.perplexity import dense_perplexity, perplexity
+from swiftprune.results import Check
+from swiftprune.stages import memory
+from swiftprune.stages.store import BlockStore
+
+if TYPE_CHECKING:
+    from swiftprune.stages.context import Run
+
+# Of perplexity over the dense model's: beyond, text is poor enough to say so.
+POOR_RATIO = 3.0
+
+
+def check(run: Run, store: BlockStore) -> Check | None:
+    """Perplexity of the dense and of the pruned model on the windows held back; None, and why is said, without."""
+    if run.data is None or not run.targets.head:
+        return None
+    held_back = run.data.held_back
+    if not len(held_back):
+        run.announce("Not checked: there is too little calibration text to hold any back.")
+        return None
+    count = run.checkpoint.parameter_count
+    dtype = torch.float32 if count <= FP32_PARAMETERS else torch.bfloat16
+    needed, free = dtype.itemsize * count, memory.available_bytes()
+    if needed > free:
+        run.announce(
+            f"Not checked: that needs the whole model, {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free."
+        )
+        return None
+    with run.clock("check"), autocast(run.compute):
+        model = run.load_whole(dtype)
+        dense = dense_perplexity(model, held_back, stage="check dense", progress=run.progress)
+        run.put_pruned(model, store)
+        pruned = perplexity(model, held_back, stage="check pruned", progress=run.progress)
+    windows, seqlen = held_back.shape
+    found = Check(windows=windows, seqlen=seqlen, dense=round(dense, 3), pruned=round(pruned, 3))
+    if not found.ratio <= POOR_RATIO:
+        run.announce(
+            f"Perplexity on held-back text is {found.ratio:.1f} times the dense model's, so expect poor text. "
+            f"Next: {_next_step(run)}."
+        )
+    return found
+
+
+def _next_step(run: Run) -> str:
+    s = run.settings
+    if run.method.needs not in ("gram", "drift"):
+        return "another method; the default one also solves for the kept weights"
+    if s.calibration == "self":
+        return "--calibration FILE, with text like that which the model is to read and write"
+    if "distill" not in s.refine:
+        return "--quality balanced, which also trains the kept weights, in ten minutes"
+    return "--quality best, or --sparsity auto, which leaves the most sensitive linears dense"

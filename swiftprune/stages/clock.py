@@ -1,0 +1,40 @@
+"""How long stages take, and how far they are."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from swiftprune.progress import Progress
+
+
+@dataclass
+class StageClock:
+    """Seconds spent in each stage, over all blocks."""
+
+    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[stage] += time.perf_counter() - start
+
+
+class Tick:
+    """Counts forwards of one block into the progress of the whole run."""
+
+    def __init__(self, progress: Progress, start: int, total: int, stage: str = "prune") -> None:
+        self._progress, self._done, self._total, self._stage = progress, start, total, stage
+
+    def __call__(self) -> None:
+        self._done += 1
+        self._progress(self._stage, self._done, self._total)
+
+    def to_end(self, blocks: int, steps: int) -> None:
+        self._progress(self._stage, blocks * steps, self._total)

@@ -1,0 +1,149 @@
+"""What all stages of a run share: the model, what is asked for, and what was decided so far."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from swiftprune.calibration.data import CalibrationData
+from swiftprune.checkpoints.source import Checkpoint, Orders
+from swiftprune.config import DTYPES, PruneSettings
+from swiftprune.formats import spec
+from swiftprune.formats.spec import check_finite
+from swiftprune.kernels import packing
+from swiftprune.methods.mask import Pattern
+from swiftprune.methods.scores import KEEP, find_method
+from swiftprune.methods.statistics import Needs
+from swiftprune.models.load import load_whole_model
+from swiftprune.models.plan import Block, Linear, Targets, empty_model, find_targets
+from swiftprune.progress import Announce, Progress, silent, unheard
+from swiftprune.results import PrunedBlock, PrunedWeight
+from swiftprune.stages import prepare
+from swiftprune.stages.clock import StageClock
+from swiftprune.stages.distill import Validation
+from swiftprune.stages.keep import KeepMasks
+from swiftprune.stages.store import BlockStore
+
+
+class Run:
+    """One pruning run over one checkpoint. Making it checks settings and headers, before any work.
+
+    `data`, `orders`, `fitted_samples` and `dense_linears` are what a run decides on the way; one that is resumed is
+    given those of the run before it. `clock` fills up on the way.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, settings: PruneSettings, *, data: CalibrationData | None = None,
+        progress: Progress = silent, announce: Announce = unheard,
+    ) -> None:  # fmt: skip
+        checkpoint.refuse_quantized()
+        self.checkpoint = checkpoint
+        """The source; a permuted view of it once `permute` is done."""
+        self.announce = announce
+        self.progress = progress
+        self.model = empty_model(checkpoint)
+        """On the meta device; blocks are filled in one at a time."""
+        self.places = frozenset(self.model.state_dict())
+        kept = prepare.with_keep(checkpoint, settings, announce)
+        self.settings = prepare.with_what_can_be_had(self.model, checkpoint, kept, announce).resolved()
+        self.pattern = Pattern.parse(self.settings.pattern)
+        self.method = find_method(self.settings.method)
+        assert self.settings.compute != "auto"
+        self.compute = DTYPES[self.settings.compute]
+        self.clock = StageClock()
+        self.data = data
+        self.orders: Orders | None = None
+        self.dense_linears: list[str] | None = None
+        """Linears that `max_perplexity_ratio` left dense."""
+        self.fitted_samples: int | None = None
+        """Calibration sequences that fit into the minutes of a preset, where it set more."""
+        self.validations: list[Validation] = []
+        self.started = time.monotonic()
+        self.needs: Needs = prepare.needs(self.settings, self.method)
+        group = self.pattern.group if self.pattern.structured else 1
+        self.targets: Targets = find_targets(self.model, checkpoint, ignore=self.settings.ignore, group=group)
+        self.masks = KeepMasks(Path(self.settings.mask)) if self.settings.mask else None
+        prepare.check_head(self)
+        prepare.check_length(self)
+        prepare.check_memory(self)
+        if self.settings.method == KEEP:
+            self.targets = prepare.without_violations(self)
+        else:
+            prepare.note_sparse_weights(self)
+
+    def pruned_count(self) -> int:
+        """Weights in all linears that are pruned."""
+        linears = (linear for block in self.targets.blocks for linear in block.linears)
+        return sum(torch.Size(self.checkpoint.tensors[linear.tensor].shape).numel() for linear in linears)
+
+    def permuted(self, names: Iterable[str]) -> dict[str, PrunedWeight]:
+        """Those of the checkpoint's tensors `names` that `permute` reordered."""
+        return {**self.checkpoint.read(name for name in names if name in (self.orders or {}))}
+
+    def put_pruned(self, student: nn.Module, store: BlockStore) -> dict[str, Tensor]:
+        """Puts the tensors of all blocks into `student`; returns the keep_masks by parameter."""
+        masks = {}
+        places = student.state_dict()
+        outside = self.checkpoint.read(self.targets.outside)  # they may be permuted
+        for name, tensor in self.targets.tensor_of.items():
+            if tensor in outside and name in places:
+                places[name].copy_(outside[tensor])
+        for block in self.targets.blocks:
+            stored = store.load(block)
+            pruned = {linear.tensor for linear in block.linears}
+            for name, tensor in self.parameters(block).items():
+                places[name].copy_(stored[tensor])
+                if tensor in pruned:
+                    masks[name] = stored[tensor] != 0
+        return masks
+
+    def by_parameter(self, block: Block, weights: Mapping[str, PrunedWeight]) -> dict[str, Tensor]:
+        """Those of `weights`, by tensor name, that the block's parameters are made of: dense, by parameter name."""
+        return {
+            name: packing.unpack(weights[tensor], name)
+            for name, tensor in self.parameters(block).items()
+            if tensor in weights
+        }
+
+    def parameters(self, block: Block) -> dict[str, str]:
+        """Parameter or buffer of the model -> tensor of the checkpoint, of one block.
+
+        A tensor that the model has no place for, as older checkpoints hold some, is not among them.
+        """
+        own = set(block.tensors)
+        return {
+            name: tensor for name, tensor in self.targets.tensor_of.items() if tensor in own and name in self.places
+        }
+
+    def stored_dtype(self, linear: Linear) -> torch.dtype:
+        """The type that the weight of `linear` is written in."""
+        dtype = self.checkpoint.tensors[linear.tensor].dtype
+        assert dtype is not None, "find_targets refuses others"
+        return self._stored(dtype)
+
+    def _stored(self, dtype: torch.dtype) -> torch.dtype:
+        return DTYPES[self.settings.dtype] if self.settings.dtype else dtype
+
+    def to_store(self, tensor: str, weight: Tensor, sparse: bool) -> PrunedWeight:
+        """A trained fp32 weight as it is written. Raises FormatError where its type cannot hold it."""
+        dtype = self.checkpoint.tensors[tensor].dtype
+        assert dtype is not None
+        weight = weight.to(self._stored(dtype))
+        if sparse and self.pattern.name == spec.FORMAT:
+            return packing.pack(weight, tensor)
+        check_finite(weight, tensor)
+        return weight
+
+    def load_whole(self, dtype: torch.dtype) -> Any:
+        return load_whole_model(
+            self.checkpoint.folder, dtype=dtype, trust_remote_code=self.checkpoint.trust_remote_code
+        )
+
+    def save(self, store: BlockStore, done: PrunedBlock) -> None:
+        with self.clock("write"):
+            store.save(done)

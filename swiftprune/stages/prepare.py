@@ -1,0 +1,171 @@
+"""What is refused, left out or said before any work: settings against the model, the machine and the weights."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from swiftprune.calibration.sampling import conversation_start
+from swiftprune.calibration.text import has_conversations
+from swiftprune.checkpoints.source import Checkpoint
+from swiftprune.config import PruneSettings
+from swiftprune.errors import CheckpointError, SettingsError
+from swiftprune.methods.mask import first_violation
+from swiftprune.methods.scores import KEEP, Method
+from swiftprune.methods.statistics import Needs
+from swiftprune.models.load import context_length
+from swiftprune.models.plan import Targets, fused_sets
+from swiftprune.progress import Announce
+from swiftprune.stages import distill, memory, permute
+from swiftprune.stages.keep import violations
+
+if TYPE_CHECKING:
+    from swiftprune.stages.context import Run
+
+
+def with_keep(checkpoint: Checkpoint, settings: PruneSettings, announce: Announce) -> PruneSettings:
+    """Weights that are said to have the pattern already are kept, where no method was asked for."""
+    chosen = settings.method and "method" not in settings.from_preset
+    if chosen or settings.mask or checkpoint.declared_pattern != settings.pattern:
+        return settings
+    announce(
+        f"The checkpoint says that its weights are {settings.pattern} already, so --method {KEEP} leaves them as "
+        "they are; to prune them anew, name another method."
+    )
+    return settings.model_copy(update={"method": KEEP, "permute": False})
+
+
+def with_what_can_be_had(
+    model: nn.Module, checkpoint: Checkpoint, settings: PruneSettings, announce: Announce
+) -> PruneSettings:
+    """Settings without those stages of a preset that the architecture does not allow; others are refused."""
+    changes: dict[str, Any] = {}
+    if settings.permute:
+        try:
+            permute.check_supported(model)
+        except SettingsError as error:
+            _leave_out("permute", settings, error, announce)
+            changes["permute"] = False
+    if "distill" in settings.refine:
+        try:
+            distill.check_supported(model)
+        except SettingsError as error:
+            _leave_out("refine", settings, error, announce)
+            changes |= _without_distill(settings)
+    if settings.conversations and not has_conversations(checkpoint):
+        announce("The model has no chat template, so no conversations are sampled.")
+        changes["conversations"] = 0
+    elif settings.conversations:
+        try:
+            conversation_start(checkpoint, settings.seqlen)
+        except SettingsError as error:
+            _leave_out("conversations", settings, error, announce)
+            changes["conversations"] = 0
+    return settings.model_copy(update=changes)
+
+
+def _leave_out(field: str, settings: PruneSettings, error: SettingsError, announce: Announce) -> None:
+    if field not in settings.from_preset:
+        raise error
+    announce(f"Left out of --quality: {error}.")
+
+
+def check_head(run: Run) -> None:
+    """A checkpoint may have no output head, and then nothing that predicts tokens can be had."""
+    if run.targets.head:
+        return
+    s = run.settings
+    for needed, what in (
+        (s.calibration == "self", "--calibration self"), (s.conversations, "--conversations"),
+        ("distill" in s.refine, "--refine distill"), (s.max_perplexity_ratio, "--sparsity auto"),
+    ):  # fmt: skip
+        if needed:
+            raise CheckpointError(f"{run.checkpoint.folder}: holds no output head, which {what} needs")
+    run.announce("The checkpoint holds no output head; its body is pruned, and the output has none either.")
+
+
+def check_length(run: Run) -> None:
+    """Sequences that are longer than the model was made for would calibrate it on noise, or fail."""
+    longest, s = context_length(run.model.config), run.settings
+    if s.calibration != "none" and longest is not None and s.seqlen > longest:
+        raise SettingsError(f"--seqlen {s.seqlen}: by its config.json the model takes {longest} tokens")
+
+
+def check_memory(run: Run) -> None:
+    """Stages that need the whole model say what they need before any work, and stop where that is not there."""
+    s, count = run.settings, run.checkpoint.parameter_count
+    needs: dict[str, int] = {}
+    if "distill" in s.refine:
+        needs["--refine distill"] = distill.memory_bytes(count, run.pruned_count(), run.compute)
+    if s.max_perplexity_ratio is not None:
+        needs["--sparsity auto"] = 4 * (count + 2 * run.pruned_count())
+    if not needs:
+        return
+    what, needed = max(needs.items(), key=lambda item: item[1])
+    free = memory.available_bytes()
+    run.announce(f"{what} needs about {needed / 1e9:.1f} GB of memory, of which {free / 1e9:.1f} GB are free.")
+    if needed <= free:
+        return
+    error = SettingsError(f"{what} needs about {needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free; "
+                          "leave it out, or use a machine with more")  # fmt: skip
+    if what == "--refine distill":
+        _leave_out("refine", s, error, run.announce)
+        run.settings = s.model_copy(update=_without_distill(s))
+        return
+    raise error
+
+
+def without_violations(run: Run) -> Targets:
+    """For `keep`: linears that do not fit the pattern stay dense, with those that engines run as one with them."""
+    linears = [linear for block in run.targets.blocks for linear in block.linears]
+    if run.masks:
+        run.masks.check(linear.tensor for linear in linears)
+    found = dict(violations(run.checkpoint, linears, run.pattern, run.masks, run.progress))
+    if found and run.settings.strict:
+        name, reason = next(iter(found.items()))
+        raise SettingsError(f"--strict: {len(found)} of {len(linears)} linears are not, first {name}: {reason}")
+    for together in fused_sets(linear.name for linear in linears):
+        if bad := [name for name in together if name in found]:
+            found |= {name: f"engines run it as one with {bad[0]}" for name in together if name not in found}
+    if len(found) == len(linears):
+        raise SettingsError(f"--method {KEEP}: no linear of the decoder can stay as it is: {_first_of(found)}")
+    if found:
+        run.announce(f"{len(found)} of {len(linears)} linears stay dense, first {_first_of(found)}.")
+    blocks = [
+        dataclasses.replace(block, linears=[linear for linear in block.linears if linear.name not in found])
+        for block in run.targets.blocks
+    ]
+    return dataclasses.replace(run.targets, blocks=blocks, dense=run.targets.dense | found)
+
+
+def note_sparse_weights(run: Run) -> None:
+    """To prune what is sparse already is allowed, but hardly ever what is wanted."""
+    if not run.pattern.structured:
+        return
+    first = next(linear for block in run.targets.blocks for linear in block.linears)
+    weight = run.checkpoint.read([first.tensor])[first.tensor]
+    if weight.any() and first_violation(weight, run.pattern.kept, run.pattern.group) is None:
+        run.announce(
+            f"{first.name} is {run.pattern.name} already: if all are, --method {KEEP} packs them as they are, "
+            "without calibration."
+        )
+
+
+def needs(settings: PruneSettings, method: Method) -> Needs:
+    """What calibration must collect, for the method and for refining."""
+    collected: Needs = "drift" if "weights" in settings.refine else method.needs
+    # In one pass inputs are those of the dense model, so there is no drift.
+    return "gram" if collected == "drift" and settings.one_pass else collected
+
+
+def _without_distill(settings: PruneSettings) -> dict[str, Any]:
+    """The fields of `settings` that leaving distillation out changes."""
+    rest = tuple(stage for stage in settings.refine if stage != "distill")
+    return {"refine": rest, "minutes": None, "steps": None}
+
+
+def _first_of(reasons: Mapping[str, str]) -> str:
+    return next(f"{name}: {reason}" for name, reason in reasons.items())
