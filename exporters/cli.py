@@ -3,41 +3,25 @@
 from __future__ import annotations
 
 import enum
-import logging
-import signal
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.logging import RichHandler
 from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    SpinnerColumn,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-from rich.progress import Progress as RichProgress
 from rich.table import Table
 
-from exporters import info
-from exporters.checkpoint import ExportReport, export
-from exporters.model_card import default_name
-from exporters.onnx.export import CHECK_TOKENS
+from exporters.console import ProgressBars, run, sigint_as_keyboard_interrupt
 from swiftprune.calibration.text_files import DEFAULT_COLUMN
-from swiftprune.config import QUALITIES, PruneSettings, make_settings
-from swiftprune.errors import InterruptedByUserError, SettingsError, SwiftpruneError
+from swiftprune.config import QUALITIES, PruneSettings, make_settings, output_name
+from swiftprune.errors import InterruptedByUserError, SettingsError
 from swiftprune.methods.scores import METHODS
 from swiftprune.models.ignore import DEFAULT_IGNORE
+
+if TYPE_CHECKING:
+    from exporters.checkpoint import ExportReport
 
 app = typer.Typer(rich_markup_mode="rich", pretty_exceptions_enable=False)
 
@@ -354,10 +338,12 @@ def export_command(
         }
         | {name: value for name, value in given.items() if value is not None},
     )
-    destination = out or Path(default_name(Path(model).resolve().name, format))
+    destination = out or Path(output_name(Path(model).resolve().name, format))
+    from exporters.checkpoint import export  # with transformers, which takes seconds: not for --help or a typo
+
     console = Console(stderr=json)
     try:
-        with _heard_interruptions(), ProgressBars(Console(stderr=True)) as progress:
+        with sigint_as_keyboard_interrupt(), ProgressBars(Console(stderr=True)) as progress:
             report = export(
                 model, destination, settings, target=target.value, resume=resume, overwrite=overwrite,
                 evaluate=evaluate, check=check, progress=progress, announce=progress.announce, revision=revision,
@@ -372,59 +358,10 @@ def export_command(
         print(report.model_dump_json())
 
 
-@contextmanager
-def _heard_interruptions() -> Iterator[None]:
-    """KeyboardInterrupt on Ctrl-C even where C code, in which it came, made another exception of it (torch does)."""
-    came = False
-
-    def note(number: int, frame: FrameType | None) -> None:
-        nonlocal came
-        came = True
-        signal.default_int_handler(number, frame)
-
-    before = signal.getsignal(signal.SIGINT)
-    if before is not signal.default_int_handler:  # ignored in the background, or of a program that runs this
-        yield
-        return
-    signal.signal(signal.SIGINT, note)
-    try:
-        yield
-    except Exception as error:
-        if came:
-            raise KeyboardInterrupt from error
-        raise
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-class ProgressBars:
-    """Shows each stage as a bar with the time it will still take."""
-
-    def __init__(self, console: Console) -> None:
-        self._bars = RichProgress(
-            SpinnerColumn(), TextColumn("{task.description:24}"), BarColumn(), MofNCompleteColumn(),
-            TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=console,
-        )  # fmt: skip
-        self._tasks: dict[str, TaskID] = {}
-
-    def __enter__(self) -> ProgressBars:
-        self._bars.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bars.stop()
-
-    def announce(self, text: str) -> None:
-        self._bars.console.print(text, highlight=False)
-
-    def __call__(self, stage: str, done: float, total: float) -> None:
-        if stage not in self._tasks:
-            self._tasks[stage] = self._bars.add_task(stage, total=total)
-        self._bars.update(self._tasks[stage], completed=done, total=total)
-
-
 def print_report(report: ExportReport, console: Console) -> None:
     """The final tables: per kind of layer, then the whole model."""
+    from exporters.onnx.export import CHECK_TOKENS
+
     kinds = defaultdict(list)
     for layer in report.layers:
         kinds[layer.kind].append(layer)
@@ -505,23 +442,10 @@ def _megabytes(count: int) -> str:
     return f"{count / 1e6:,.1f} MB"
 
 
-def run(app: Callable[[], object]) -> None:
-    """Runs a command-line app with swiftprune's logging, error messages and exit codes."""
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()
-    console = Console(stderr=True)
-    handler = RichHandler(console=console, show_path=False, show_time=False)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
-    try:
-        app()
-    except SwiftpruneError as error:
-        console.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
-        sys.exit(error.exit_code)
-
-
 def main() -> None:
     if sys.argv[1:2] == ["info"]:
+        from exporters import info
+
         del sys.argv[1]
         run(info.app)
     else:

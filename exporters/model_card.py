@@ -10,7 +10,7 @@ from huggingface_hub import ModelCardData
 from huggingface_hub.repocard import metadata_load
 
 from swiftprune.checkpoints.source import Checkpoint
-from swiftprune.config import PruneSettings
+from swiftprune.config import PruneSettings, output_name
 from swiftprune.results import Check
 
 NAME = "README.md"
@@ -65,7 +65,7 @@ def model_card(
     """
     base = _metadata(checkpoint.folder)
     # Not where this export goes, so that its bytes do not depend on that.
-    folder = repository or f"./{default_name(Path(checkpoint.name).name, settings.pattern)}"
+    folder = repository or f"./{output_name(Path(checkpoint.name).name, settings.pattern)}"
     data = ModelCardData(
         base_model=checkpoint.name,
         license=base.get("license"),
@@ -93,11 +93,6 @@ def model_card(
         "`swiftprune.json` holds all settings and what pruning did to each linear.",
     ]
     return "\n".join(lines) + "\n"
-
-
-def default_name(model: str, pattern: str) -> str:
-    """The name of the output folder of `model` where no other is asked for."""
-    return f"{model}-{pattern.replace(':', 'of' if pattern[:1].isdigit() else '-')}"
 
 
 def _metadata(folder: Path) -> dict[str, Any]:

@@ -14,8 +14,8 @@ from pydantic import BaseModel
 from rich.console import Console
 from rich.markdown import Markdown
 
-from exporters.cli import ProgressBars
-from exporters.cli import run as run_app
+from exporters.console import ProgressBars
+from exporters.console import run as run_app
 from runtime_bench import (
     answers,
     demo,

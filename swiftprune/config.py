@@ -142,3 +142,8 @@ def make_settings(quality: QualityName | None, given: Mapping[str, Any]) -> Prun
     except ValidationError as error:
         first = error.errors()[0]
         raise SettingsError(f"{first['loc'][0]}: {first['msg']}, not {first['input']!r}") from None
+
+
+def output_name(model: str, pattern: str) -> str:
+    """The name of the output folder of `model` where no other is asked for."""
+    return f"{model}-{pattern.replace(':', 'of' if pattern[:1].isdigit() else '-')}"

@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from exporters.cli import DtypeChoice, ProgressBars, run
+from exporters.cli import DtypeChoice
+from exporters.console import ProgressBars, run
 from exporters.onnx.check import WeightCheck, check_weights
 from exporters.onnx.pack import pack_model
 from exporters.onnx.tensorrt import trtexec_command

@@ -208,7 +208,7 @@ def test_ctrl_c_stops_with_130_and_resumes(text_file: Path, tmp_path: Path) -> N
 
 LOST = """
 import os, signal, sys, time
-import exporters.cli
+import exporters.checkpoint, exporters.cli
 
 def export(*_, **__):
     try:
@@ -217,7 +217,7 @@ def export(*_, **__):
     except KeyboardInterrupt:
         raise ValueError("could not determine the shape of object type")  # what torch made of one
 
-exporters.cli.export = export
+exporters.checkpoint.export = export
 signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.argv[1:] = ["model", "--out", "out"]
 exporters.cli.main()
