@@ -138,7 +138,7 @@ def export(
             report = writer.complete(state, found, push_to_hub)
         if target in _ONNX:
             with run.clock("onnx"):
-                report = writer.write_onnx(report, progress)
+                report = writer.write_onnx(report, push_to_hub, progress)
         if windows is not None:
             with run.clock("evaluate"):
                 before, after = _evaluate(checkpoint, workspace.folder, target, windows, progress)
@@ -371,13 +371,7 @@ class _ShardWriter:
             },
         )
         pruned = self._pruned()
-        workspace.write_text(
-            model_card.NAME,
-            model_card.model_card(
-                checkpoint, self._run.settings, self._target, check, pruned=len(pruned), dense=self._dense,
-                bytes_before=checkpoint.nbytes, bytes_after=total, repository=repository,
-            ),
-        )  # fmt: skip
+        workspace.write_text(model_card.NAME, self._card(check, total, repository))
         linear_before = sum(checkpoint.tensors[linear.tensor].nbytes for linear in pruned)
         linear_after = sum(
             stored[name].nbytes
@@ -392,6 +386,12 @@ class _ShardWriter:
             token_bytes_before=self._token_bytes(checkpoint.tensors), token_bytes_after=self._token_bytes(stored),
             seconds={}, layer_seconds=dict(self._layer_seconds), fitted_samples=self._run.fitted_samples,
             check=check,
+        )  # fmt: skip
+
+    def _card(self, check: Check | None, bytes_after: int, repository: str | None) -> str:
+        return model_card.model_card(
+            self._checkpoint, self._run.settings, self._target, check, pruned=len(self._pruned()), dense=self._dense,
+            bytes_before=self._checkpoint.nbytes, bytes_after=bytes_after, repository=repository,
         )  # fmt: skip
 
     def _pruned(self) -> list[Linear]:
@@ -425,7 +425,7 @@ class _ShardWriter:
             and (path.parent != folder or path.name not in _NOT_COPIED)
         ]
 
-    def write_onnx(self, report: ExportReport, progress: Progress) -> ExportReport:
+    def write_onnx(self, report: ExportReport, repository: str | None, progress: Progress) -> ExportReport:
         """Turns the whole checkpoint in the workspace into the folder ONNX_FOLDER within it."""
         workspace = self._workspace
         linears = [self._checkpoint.tensors[linear.tensor] for linear in self._pruned()]
@@ -440,7 +440,8 @@ class _ShardWriter:
         if self._target == "onnx":
             config["quantization_config"] = spec.declaration(spec.FORMAT, list(self._dense))
         workspace.write_json(f"{ONNX_FOLDER}/config.json", config)
-        for name in (MANIFEST, model_card.NAME, *self._copied()):
+        workspace.write_text(f"{ONNX_FOLDER}/{model_card.NAME}", self._card(report.check, made.file_bytes, repository))
+        for name in (MANIFEST, *self._copied()):
             if not (out / name).exists():  # the builder copies some
                 workspace.copy(workspace.folder / name, f"{ONNX_FOLDER}/{name}")
         return report.model_copy(

@@ -59,6 +59,11 @@ class ComputeChoice(enum.StrEnum):
 
 
 DEFAULT_RATIO = 1.5
+# By target, what a user does with the output.
+_SERVED_BY = {
+    "packed": "vllm serve {out}; how fast it is: swiftprune-bench run {out} --baseline MODEL",
+    "onnx": "swiftprune-onnx generate {out}",
+}
 _DEFAULTS = PruneSettings()
 _QUALITY_HELP = "; ".join(f"[b]{name}[/]: {quality.summary}" for name, quality in QUALITIES.items())
 _QUALITY_HELP += "."
@@ -212,7 +217,7 @@ def export_command(
             min=0,
             help="Sequences more that a model with a chat template samples as conversations: a quarter of what is "
             "calibrated and trained on, so that it can still hold them.",
-            show_default="0; --quality sets it",
+            show_default="a quarter of --samples beside --calibration FILE",
         ),
     ] = None,
     one_pass: Annotated[
@@ -429,6 +434,8 @@ def print_report(report: ExportReport, console: Console) -> None:
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
         whole.add_row("left dense", escape(f"{names[0]}{more}: {reason}"))
     whole.add_row("written to", escape(report.out))
+    if report.target in _SERVED_BY:
+        whole.add_row("next", escape(_SERVED_BY[report.target].format(out=report.out)))
     if report.hub:
         whole.add_row("pushed to", escape(report.hub))
     console.print(whole)

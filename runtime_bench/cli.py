@@ -389,13 +389,16 @@ def gate_command(
 @app.command("report", no_args_is_help=True)
 def report_command(
     files: Annotated[
-        list[Path], typer.Argument(metavar="FILES", help="Results of run, layers, gpu-suite and trade-off.")
+        list[Path], typer.Argument(metavar="FILES", help="Results of run, layers, gpu-suite and trade-off, or folders.")
     ],
     html: Annotated[Path | None, typer.Option(help="One page with everything, that needs no network.")] = None,
     markdown: Annotated[Path | None, typer.Option(help="The table for a pull request.")] = None,
     picture: Annotated[Path | None, typer.Option(help="A PNG of the speedups.")] = None,
 ) -> None:
     """Show results: a page to look at, a table to paste."""
+    files = [file for path in files for file in (sorted(path.glob("*.json")) if path.is_dir() else [path])]
+    if not files:
+        raise SettingsError("report: the folder holds no results (*.json)")
     found = [results.load(path) for path in files]
     table = report.markdown(found)
     if markdown:

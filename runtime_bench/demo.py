@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import shutil
 import statistics
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -106,6 +109,12 @@ def show(result: DemoResult, console: Console) -> None:
         table.add_row(*row)
     console.print(table)
     console.print(
-        f"Ten minutes, some of them training, give better text:\n  swiftprune-export {result.model} "
+        f"Ten minutes, some of them training, give better text:\n  {_command('swiftprune-export')} {result.model} "
         f"--quality balanced --calibration {result.report.settings.calibration}", soft_wrap=True,
     )  # fmt: skip
+
+
+def _command(name: str) -> str:
+    """How to call a command of ours from here: by its name, or by its path where no environment is active."""
+    beside = Path(sys.executable).with_name(name)
+    return name if shutil.which(name) or not beside.exists() else os.path.relpath(beside)

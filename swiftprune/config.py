@@ -42,8 +42,9 @@ class PruneSettings(BaseModel):
     """For method `keep`: stop at a linear that does not fit the pattern, rather than leave it dense."""
     samples: int = Field(default=64, ge=1)
     seqlen: int = Field(default=256, ge=2)
-    conversations: int = Field(default=0, ge=0)
-    """Sequences more that a model with a chat template samples as conversations, to keep it able to hold them."""
+    conversations: int | None = Field(default=None, ge=0)
+    """Sequences more that a model with a chat template samples as conversations, to keep it able to hold them. None: a
+    quarter as many as `samples` beside a text from elsewhere, which alone makes a chat model forget its format."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     ignore: str = DEFAULT_IGNORE
     dtype: DtypeName | None = None
@@ -119,7 +120,7 @@ _SOLVED: dict[str, Any] = {"method": "admm", "seqlen": 256, "refine": ("distill"
 QUALITIES: dict[QualityName, Quality] = {
     "fast": Quality(
         "seconds, masks only",
-        {"method": "swiftprune-pairs", "one_pass": True, "samples": 12, "seqlen": 256},
+        {"method": "swiftprune-pairs", "one_pass": True, "samples": 12, "seqlen": 256, "conversations": 0},
     ),
     "balanced": Quality(
         "ten minutes, also distilled from the dense model",

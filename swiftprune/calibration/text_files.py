@@ -23,8 +23,8 @@ Render = Callable[[Messages], str]
 
 DEFAULT_COLUMN = "text"
 _CONVERSATIONS = ("messages", "conversations", "conversation")
-_COMPRESSED = {".gz", ".bz2", ".xz", ".lzma", ".zst"}
-_ROWS = {".jsonl", ".ndjson", ".json", ".parquet"}
+COMPRESSED = {".gz", ".bz2", ".xz", ".lzma", ".zst"}
+ROWS = {".jsonl", ".ndjson", ".json", ".parquet"}
 _NOT_TEXT = {
     ".csv", ".tsv", ".html", ".htm", ".xml", ".yaml", ".yml", ".pdf", ".docx", ".doc", ".odt", ".rtf", ".epub", ".xlsx",
     ".zip", ".tar", ".tgz", ".7z", ".rar", ".arrow", ".feather", ".avro", ".orc", ".npy", ".npz", ".pt", ".pth", ".bin",
@@ -57,7 +57,7 @@ def documents(path: Path, *, column: str = DEFAULT_COLUMN, render: Render | None
     kind = _kind(path)
     if kind in _NOT_TEXT:
         raise TextError(f"{path}: {kind} files are not read; convert it to plain text, .jsonl or .parquet")
-    if kind not in _ROWS:
+    if kind not in ROWS:
         yield _plain_text(path)
         return
     for number, row in enumerate(_rows(path, kind), start=1):
@@ -127,7 +127,7 @@ def _messages(value: Any, where: str) -> Messages:
 
 def _kind(path: Path) -> str:
     """The ending that tells what the file holds, compression aside."""
-    return (path.with_suffix("") if path.suffix.lower() in _COMPRESSED else path).suffix.lower()
+    return (path.with_suffix("") if path.suffix.lower() in COMPRESSED else path).suffix.lower()
 
 
 def _is_readable(path: Path) -> bool:

@@ -92,6 +92,8 @@ def genai_model(folder: str | Path, *, threads: int | None = None) -> tuple[Any,
     genai = _import("onnxruntime_genai")
     folder = (Path(folder) if Path(folder).is_dir() else from_hub(str(folder), None, *_ONNX_FILES)).resolve()
     if not (folder / "genai_config.json").exists():
+        if not (folder / "model.onnx").exists():
+            raise CheckpointError(f"{folder}: holds no model.onnx; export the base model with --target onnx")
         raise CheckpointError(
             f"{folder}: has no genai_config.json: onnxruntime-genai does not run this architecture; "
             "use swiftprune.serve.onnxruntime.session"

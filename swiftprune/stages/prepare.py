@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from swiftprune.calibration.sampling import conversation_start
 from swiftprune.calibration.text import has_conversations
+from swiftprune.calibration.text_files import COMPRESSED, ROWS
 from swiftprune.checkpoints.source import Checkpoint
 from swiftprune.config import PruneSettings
-from swiftprune.errors import CheckpointError, SettingsError
+from swiftprune.errors import CheckpointError, SettingsError, TextError
 from swiftprune.methods.mask import first_violation
 from swiftprune.methods.scores import KEEP, Method
 from swiftprune.methods.statistics import Needs
@@ -67,6 +69,34 @@ def with_what_can_be_had(
     return settings.model_copy(update=changes)
 
 
+def with_conversations(run: Run) -> PruneSettings:
+    """Settings with the number of conversations decided: where none was given, a quarter as many as there is text."""
+    s, checkpoint = run.settings, run.checkpoint
+    if s.conversations is not None:
+        return s
+    count = 0
+    if s.calibration not in ("none", "self") and run.targets.head and s.samples >= 4 and has_conversations(checkpoint):
+        count = _that_can_be_had(s.samples // 4, checkpoint, s, run.announce)
+    return s.model_copy(update={"conversations": count})
+
+
+def _that_can_be_had(count: int, checkpoint: Checkpoint, settings: PruneSettings, announce: Announce) -> int:
+    """`count`, or 0, and why is said, where the template or the memory does not allow conversations."""
+    try:
+        conversation_start(checkpoint, settings.seqlen)
+    except SettingsError as error:
+        announce(f"No conversations are sampled: {error}.")
+        return 0
+    needed, free = 4 * checkpoint.parameter_count, memory.available_bytes()
+    if needed > free:
+        announce(f"No conversations are sampled: that needs the whole model, {needed / 1e9:.1f} GB, and "
+                 f"{free / 1e9:.1f} GB are free, so a chat model may forget its format.")  # fmt: skip
+        return 0
+    announce(f"The model has a chat template: it samples {count} conversations to calibrate on beside the text, so "
+             "that it can still hold them (--conversations 0 leaves them out).")  # fmt: skip
+    return count
+
+
 def _leave_out(field: str, settings: PruneSettings, error: SettingsError, announce: Announce) -> None:
     if field not in settings.from_preset:
         raise error
@@ -85,6 +115,15 @@ def check_head(run: Run) -> None:
         if needed:
             raise CheckpointError(f"{run.checkpoint.folder}: holds no output head, which {what} needs")
     run.announce("The checkpoint holds no output head; its body is pruned, and the output has none either.")
+
+
+def check_text(run: Run) -> None:
+    """Raises TextError for a calibration file that is not there, before it is looked for among data sets."""
+    source = run.settings.calibration
+    path = Path(source)
+    looks_like_one = path.suffix.lower() in (".txt", ".md", *ROWS, *COMPRESSED) or source.startswith((".", "/", "~"))
+    if source not in ("none", "self") and looks_like_one and not path.exists():
+        raise TextError(f"{source}: no such file")
 
 
 def check_length(run: Run) -> None:

@@ -90,7 +90,7 @@ def _check_tokens(run: Run, data: CalibrationData) -> None:
 
 def _conversation_rows(run: Run, rows: int) -> slice:
     """Where conversations are, of so many rows of tokens."""
-    count = run.settings.conversations
+    count = run.settings.conversations or 0
     calibration = min(run.settings.samples, rows - count)
     start = calibration - min(count, calibration // _EVERY_CONVERSATION)
     return slice(start, start + count)

@@ -80,6 +80,7 @@ def test_each_architecture_answers_as_transformers(
     declared = json.loads((path.parent / "config.json").read_text())["quantization_config"]
     assert (declared["quant_method"], declared["format"]) == ("swiftprune", "2:4")
     assert AutoTokenizer.from_pretrained(path.parent).vocab_size
+    assert f"-> {report.bytes_after / 1e6:,.1f} MB" in (path.parent / "README.md").read_text()
 
     export(tiny_models(name), tmp_path / "dense", NONE, target="dense")
     expected = in_transformers(tmp_path / "dense", PROMPT, 20)

@@ -17,7 +17,8 @@ from runtime_bench.gpu import Call, CudaDevice, GpuResult, GpuTime
 from runtime_bench.gpu_backends import BACKENDS, DTYPES, Backend
 from runtime_bench.machine import Gpu
 from swiftprune.errors import SettingsError
-from swiftprune.kernels import reference, semi_structured, triton_linear
+from swiftprune.formats import cutlass
+from swiftprune.kernels import reference, triton_linear
 from swiftprune.kernels.packing import unpack
 
 CPU = torch.device("cpu")
@@ -373,7 +374,7 @@ def test_the_check_of_the_layout_finds_a_wrong_one(monkeypatch: pytest.MonkeyPat
     def row_major(values: Tensor, metadata: Tensor) -> tuple[Tensor, Tensor]:
         return values, metadata.view(torch.int16)
 
-    monkeypatch.setattr(semi_structured, "to_cutlass", row_major)
+    monkeypatch.setattr(cutlass, "to_cutlass", row_major)
     result = measure(FakeDevice("8.0"), [BY_NAME["cutlass"]], rounds=1)
     passed = {check.name for check in result.checks if check.passed}
     assert "CUTLASS layout: the products of torch's own" in {check.name for check in result.checks} - passed

@@ -136,3 +136,28 @@ def test_a_model_without_a_chat_template_has_none(
     assert "The model has no chat template, so no conversations are sampled." in said
     for path in (tmp_path / "plain").glob("*.safetensors"):
         assert path.read_bytes() == (tmp_path / "asked" / path.name).read_bytes()
+
+
+def test_text_alone_gets_conversations_beside_it(
+    chatty: Path, tiny_models: Callable[[str], Path], text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A chat model that is calibrated on prose only answers nothing any more; a base model has none to lose."""
+    said: list[str] = []
+    settings = PruneSettings(method="wanda", calibration=str(text_file), samples=8, seqlen=32)
+
+    def decided(folder: Path, **changes: Any) -> int | None:
+        return Run(Checkpoint(folder), settings.model_copy(update=changes), announce=said.append).settings.conversations
+
+    run = Run(Checkpoint(chatty), settings)
+    tokens = calibration_tokens(run)
+    assert tokens is not None
+    assert run.settings.conversations == are_conversations(tokens, begins(chatty)).sum() == 2
+    assert decided(chatty, conversations=0) == 0
+    assert decided(chatty, calibration="self") == 0
+    assert decided(tiny_models("llama-gqa-tied")) == 0
+    assert not said
+    assert decided(chatty) == 2
+    assert "it samples 2 conversations" in said[-1]
+    monkeypatch.setattr("swiftprune.stages.memory.available_bytes", lambda: 1000)
+    assert decided(chatty) == 0
+    assert "that needs the whole model" in said[-1]

@@ -34,7 +34,7 @@ from swiftprune.calibration.data import CalibrationData, calibration_data
 from swiftprune.calibration.runner import BlockRunner
 from swiftprune.checkpoints.source import Checkpoint
 from swiftprune.config import PruneSettings, make_settings
-from swiftprune.errors import CheckpointError, FormatError, SettingsError
+from swiftprune.errors import CheckpointError, FormatError, SettingsError, TextError
 from swiftprune.formats.spec import Packed24
 from swiftprune.kernels.packing import unpack
 from swiftprune.methods import least_squares
@@ -505,6 +505,12 @@ def test_numbers_that_become_too_large_are_named(text_file: Path, tmp_path: Path
 def test_sequences_longer_than_the_model_takes_are_refused(tiny_models: Callable[[str], Path]) -> None:
     with pytest.raises(SettingsError, match=r"--seqlen 257: by its config\.json the model takes 256 tokens"):
         Run(Checkpoint(tiny_models("llama-gqa-tied")), PruneSettings(seqlen=257))
+
+
+@pytest.mark.parametrize("name", ["nowhere.txt", "nowhere.jsonl", "nowhere.json.gz", "./nowhere"])
+def test_a_text_that_is_not_there_is_no_data_set(name: str, tiny_models: Callable[[str], Path]) -> None:
+    with pytest.raises(TextError, match=f"{re.escape(name)}: no such file"):
+        Run(Checkpoint(tiny_models("llama-gqa-tied")), PruneSettings(calibration=name))
 
 
 def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path, text_file: Path) -> None:
