@@ -224,6 +224,9 @@ def test_what_cannot_be_loaded(tmp_path: Path) -> None:
     (tmp_path / "e.onnx.data").write_bytes(b"short")
     with pytest.raises(CheckpointError, match=r"e\.onnx: ONNX Runtime cannot load it"):
         swiftprune.serve.onnxruntime.session(tmp_path / "e.onnx")
+    with pytest.raises(CheckpointError, match=r"holds no model\.onnx; export the base model with --target onnx"):
+        swiftprune.serve.onnxruntime.genai_model(tmp_path)
+    (tmp_path / "model.onnx").touch()
     with pytest.raises(CheckpointError, match="no genai_config"):
         swiftprune.serve.onnxruntime.genai_model(tmp_path)
     onnx_graphs.save(onnx_graphs.linear(weight), tmp_path / "e.onnx")
