@@ -16,7 +16,7 @@ from rich.table import Table
 from exporters.console import ProgressBars, run, sigint_as_keyboard_interrupt
 from swiftprune.calibration.text_files import DEFAULT_COLUMN
 from swiftprune.config import QUALITIES, PruneSettings, make_settings, output_name
-from swiftprune.errors import InterruptedByUserError, SettingsError
+from swiftprune.errors import InterruptedByUserError, SettingsError, and_more
 from swiftprune.methods.scores import METHODS
 from swiftprune.models.ignore import DEFAULT_IGNORE
 
@@ -431,8 +431,7 @@ def print_report(report: ExportReport, console: Console) -> None:
     for name, reason in report.dense_linears.items():
         reasons[reason].append(name)
     for reason, names in reasons.items():
-        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-        whole.add_row("left dense", escape(f"{names[0]}{more}: {reason}"))
+        whole.add_row("left dense", escape(f"{names[0]}{and_more(names)}: {reason}"))
     whole.add_row("written to", escape(report.out))
     if report.target in _SERVED_BY:
         whole.add_row("next", escape(_SERVED_BY[report.target].format(out=report.out)))

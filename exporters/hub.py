@@ -8,7 +8,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError, RepositoryNotFoundError
 from huggingface_hub.utils._validators import validate_repo_id
 
-from swiftprune.errors import OutputError, SettingsError, first_line
+from swiftprune.errors import OutputError, SettingsError, and_more, first_line
 
 # What the hub itself puts into a new repository.
 _GIVEN = {".gitattributes"}
@@ -46,8 +46,8 @@ def check_repository(name: str, *, overwrite: bool) -> None:
     except Exception as error:  # of the hub or of the network, many types
         raise SettingsError(f"{option}: the hub cannot be read: {first_line(error)}") from error
     if found and not overwrite:
-        raise OutputError(f"{name}: the repository holds {min(found)}{_more(found)}; give another, or --overwrite to "
-                          "replace all it holds (its history stays)")  # fmt: skip
+        raise OutputError(f"{name}: the repository holds {min(found)}{and_more(found)}; give another, or --overwrite "
+                          "to replace all it holds (its history stays)")  # fmt: skip
 
 
 def push(folder: Path, name: str, *, private: bool) -> str:
@@ -68,7 +68,3 @@ def push(folder: Path, name: str, *, private: bool) -> str:
             f"hf upload {name} {folder} . --delete '*'"
         ) from error
     return str(address)
-
-
-def _more(names: set[str]) -> str:
-    return f" and {len(names) - 1} more" if len(names) > 1 else ""

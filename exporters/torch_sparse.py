@@ -1,12 +1,7 @@
 """The `torch` target: weights in the CUTLASS layout of torch's own semi-structured sparse tensors.
 
-For every packed linear of shape (N, K), N a multiple of 32 and K of 64, in float16 or bfloat16:
-
-    <module>.weight       (N, K/2)          the packed values, as in the packed format
-    <module>.weight_meta  (N, K/16) int16   the same nibbles, four to a word, in CUTLASS' own order
-
-`load` rebuilds `SparseSemiStructuredTensorCUTLASS` from them, on the device they are to stay on: torch moves no such
-tensor. Multiplying needs a CUDA device.
+`swiftprune.formats.cutlass` specifies it. `load` rebuilds `SparseSemiStructuredTensorCUTLASS` of it, on the device that
+they are to stay on: torch moves no such tensor. Multiplying needs a CUDA device.
 """
 
 from __future__ import annotations

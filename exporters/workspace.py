@@ -25,7 +25,7 @@ from torch import Tensor
 
 from swiftprune.calibration.data import CalibrationData
 from swiftprune.checkpoints.source import Orders
-from swiftprune.errors import OutputError, first_line
+from swiftprune.errors import OutputError, and_more, first_line
 from swiftprune.progress import Announce, unheard
 
 MANIFEST = "swiftprune.json"
@@ -117,7 +117,7 @@ class Workspace:
             if not (_is_mark(name) and (place / name).lstat().st_mtime_ns <= written)
         )
         if others:
-            more = f" and {len(others) - 1} more" if len(others) > 1 else ""
+            more = and_more(others)
             raise OutputError(f"{self.out}: holds {others[0]}{more}, which no export wrote and --overwrite would "
                               "delete; move it, or give another --out")  # fmt: skip
 

@@ -76,17 +76,17 @@ def _run(
     settings = PruneSettings(
         method=method, calibration=str(calibration), samples=samples, seqlen=seqlen, seed=seed, pattern=pattern
     )
-    pipeline = Run(checkpoint, settings, progress=staged)
+    run = Run(checkpoint, settings, progress=staged)
     parameters = dict(model.named_parameters())
     dense = {}
-    for done in stream_blocks(pipeline):
+    for done in stream_blocks(run):
         for name, weight in done.weights.items():
             dense[name] = parameters[name].detach().clone()
             parameters[name].data.copy_(packing.unpack(weight) if isinstance(weight, Packed24) else weight)
     value = perplexity(model, windows, stage="evaluate", progress=staged)
     for name, weight in dense.items():
         parameters[name].data.copy_(weight)
-    seconds = pipeline.clock.seconds
+    seconds = run.clock.seconds
     return MethodResult(
         method=method, seed=seed, perplexity=value, mask_seconds=seconds["mask"], calibrate_seconds=seconds["calibrate"]
     )

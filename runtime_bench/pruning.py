@@ -140,11 +140,11 @@ def _against_sparsegpt(data: DemoData, progress: Progress) -> Comparison:
             progress(f"{method}: {stage}", done, total)
 
         settings = PruneSettings(method=method, calibration=str(data.calibration), samples=16, seqlen=256)
-        pipeline = Run(Checkpoint.open(data.model), settings, data=calibration, progress=staged)
-        for _ in stream_blocks(pipeline):
+        run = Run(Checkpoint.open(data.model), settings, data=calibration, progress=staged)
+        for _ in stream_blocks(run):
             pass
-        calibration = pipeline.data
-        seconds[method].append(pipeline.clock.seconds["mask"])
+        calibration = run.data
+        seconds[method].append(run.clock.seconds["mask"])
     return Comparison(
         name="swiftprune masks over SparseGPT, whole demo model", shape=None,
         slow_name="sparsegpt", slow=Timing(seconds=seconds["sparsegpt"]),

@@ -7,6 +7,8 @@ breaks the 2:4 format; 130 interrupted.
 
 from __future__ import annotations
 
+from collections.abc import Sized
+
 
 class SwiftpruneError(Exception):
     """Base of all errors that carry a message meant for the user."""
@@ -59,3 +61,8 @@ class InterruptedByUserError(SwiftpruneError):
 def first_line(error: BaseException) -> str:
     """What an error of another library says, in one line."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def and_more(names: Sized) -> str:
+    """What follows the first of `names` in a message that lists no other."""
+    return f" and {len(names) - 1} more" if len(names) > 1 else ""

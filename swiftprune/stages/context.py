@@ -50,7 +50,7 @@ class Run:
         """On the meta device; blocks are filled in one at a time."""
         self.places = frozenset(self.model.state_dict())
         kept = prepare.with_keep(checkpoint, settings, announce)
-        self.settings = prepare.with_what_can_be_had(self.model, checkpoint, kept, announce).resolved()
+        self.settings = prepare.with_what_can_be_had(self.model, kept, announce).resolved()
         self.pattern = Pattern.parse(self.settings.pattern)
         self.method = find_method(self.settings.method)
         assert self.settings.compute != "auto"

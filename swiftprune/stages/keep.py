@@ -18,7 +18,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from swiftprune.checkpoints.source import Checkpoint
-from swiftprune.errors import SettingsError, first_line
+from swiftprune.errors import SettingsError, and_more, first_line
 from swiftprune.methods.mask import Pattern, violation
 from swiftprune.models.plan import Linear
 from swiftprune.progress import Progress
@@ -41,7 +41,7 @@ class KeepMasks:
         if unknown := [name for name in self._arrays if name not in expected]:
             near = difflib.get_close_matches(unknown[0], known, n=1)
             raise SettingsError(
-                f"--mask {self.path}: {unknown[0]!r}{_and_more(unknown)} is of no linear that is pruned"
+                f"--mask {self.path}: {unknown[0]!r}{and_more(unknown)} is of no linear that is pruned"
                 + (f"; near is {near[0]!r}" if near else "")
             )
 
@@ -96,10 +96,6 @@ def _names(tensor: str) -> list[str]:
     """What the mask of a weight may be called."""
     module = tensor.removesuffix(_WEIGHT)
     return [f"{stem}{suffix}" for stem in (tensor, module) for suffix in _SUFFIXES]
-
-
-def _and_more(names: list[str]) -> str:
-    return f" and {len(names) - 1} more" if len(names) > 1 else ""
 
 
 def _open(path: Path) -> Mapping[str, Any]:

@@ -40,9 +40,7 @@ def with_keep(checkpoint: Checkpoint, settings: PruneSettings, announce: Announc
     return settings.model_copy(update={"method": KEEP, "permute": False})
 
 
-def with_what_can_be_had(
-    model: nn.Module, checkpoint: Checkpoint, settings: PruneSettings, announce: Announce
-) -> PruneSettings:
+def with_what_can_be_had(model: nn.Module, settings: PruneSettings, announce: Announce) -> PruneSettings:
     """Settings without those stages of a preset that the architecture does not allow; others are refused."""
     changes: dict[str, Any] = {}
     if settings.permute:
@@ -57,15 +55,6 @@ def with_what_can_be_had(
         except SettingsError as error:
             _leave_out("refine", settings, error, announce)
             changes |= _without_distill(settings)
-    if settings.conversations and not has_conversations(checkpoint):
-        announce("The model has no chat template, so no conversations are sampled.")
-        changes["conversations"] = 0
-    elif settings.conversations:
-        try:
-            conversation_start(checkpoint, settings.seqlen)
-        except SettingsError as error:
-            _leave_out("conversations", settings, error, announce)
-            changes["conversations"] = 0
     return settings.model_copy(update=changes)
 
 
@@ -73,11 +62,26 @@ def with_conversations(run: Run) -> PruneSettings:
     """Settings with the number of conversations decided: where none was given, a quarter as many as there is text."""
     s, checkpoint = run.settings, run.checkpoint
     if s.conversations is not None:
-        return s
+        return s if _can_be_sampled(checkpoint, s, run.announce) else s.model_copy(update={"conversations": 0})
     count = 0
     if s.calibration not in ("none", "self") and run.targets.head and s.samples >= 4 and has_conversations(checkpoint):
         count = _that_can_be_had(s.samples // 4, checkpoint, s, run.announce)
     return s.model_copy(update={"conversations": count})
+
+
+def _can_be_sampled(checkpoint: Checkpoint, settings: PruneSettings, announce: Announce) -> bool:
+    """Whether the conversations that were asked for can be had; those of a preset are left out where they cannot."""
+    if not settings.conversations:
+        return True
+    if not has_conversations(checkpoint):
+        announce("The model has no chat template, so no conversations are sampled.")
+        return False
+    try:
+        conversation_start(checkpoint, settings.seqlen)
+    except SettingsError as error:
+        _leave_out("conversations", settings, error, announce)
+        return False
+    return True
 
 
 def _that_can_be_had(count: int, checkpoint: Checkpoint, settings: PruneSettings, announce: Announce) -> int:
