@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from exporters import start
 from exporters.console import ProgressBars, run, sigint_as_keyboard_interrupt
 from swiftprune.calibration.text_files import DEFAULT_COLUMN
 from swiftprune.config import QUALITIES, PruneSettings, make_settings, output_name
@@ -349,6 +350,8 @@ def export_command(
     console = Console(stderr=json)
     try:
         with sigint_as_keyboard_interrupt(), ProgressBars(Console(stderr=True)) as progress:
+            if used := start.others_percent():
+                progress.announce(f"Other processes use {used:.0f}% of this machine's processors: all takes longer.")
             report = export(
                 model, destination, settings, target=target.value, resume=resume, overwrite=overwrite,
                 evaluate=evaluate, check=check, progress=progress, announce=progress.announce, revision=revision,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -25,11 +26,16 @@ from rich.progress import Progress as RichProgress
 
 from swiftprune.errors import SwiftpruneError
 
+_SECONDS_BETWEEN_LINES = 15
+
 
 class ProgressBars:
-    """Shows each stage as a bar with the time it will still take."""
+    """Shows each stage as a bar with the time it will still take; in a log, as a line now and then."""
 
     def __init__(self, console: Console) -> None:
+        self._console = console
+        self._began: dict[str, float] = {}
+        self._last_line = time.monotonic()
         self._bars = RichProgress(
             SpinnerColumn(), TextColumn("{task.description:24}"), BarColumn(), MofNCompleteColumn(),
             TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=console,
@@ -40,19 +46,35 @@ class ProgressBars:
         from transformers.utils import logging as transformers_logging  # slow to import, so not for --help
 
         transformers_logging.disable_progress_bar()  # its bars would break into these
-        self._bars.start()
+        if self._console.is_terminal:
+            self._bars.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._bars.stop()
+        if self._console.is_terminal:
+            self._bars.stop()
 
     def announce(self, text: str) -> None:
-        self._bars.console.print(text, highlight=False)
+        self._console.print(text, highlight=False)
 
     def __call__(self, stage: str, done: float, total: float) -> None:
+        if not self._console.is_terminal:
+            self._line(stage, done, total)
+            return
         if stage not in self._tasks:
             self._tasks[stage] = self._bars.add_task(stage, total=total)
         self._bars.update(self._tasks[stage], completed=done, total=total)
+
+    def _line(self, stage: str, done: float, total: float) -> None:
+        now = time.monotonic()
+        began = self._began.setdefault(stage, now)
+        if now - self._last_line < _SECONDS_BETWEEN_LINES:
+            return
+        self._last_line = now
+        left = f", about {(now - began) * (total - done) / done:.0f} s left" if 0 < done < total else ""
+        self._console.print(
+            f"{stage}: {done:.4g} of {total:.4g} after {now - began:.0f} s{left}", highlight=False, soft_wrap=True
+        )
 
 
 def run(app: Callable[[], object]) -> None:

@@ -15,7 +15,7 @@ from swiftprune.results import Check
 
 NAME = "README.md"
 
-_TRANSFORMERS = """In transformers, with `pip install swiftprune`:
+_TRANSFORMERS = """In transformers, with swiftprune installed:
 
 ```python
 import swiftprune.serve.transformers  # registers the format
@@ -31,11 +31,11 @@ vllm serve {folder}
 """
 _USE = {
     "packed": _TRANSFORMERS
-    + "\nIn vLLM, with `pip install 'swiftprune[vllm]'`:\n"
+    + "\nIn vLLM, with swiftprune[vllm] installed:\n"
     + _SERVE
     + "\nWithout swiftprune installed both stop with an error: they never run on wrong weights.\n",
     "dense": "Loads anywhere as the base model does. Its zeros are in place, so nothing is smaller or faster yet.\n",
-    "torch": """For NVIDIA GPUs from Ampere on, in the CUTLASS layout of `torch.sparse`, with `pip install swiftprune`:
+    "torch": """For NVIDIA GPUs from Ampere on, in the CUTLASS layout of `torch.sparse`, with swiftprune installed:
 
 ```python
 from exporters.torch_sparse import load
@@ -43,9 +43,8 @@ from exporters.torch_sparse import load
 tensors = load("{folder}")  # dense ones, and SparseSemiStructuredTensorCUTLASS
 ```
 """,
-    "sparse24-bitmask": "For vLLM up to 0.18 as it is, and for later ones with `pip install 'swiftprune[vllm]'`:\n"
-    + _SERVE,
-    "onnx": """In ONNX Runtime, with `pip install 'swiftprune[onnx]'`; any other runtime runs the file too, unpacked:
+    "sparse24-bitmask": "For vLLM up to 0.18 as it is, and for later ones with swiftprune[vllm] installed:\n" + _SERVE,
+    "onnx": """In ONNX Runtime, with swiftprune[onnx] installed; any other runtime runs the file too, unpacked:
 
 ```console
 swiftprune-onnx generate {folder} --prompt "The capital of France is"
@@ -77,7 +76,7 @@ def model_card(
         tags=["swiftprune", "sparse", settings.pattern],
         base_model_relation="quantized" if target == "packed" else None,
     )
-    kept = f" {len(dense)} linears are dense." if dense else ""
+    kept = f" Left dense: {len(dense)}." if dense else ""
     lines = [
         f"---\n{data.to_yaml()}\n---\n",
         f"# {checkpoint.name}, {settings.pattern} sparse\n",
@@ -90,6 +89,7 @@ def model_card(
         f"| perplexity on calibration text that was held back | {_quality(check)} |",
         "\n## Use\n",
         _USE[target].replace("{folder}", folder),
+        "swiftprune is installed from its repository; a package of that name on an index may be another.",
         "`swiftprune.json` holds all settings and what pruning did to each linear.",
     ]
     return "\n".join(lines) + "\n"

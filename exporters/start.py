@@ -8,6 +8,7 @@ it, and from each other, the processors that it and they need: a training step o
 
 from __future__ import annotations
 
+import functools
 import os
 
 import psutil
@@ -18,11 +19,18 @@ _QUIET_PERCENT = 20.0
 _LOOK_SECONDS = 0.2
 
 
+@functools.cache
+def others_percent() -> float | None:
+    """Of all processors, what others used as the program started; None on a machine that counts as quiet."""
+    used = psutil.cpu_percent(_LOOK_SECONDS)
+    return used if used > _QUIET_PERCENT else None
+
+
 def choose_waiting() -> None:
     """Sets how OpenMP's threads wait, by how busy the machine is now, unless the caller's environment says it."""
     if {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & set(os.environ):
         return
-    if psutil.cpu_percent(_LOOK_SECONDS) > _QUIET_PERCENT:
+    if others_percent():
         os.environ["OMP_WAIT_POLICY"] = "passive"
     else:
         os.environ["GOMP_SPINCOUNT"] = _SPINS

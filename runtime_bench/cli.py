@@ -270,6 +270,8 @@ def run_command(
         if Path(model).is_dir():
             if baseline is None:
                 raise SettingsError("--baseline FOLDER is missing: what the sparse model is compared with")
+            if not baseline.is_dir():
+                raise SettingsError(f"--baseline {baseline}: there is no such folder")
             sides, name = {"dense": baseline, "sparse": Path(model)}, ""
         else:
             made = end_to_end.find(model, folder, "transformers" if engine == "torch" else engine, dtype, progress)
@@ -299,6 +301,8 @@ def run_command(
                 sides, settings, name=name, work=folder / "logs", reference=reference, progress=progress
             )
             found.quality = rows
+            if not rows:
+                progress.announce("quality was not measured: --text FILE adds perplexity, --task NAME a benchmark")
     if out and out.suffix != ".json":
         out = out / f"{'layers' if engine == 'torch' else engine}-{name or Path(model).resolve().name}.json"
     _finish(found, report.markdown([found]), out)
@@ -449,6 +453,9 @@ def _finish(result: BaseModel, table: str, out: Path | None) -> None:
     _show(table)  # before anything is written: a full disk then loses nothing
     if out:
         results.save(result, out)
+        typer.echo(f"wrote {out}", err=True)
+    elif isinstance(result, results.Result):
+        typer.echo("not written to a file: --out keeps it for `report` and `gate`", err=True)
 
 
 def _show(table: str) -> None:

@@ -21,7 +21,7 @@ from transformers import AutoTokenizer
 import swiftprune.serve.transformers  # noqa: F401 - registers the packed format
 from exporters import ExportReport, export
 from exporters.cli import print_report
-from runtime_bench import demo_data, onednn
+from runtime_bench import conditions, demo_data, onednn
 from runtime_bench.engines import Options, transformers_engine
 from runtime_bench.measure import interleaved
 from runtime_bench.trade_off import RECIPES
@@ -48,6 +48,8 @@ class DemoResult(BaseModel):
     """One sequence at a time in transformers, prompt included: by side, one figure a round, all sides in turn."""
     texts: list[tuple[str, str, str]]
     """Prompt, continuation by the dense model, continuation by the pruned one; greedy."""
+    warnings: list[str]
+    """Why the tokens per second deserve less trust."""
 
 
 def run(folder: Path, method: str, progress: Progress = silent) -> DemoResult:
@@ -59,12 +61,14 @@ def run(folder: Path, method: str, progress: Progress = silent) -> DemoResult:
     settings = PruneSettings(**less_text | {"method": method, "calibration": str(data.calibration)})
     report = export(data.model, out, settings, evaluate=held_out, overwrite=True, progress=progress)
     dtype = faster_type()
-    speed = _speed(data.model, out, dtype, progress)
+    with conditions.watch() as seen:
+        speed = _speed(data.model, out, dtype, progress)
+    assert seen.result
     before, after = _continue(data.model), _continue(out)
     (folder / "report.json").write_text(json.dumps(report.model_dump(), indent=1) + "\n")
     return DemoResult(
         model=data.model, report=report, dtype=dtype, tokens_per_second=speed,
-        texts=list(zip(PROMPTS, before, after, strict=True)),
+        texts=list(zip(PROMPTS, before, after, strict=True)), warnings=conditions.judged(seen.result).warnings,
     )  # fmt: skip
 
 
@@ -102,6 +106,8 @@ def show(result: DemoResult, console: Console) -> None:
         middle = statistics.median(found)
         speed.add_row(name, f"{middle:.1f}", f"{min(found):.1f}-{max(found):.1f}", f"{middle / dense:.2f}")
     console.print(speed)
+    for warning in result.warnings:
+        console.print(f"[yellow]these figures are of a busy machine:[/] {warning}", highlight=False)
     table = Table(title="greedy continuations", title_justify="left", show_lines=True)
     for heading in ("prompt", "dense", "pruned"):
         table.add_column(heading)

@@ -325,7 +325,7 @@ def check_line(check: Check) -> str:
     """What the comparison of tokens with the reference came to."""
     sign = "<=" if check.largest_gap <= check.tolerance else ">"
     gap = f"largest gap {check.largest_gap:.3g} {sign} {check.tolerance:g}"
-    return f"{check.equal} of {check.tokens} greedy tokens equal to the reference, {gap}"
+    return f"the kernels give {check.equal} of {check.tokens} greedy tokens as the same weights unpacked, {gap}"
 
 
 def share_of_bound(metric: Metric, side: Literal["dense", "sparse"]) -> float | None:

@@ -126,6 +126,9 @@ def generate_command(
     ],
     prompt: Annotated[str, typer.Option(help="What to continue.")] = "The capital of France is",
     tokens: Annotated[int, typer.Option(min=1, help="Most tokens of the answer.")] = 64,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Ask it as a user's message, in the model's chat template.")
+    ] = False,
     threads: Annotated[int | None, typer.Option(min=1, show_default="onnxruntime's")] = None,
 ) -> None:
     """Continue a prompt greedily in onnxruntime-genai, on the packed kernels."""
@@ -133,7 +136,7 @@ def generate_command(
 
     model, linears = swiftprune.serve.onnxruntime.genai_model(folder, threads=threads)
     print("linears by backend: " + ", ".join(f"{count} {name}" for name, count in linears.items()), file=sys.stderr)
-    for piece in swiftprune.serve.onnxruntime.generate(model, prompt, tokens):
+    for piece in swiftprune.serve.onnxruntime.generate(model, prompt, tokens, chat=chat):
         print(piece, end="", flush=True)
     print()
 

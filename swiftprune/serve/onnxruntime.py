@@ -123,11 +123,20 @@ _GREEDY = {
 }  # fmt: skip
 
 
-def generate(model: Any, prompt: str, tokens: int) -> Iterator[str]:
-    """The greedy answer of an `onnxruntime_genai.Model` to `prompt`, piece by piece, of at most so many tokens."""
+def generate(model: Any, prompt: str, tokens: int, *, chat: bool = False) -> Iterator[str]:
+    """The greedy answer of an `onnxruntime_genai.Model` to `prompt`, piece by piece, of at most so many tokens.
+
+    With `chat` the prompt is a user's message, set in the model's chat template; SettingsError where it has none.
+    """
     genai = _import("onnxruntime_genai")
     tokenizer = genai.Tokenizer(model)
     stream = tokenizer.create_stream()
+    if chat:
+        message = json.dumps([{"role": "user", "content": prompt}])
+        try:
+            prompt = tokenizer.apply_chat_template(messages=message, add_generation_prompt=True)
+        except RuntimeError as error:
+            raise SettingsError(f"--chat: the model's chat template cannot be used: {_plain(error)}") from None
     asked = tokenizer.encode(prompt)
     parameters = genai.GeneratorParams(model)
     parameters.set_search_options(max_length=len(asked) + tokens, **_GREEDY)

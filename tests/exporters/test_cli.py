@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -11,8 +12,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from exporters import cli
+from exporters.console import ProgressBars
 
 Typed = Callable[..., subprocess.CompletedProcess[str]]
 EXPORT = str(Path(sys.executable).parent / "swiftprune-export")
@@ -184,3 +187,14 @@ print("torch" in sys.modules, os.environ.get("OMP_WAIT_POLICY"), os.environ.get(
             [sys.executable, "-c", code, busy], env=os.environ | given, capture_output=True, text=True, check=False
         )
         assert run.stdout.strip() == said, run.stderr
+
+
+def test_a_log_says_how_far_long_work_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where no terminal shows bars: a line every few seconds, and none of stages that are soon done."""
+    now = iter([0.0, 1.0, 20.0, 21.0, 40.0])  # as it is made, then for each call
+    monkeypatch.setattr("exporters.console.time.monotonic", lambda: next(now))
+    log = io.StringIO()
+    with ProgressBars(Console(file=log)) as progress:
+        for block in (0, 3, 4, 10):
+            progress("prune", block, 10)
+    assert log.getvalue().splitlines() == ["prune: 3 of 10 after 19 s, about 44 s left", "prune: 10 of 10 after 39 s"]

@@ -235,3 +235,7 @@ def test_smollm2(tmp_path: Path) -> None:
     assert run.exit_code == 0, run.output
     assert run.stdout.rstrip("\n") == tokenizer.decode(answer)
     assert "linears by backend: 150 " in run.stderr
+    question = [{"role": "user", "content": 'Who wrote "Emma"?'}]
+    asked = tokenizer.encode(tokenizer.apply_chat_template(question, add_generation_prompt=True, tokenize=False))
+    command = ["generate", str(tmp_path / "onnx"), "--chat", "--prompt", 'Who wrote "Emma"?', "--tokens", "8"]
+    assert CliRunner().invoke(app, command).stdout.rstrip("\n") == tokenizer.decode(greedy(session, asked, 8))
