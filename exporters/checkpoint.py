@@ -45,13 +45,35 @@ _COPIED_SUFFIXES = {".json", ".jinja", ".model", ".txt", ".tiktoken", ".py", ".v
 _COPIED_NAMES = {"LICENSE", "NOTICE", "LICENSE.md", "USE_POLICY.md"}
 # Of other weights than those that are written, or of what was done to them: loaders would be misled.
 _NOT_COPIED = {
-    "config.json", MANIFEST, "params.json", "adapter_config.json", "hf_quant_config.json", "quantize_config.json",
-    "quant_config.json", "trainer_state.json", "training_args.json", "optimizer.json",
-}  # fmt: skip
+    "config.json",
+    MANIFEST,
+    "params.json",
+    "adapter_config.json",
+    "hf_quant_config.json",
+    "quantize_config.json",
+    "quant_config.json",
+    "trainer_state.json",
+    "training_args.json",
+    "optimizer.json",
+}
 _WEIGHT_SUFFIXES = {
-    ".safetensors", ".bin", ".pt", ".pth", ".gguf", ".ggml", ".onnx", ".h5", ".msgpack", ".ot", ".npz", ".tflite",
-    ".mlmodel", ".pdparams", ".engine", ".data",
-}  # fmt: skip
+    ".safetensors",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".gguf",
+    ".ggml",
+    ".onnx",
+    ".h5",
+    ".msgpack",
+    ".ot",
+    ".npz",
+    ".tflite",
+    ".mlmodel",
+    ".pdparams",
+    ".engine",
+    ".data",
+}
 
 
 class ExportReport(BaseModel):
@@ -93,11 +115,22 @@ class ExportReport(BaseModel):
 
 
 def export(
-    model: str | Path, out: str | Path, settings: PruneSettings | None = None, *, target: Target = "packed",
-    resume: bool = False, overwrite: bool = False, evaluate: str | Path | None = None, check: bool = True,
-    progress: Progress = silent, announce: Announce = unheard, revision: str | None = None,
-    trust_remote_code: bool = False, push_to_hub: str | None = None, private: bool = False,
-) -> ExportReport:  # fmt: skip
+    model: str | Path,
+    out: str | Path,
+    settings: PruneSettings | None = None,
+    *,
+    target: Target = "packed",
+    resume: bool = False,
+    overwrite: bool = False,
+    evaluate: str | Path | None = None,
+    check: bool = True,
+    progress: Progress = silent,
+    announce: Announce = unheard,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    push_to_hub: str | None = None,
+    private: bool = False,
+) -> ExportReport:
     """Prunes `model` (local folder or hub id) and writes the result to the folder `out`.
 
     Targets: `packed` (the 2:4 format of swiftprune.formats.spec), `dense` (zeros in place, loads anywhere), `torch`
@@ -380,19 +413,35 @@ class _ShardWriter:
             if name in stored
         )
         return ExportReport(
-            out=str(workspace.out), settings=self._run.settings, target=self._target, layers=layers,
-            dense_linears=self._dense, bytes_before=checkpoint.nbytes, bytes_after=total,
-            linear_bytes_before=linear_before, linear_bytes_after=linear_after,
-            token_bytes_before=self._token_bytes(checkpoint.tensors), token_bytes_after=self._token_bytes(stored),
-            seconds={}, layer_seconds=dict(self._layer_seconds), fitted_samples=self._run.fitted_samples,
+            out=str(workspace.out),
+            settings=self._run.settings,
+            target=self._target,
+            layers=layers,
+            dense_linears=self._dense,
+            bytes_before=checkpoint.nbytes,
+            bytes_after=total,
+            linear_bytes_before=linear_before,
+            linear_bytes_after=linear_after,
+            token_bytes_before=self._token_bytes(checkpoint.tensors),
+            token_bytes_after=self._token_bytes(stored),
+            seconds={},
+            layer_seconds=dict(self._layer_seconds),
+            fitted_samples=self._run.fitted_samples,
             check=check,
-        )  # fmt: skip
+        )
 
     def _card(self, check: Check | None, bytes_after: int, repository: str | None) -> str:
         return model_card.model_card(
-            self._checkpoint, self._run.settings, self._target, check, pruned=len(self._pruned()), dense=self._dense,
-            bytes_before=self._checkpoint.nbytes, bytes_after=bytes_after, repository=repository,
-        )  # fmt: skip
+            self._checkpoint,
+            self._run.settings,
+            self._target,
+            check,
+            pruned=len(self._pruned()),
+            dense=self._dense,
+            bytes_before=self._checkpoint.nbytes,
+            bytes_after=bytes_after,
+            repository=repository,
+        )
 
     def _pruned(self) -> list[Linear]:
         kept = self._run.dense_linears or ()
@@ -432,10 +481,13 @@ class _ShardWriter:
         stored: DtypeName = next(name for name in DTYPES if DTYPES[name] == linears[0].dtype)
         out = workspace.folder / ONNX_FOLDER
         made = write_decoder(
-            workspace.folder, out, packed=self._target == "onnx",
+            workspace.folder,
+            out,
+            packed=self._target == "onnx",
             dtype=self._run.settings.dtype or stored,
-            pruned_weights=sum(torch.Size(linear.shape).numel() for linear in linears), progress=progress,
-        )  # fmt: skip
+            pruned_weights=sum(torch.Size(linear.shape).numel() for linear in linears),
+            progress=progress,
+        )
         config = self._config()
         if self._target == "onnx":
             config["quantization_config"] = spec.declaration(spec.FORMAT, list(self._dense))

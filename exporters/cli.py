@@ -325,11 +325,17 @@ def export_command(
         raise SettingsError("--private is for --push-to-hub")
     given = {
         "max_perplexity_ratio": max_perplexity_ratio,
-        "method": method, "samples": samples, "seqlen": seqlen, "one_pass": one_pass, "permute": permute,
+        "method": method,
+        "samples": samples,
+        "seqlen": seqlen,
+        "one_pass": one_pass,
+        "permute": permute,
         "conversations": conversations,
-        "minutes": minutes, "steps": steps, "dtype": dtype.value if dtype else None,
+        "minutes": minutes,
+        "steps": steps,
+        "dtype": dtype.value if dtype else None,
         "refine": tuple(filter(None, refine.split(","))) if refine is not None else None,
-    }  # fmt: skip
+    }
     settings = make_settings(
         quality.value if quality else None,
         {
@@ -353,10 +359,21 @@ def export_command(
             if used := start.others_percent():
                 progress.announce(f"Other processes use {used:.0f}% of this machine's processors: all takes longer.")
             report = export(
-                model, destination, settings, target=target.value, resume=resume, overwrite=overwrite,
-                evaluate=evaluate, check=check, progress=progress, announce=progress.announce, revision=revision,
-                trust_remote_code=trust_remote_code, push_to_hub=push_to_hub, private=private,
-            )  # fmt: skip
+                model,
+                destination,
+                settings,
+                target=target.value,
+                resume=resume,
+                overwrite=overwrite,
+                evaluate=evaluate,
+                check=check,
+                progress=progress,
+                announce=progress.announce,
+                revision=revision,
+                trust_remote_code=trust_remote_code,
+                push_to_hub=push_to_hub,
+                private=private,
+            )
     except KeyboardInterrupt:
         raise InterruptedByUserError(
             "stopped; finished blocks are kept, run the same command with --resume to continue"
@@ -379,12 +396,14 @@ def print_report(report: ExportReport, console: Console) -> None:
     for kind, layers in kinds.items():
         errors = [layer.output_error for layer in layers if layer.output_error is not None]
         table.add_row(
-            kind, str(len(layers)), "x".join(map(str, layers[0].shape)),
+            kind,
+            str(len(layers)),
+            "x".join(map(str, layers[0].shape)),
             f"{_mean([layer.sparsity for layer in layers]):.1%}",
             f"{_mean([layer.kept_energy for layer in layers]):.1%}",
             f"{_mean(errors):.3f}" if errors else "-",
             f"{report.layer_seconds.get(kind, 0):.2f}",
-        )  # fmt: skip
+        )
     console.print(table)
 
     whole = Table(show_header=False, box=None)

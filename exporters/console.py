@@ -37,9 +37,15 @@ class ProgressBars:
         self._began: dict[str, float] = {}
         self._last_line = time.monotonic()
         self._bars = RichProgress(
-            SpinnerColumn(), TextColumn("{task.description:24}"), BarColumn(), MofNCompleteColumn(),
-            TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=console,
-        )  # fmt: skip
+            SpinnerColumn(),
+            TextColumn("{task.description:24}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+        )
         self._tasks: dict[str, TaskID] = {}
 
     def __enter__(self) -> ProgressBars:

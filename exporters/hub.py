@@ -46,8 +46,10 @@ def check_repository(name: str, *, overwrite: bool) -> None:
     except Exception as error:  # of the hub or of the network, many types
         raise SettingsError(f"{option}: the hub cannot be read: {first_line(error)}") from error
     if found and not overwrite:
-        raise OutputError(f"{name}: the repository holds {min(found)}{and_more(found)}; give another, or --overwrite "
-                          "to replace all it holds (its history stays)")  # fmt: skip
+        raise OutputError(
+            f"{name}: the repository holds {min(found)}{and_more(found)}; give another, or --overwrite "
+            "to replace all it holds (its history stays)"
+        )
 
 
 def push(folder: Path, name: str, *, private: bool) -> str:
@@ -59,9 +61,11 @@ def push(folder: Path, name: str, *, private: bool) -> str:
     try:
         address = api.create_repo(name, private=private or None, exist_ok=True)
         api.upload_folder(
-            repo_id=name, folder_path=folder, delete_patterns="*",
+            repo_id=name,
+            folder_path=folder,
+            delete_patterns="*",
             commit_message="Upload what swiftprune-export wrote",
-        )  # fmt: skip
+        )
     except Exception as error:  # of the hub or of the network, many types
         raise OutputError(
             f"{folder}: is complete, but could not be pushed to {name}: {first_line(error)}; go on with: "

@@ -69,16 +69,19 @@ def describe(folder: Path) -> FolderInfo:
         packed = sum(name.endswith(endings) for name in checkpoint.tensors)
     kind, engines = _use(folder, config, target, zeros)
     return FolderInfo(
-        folder=str(folder), kind=kind, source=(manifest.get("source") or {}).get("name"),
+        folder=str(folder),
+        kind=kind,
+        source=(manifest.get("source") or {}).get("name"),
         settings=PruneSettings(**manifest["settings"]) if "settings" in manifest else None,
         check=Check(**manifest["check"]) if "check" in manifest else None,
-        packed_linears=packed, dense_linears=manifest.get("dense", {}), bytes_by_type=sizes, engines=engines,
-    )  # fmt: skip
+        packed_linears=packed,
+        dense_linears=manifest.get("dense", {}),
+        bytes_by_type=sizes,
+        engines=engines,
+    )
 
 
-def _use(
-    folder: Path, config: dict[str, Any], target: str | None, zeros: str | None
-) -> tuple[str, dict[str, str]]:  # fmt: skip
+def _use(folder: Path, config: dict[str, Any], target: str | None, zeros: str | None) -> tuple[str, dict[str, str]]:
     """How weights are stored, by what config.json and the manifest declare, and what engines make of that.
 
     `zeros` is the pattern that dense weights are declared to have.

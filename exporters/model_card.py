@@ -55,9 +55,17 @@ swiftprune-onnx generate {folder} --prompt "The capital of France is"
 
 
 def model_card(
-    checkpoint: Checkpoint, settings: PruneSettings, target: str, check: Check | None, *,
-    pruned: int, dense: Mapping[str, str], bytes_before: int, bytes_after: int, repository: str | None = None,
-) -> str:  # fmt: skip
+    checkpoint: Checkpoint,
+    settings: PruneSettings,
+    target: str,
+    check: Check | None,
+    *,
+    pruned: int,
+    dense: Mapping[str, str],
+    bytes_before: int,
+    bytes_after: int,
+    repository: str | None = None,
+) -> str:
     """The text of the card. `pruned` and `dense` are the linears that were pruned, and those left dense by reason.
 
     `repository` is the hub id that loaders find it under.

@@ -53,9 +53,7 @@ class Workspace:
     contains `source`, the working folder or a home.
     """
 
-    def __init__(
-        self, out: Path, source: Path, *, resume: bool, overwrite: bool, announce: Announce = unheard
-    ) -> None:  # fmt: skip
+    def __init__(self, out: Path, source: Path, *, resume: bool, overwrite: bool, announce: Announce = unheard) -> None:
         self.out = out
         self._place = out.resolve()  # a link is followed: what it points at is what gets replaced
         _check_place(out, self._place, source)
@@ -90,11 +88,15 @@ class Workspace:
             self._resume = False
             return
         if not (self._resume or self._overwrite):
-            raise OutputError(f"{self.folder}: an export was interrupted here; continue it with --resume, "
-                              "or start anew with --overwrite")  # fmt: skip
+            raise OutputError(
+                f"{self.folder}: an export was interrupted here; continue it with --resume, "
+                "or start anew with --overwrite"
+            )
         if not self._resume and not _is_partial(self.folder):
-            raise OutputError(f"{self.folder}: is not an unfinished export, so --overwrite does not replace it; "
-                              "move it, or give another --out")  # fmt: skip
+            raise OutputError(
+                f"{self.folder}: is not an unfinished export, so --overwrite does not replace it; "
+                "move it, or give another --out"
+            )
 
     def _check_replaceable(self) -> None:
         """Raises OutputError unless nothing stands at `out`, or with `overwrite` only what an export wrote."""
@@ -106,8 +108,10 @@ class Workspace:
         if not self._overwrite:
             raise OutputError(f"{self.out}: exists; give another --out, or --overwrite to replace it")
         if not _is_output(place):
-            raise OutputError(f"{self.out}: no export wrote it (it has no {MANIFEST} that lists its files), "
-                              "so --overwrite does not replace it; give another --out")  # fmt: skip
+            raise OutputError(
+                f"{self.out}: no export wrote it (it has no {MANIFEST} that lists its files), "
+                "so --overwrite does not replace it; give another --out"
+            )
         listed = set(_manifest(place)["files"])
         written = (place / MANIFEST).stat().st_mtime_ns
         others = sorted(
@@ -118,8 +122,10 @@ class Workspace:
         )
         if others:
             more = and_more(others)
-            raise OutputError(f"{self.out}: holds {others[0]}{more}, which no export wrote and --overwrite would "
-                              "delete; move it, or give another --out")  # fmt: skip
+            raise OutputError(
+                f"{self.out}: holds {others[0]}{more}, which no export wrote and --overwrite would "
+                "delete; move it, or give another --out"
+            )
 
     def begin(self, state: Mapping[str, Any]) -> None:
         """Makes the partial folder, or, resuming, checks that it was made for the same `state`.
@@ -147,8 +153,10 @@ class Workspace:
                 continue
             if key == "inputs_sha256" and was and is_now:
                 changed = next(name for name in sorted(set(was) | set(is_now)) if was.get(name) != is_now.get(name))
-                raise OutputError(f"{self.folder}: {changed} has changed since the export was started; put back what "
-                                  "it was, or start anew with --overwrite")  # fmt: skip
+                raise OutputError(
+                    f"{self.folder}: {changed} has changed since the export was started; put back what "
+                    "it was, or start anew with --overwrite"
+                )
             raise OutputError(
                 f"{self.folder}: was started with {key} = {json.dumps(was)}, now it is {json.dumps(is_now)}; "
                 "use the same settings, or start anew with --overwrite"

@@ -37,9 +37,12 @@ class Answer(BaseModel):
 
 
 def compare(
-    sides: dict[str, Path], questions: Sequence[str] = QUESTIONS, *, new_tokens: int = NEW_TOKENS,
+    sides: dict[str, Path],
+    questions: Sequence[str] = QUESTIONS,
+    *,
+    new_tokens: int = NEW_TOKENS,
     progress: Progress = silent,
-) -> list[Answer]:  # fmt: skip
+) -> list[Answer]:
     """Greedy answers, float32, through the chat template where the dense side's tokenizer has one."""
     tokenizer = load_tokenizer(sides["dense"])
     given: dict[str, list[str]] = {}
@@ -78,8 +81,11 @@ def _answer(model: Any, tokenizer: Any, question: str, new_tokens: int) -> str:
         asked = tokenizer(f"Question: {question}\nAnswer:", return_tensors="pt")
     ids = asked["input_ids"]
     made = model.generate(
-        ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=new_tokens,
+        ids,
+        attention_mask=torch.ones_like(ids),
+        do_sample=False,
+        max_new_tokens=new_tokens,
         pad_token_id=tokenizer.eos_token_id,
-    )  # fmt: skip
+    )
     text: str = tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True)
     return text.strip()

@@ -24,9 +24,7 @@ TOLERANCE = {"float32": 1e-3, "float16": 0.1, "bfloat16": 0.25}
 """In log probability: what the rounding of an engine that computes in this dtype may cost a token."""
 
 
-def against_reference(
-    folder: Path, prompts: list[list[int]], answers: list[list[int]], dtype: str
-) -> Check:  # fmt: skip
+def against_reference(folder: Path, prompts: list[list[int]], answers: list[list[int]], dtype: str) -> Check:
     """Checks greedy `answers` to `prompts`, all of one length, given by an engine that runs in `dtype`.
 
     Works in a process of its own, so that the fp32 model's memory is given back.
@@ -34,9 +32,11 @@ def against_reference(
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         gaps = pool.submit(_gaps, folder, prompts, answers).result()
     return Check(
-        tokens=len(gaps), equal=sum(gap == 0 for gap in gaps), largest_gap=max(gaps, default=0.0),
+        tokens=len(gaps),
+        equal=sum(gap == 0 for gap in gaps),
+        largest_gap=max(gaps, default=0.0),
         tolerance=TOLERANCE[dtype],
-    )  # fmt: skip
+    )
 
 
 @torch.inference_mode()

@@ -185,9 +185,14 @@ def layers_command(
         _known(name, layers.DTYPES)
     with ProgressBars(Console(stderr=True)) as progress:
         result = layers.measure(
-            shapes, tokens=_numbers(m, "--m"), threads=_numbers(threads, "--threads"), dtypes=dtypes,
-            backend=backend, seconds=seconds, progress=progress,
-        )  # fmt: skip
+            shapes,
+            tokens=_numbers(m, "--m"),
+            threads=_numbers(threads, "--threads"),
+            dtypes=dtypes,
+            backend=backend,
+            seconds=seconds,
+            progress=progress,
+        )
     _finish(result, layers.markdown(result), out)
     if plot:
         plots.layers(result, plot)
@@ -281,17 +286,26 @@ def run_command(
                 raise SettingsError("--require-gpu: --engine torch times the layers on the CPU; see gpu-suite")
             shapes = [(layer.rows, layer.cols) for layer in roofline.linears(sides["sparse"]) if layer.packed]
             found: results.Result = layers.measure(
-                list(dict.fromkeys(shapes)), tokens=_numbers(at_once, "--at-once"),
-                threads=[threads or torch.get_num_threads()], dtypes=[layers.short(dtype)], progress=progress,
-            )  # fmt: skip
+                list(dict.fromkeys(shapes)),
+                tokens=_numbers(at_once, "--at-once"),
+                threads=[threads or torch.get_num_threads()],
+                dtypes=[layers.short(dtype)],
+                progress=progress,
+            )
         else:
             settings = RunSettings(
-                engine=engine, workload=workload or (VLLM_WORKLOADS[0] if engine == "vllm" else "batch"),
-                at_once=_numbers(at_once, "--at-once"), prompt_tokens=_numbers(prompt_tokens, "--prompt-tokens"),
-                new_tokens=_numbers(new_tokens, "--new-tokens"), rounds=rounds, starts=min(starts, rounds),
-                threads=threads or torch.get_num_threads(), dense_linears=dense_linears,
-                dtype="float32" if engine == "onnxruntime" else dtype, device=device,
-            )  # fmt: skip
+                engine=engine,
+                workload=workload or (VLLM_WORKLOADS[0] if engine == "vllm" else "batch"),
+                at_once=_numbers(at_once, "--at-once"),
+                prompt_tokens=_numbers(prompt_tokens, "--prompt-tokens"),
+                new_tokens=_numbers(new_tokens, "--new-tokens"),
+                rounds=rounds,
+                starts=min(starts, rounds),
+                threads=threads or torch.get_num_threads(),
+                dense_linears=dense_linears,
+                dtype="float32" if engine == "onnxruntime" else dtype,
+                device=device,
+            )
             if require_gpu and not settings.on_gpu:
                 raise SettingsError(f"--require-gpu: --engine {engine} runs on the CPU here")
             # Quality first: a text or task that cannot be used should not cost an hour of timing.
@@ -378,9 +392,12 @@ def gate_command(
     limit, sure = _share(max_regression, "--max-regression"), _share(confidence, "--confidence")
     try:
         comparisons = gate.judge(
-            results.load(new), [results.load(path) for path in against],
-            max_regression=limit, confidence=sure, metrics=metric or (),
-        )  # fmt: skip
+            results.load(new),
+            [results.load(path) for path in against],
+            max_regression=limit,
+            confidence=sure,
+            metrics=metric or (),
+        )
     except SwiftpruneError:
         raise
     except Exception:

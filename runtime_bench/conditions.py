@@ -57,10 +57,12 @@ def watch() -> Iterator[Watch]:
     steal = getattr(cpu_end, "steal", None)
     stolen = None if steal is None else (steal - cpu.steal) / whole
     seen.result = Conditions(
-        load_before=round(load, 2), steal=None if stolen is None else round(max(stolen, 0.0), 4),
+        load_before=round(load, 2),
+        steal=None if stolen is None else round(max(stolen, 0.0), 4),
         others=round(max((busy - mine) / whole - (stolen or 0.0), 0.0), 4),
-        frequency_mhz=(min(clocks), max(clocks)) if clocks else None, seconds=round(elapsed, 1),
-    )  # fmt: skip
+        frequency_mhz=(min(clocks), max(clocks)) if clocks else None,
+        seconds=round(elapsed, 1),
+    )
 
 
 def judged(seen: Conditions, spreads: dict[str, float] | None = None) -> Conditions:

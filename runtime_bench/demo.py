@@ -67,9 +67,13 @@ def run(folder: Path, method: str, progress: Progress = silent) -> DemoResult:
     before, after = _continue(data.model), _continue(out)
     (folder / "report.json").write_text(json.dumps(report.model_dump(), indent=1) + "\n")
     return DemoResult(
-        model=data.model, report=report, dtype=dtype, tokens_per_second=speed,
-        texts=list(zip(PROMPTS, before, after, strict=True)), warnings=conditions.judged(seen.result).warnings,
-    )  # fmt: skip
+        model=data.model,
+        report=report,
+        dtype=dtype,
+        tokens_per_second=speed,
+        texts=list(zip(PROMPTS, before, after, strict=True)),
+        warnings=conditions.judged(seen.result).warnings,
+    )
 
 
 def _speed(model: Path, packed: Path, dtype: ComputeName, progress: Progress) -> dict[str, list[float]]:
@@ -116,8 +120,9 @@ def show(result: DemoResult, console: Console) -> None:
     console.print(table)
     console.print(
         f"Ten minutes, some of them training, give better text:\n  {_command('swiftprune-export')} {result.model} "
-        f"--quality balanced --calibration {result.report.settings.calibration}", soft_wrap=True,
-    )  # fmt: skip
+        f"--quality balanced --calibration {result.report.settings.calibration}",
+        soft_wrap=True,
+    )
 
 
 def _command(name: str) -> str:

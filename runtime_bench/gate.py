@@ -58,9 +58,13 @@ class Series:
 
 
 def judge(
-    new: Any, baselines: Sequence[Any], *, max_regression: float = 0.05, confidence: float = CONFIDENCE,
+    new: Any,
+    baselines: Sequence[Any],
+    *,
+    max_regression: float = 0.05,
+    confidence: float = CONFIDENCE,
     metrics: Sequence[str] = (),
-) -> list[Comparison]:  # fmt: skip
+) -> list[Comparison]:
     """Compares `new` with those of `baselines` that are like it; their rounds are taken together.
 
     `max_regression` is the limit, 0.05 say: the sparse side may become 5% slower against the dense one. `metrics` are
@@ -104,8 +108,11 @@ def _compared(new: Series, old: list[float], what: str, error: float) -> Compari
     count = len(new.speedups)
     if least_p(len(old), count) >= error:
         enough = next(rounds for rounds in itertools.count(count) if least_p(max(len(old), rounds), rounds) < error)
-        return Comparison(what, "unclear", f"{count} rounds against {len(old)} are too few for any verdict; "
-                                           f"take {max(enough, MIN_ROUNDS)} or more")  # fmt: skip
+        return Comparison(
+            what,
+            "unclear",
+            f"{count} rounds against {len(old)} are too few for any verdict; take {max(enough, MIN_ROUNDS)} or more",
+        )
     return Shift(old, new.speedups)
 
 
@@ -152,9 +159,14 @@ def _setting(result: Any) -> tuple[str, ...]:
     """What two results must share to be compared at all."""
     if isinstance(result, RunResult):
         return (
-            "run", result.machine.key, result.engine, result.model, result.dtype, str(result.threads),
+            "run",
+            result.machine.key,
+            result.engine,
+            result.model,
+            result.dtype,
+            str(result.threads),
             result.dense_linears,
-        )  # fmt: skip
+        )
     return (result.kind, result.machine.key)
 
 
@@ -163,10 +175,13 @@ def _unlike(new: Any, baselines: Sequence[Any]) -> str:
     if not baselines:
         return "no baseline was given"
     differences = [
-        ", ".join(f"{theirs} (here: {ours})" for ours, theirs in zip(_setting(new), _setting(base), strict=False)
-                  if ours != theirs)
+        ", ".join(
+            f"{theirs} (here: {ours})"
+            for ours, theirs in zip(_setting(new), _setting(base), strict=False)
+            if ours != theirs
+        )
         for base in baselines
-    ]  # fmt: skip
+    ]
     return "no baseline is comparable: " + "; ".join(f"one is of {difference}" for difference in differences)
 
 

@@ -246,11 +246,15 @@ def facts(device: torch.device | str = "cuda") -> Gpu:
     driver, sm_clock, memory_clock = _nvidia_smi(f"GPU-{properties.uuid}", "driver_version", "clocks.sm", "clocks.mem")
     library = torch.backends.cusparselt.version() if torch.backends.cusparselt.is_available() else None
     return Gpu(
-        name=properties.name, compute_capability=f"{properties.major}.{properties.minor}",
-        memory_gb=round(properties.total_memory / 1e9, 1), driver=driver, cuda=torch.version.cuda,
-        cusparselt=None if library is None else str(library), sm_clock_mhz=_number(sm_clock),
+        name=properties.name,
+        compute_capability=f"{properties.major}.{properties.minor}",
+        memory_gb=round(properties.total_memory / 1e9, 1),
+        driver=driver,
+        cuda=torch.version.cuda,
+        cusparselt=None if library is None else str(library),
+        sm_clock_mhz=_number(sm_clock),
         memory_clock_mhz=_number(memory_clock),
-    )  # fmt: skip
+    )
 
 
 def _nvidia_smi(gpu: str, *fields: str) -> list[str | None]:
@@ -303,10 +307,17 @@ def suite(
     def so_far(conditions: Conditions | None = None) -> GpuResult:
         times = [time for cell in cells for time in cell.times if time.status == "ok"]
         return GpuResult(
-            machine=machine, conditions=conditions, command="swiftprune-bench gpu-suite", checks=checked, peaks=peaks,
-            cells=cells, left_out=len(planned) - len(cells), stopped=stopped, l2_flush_mb=device.flush_bytes >> 20,
+            machine=machine,
+            conditions=conditions,
+            command="swiftprune-bench gpu-suite",
+            checks=checked,
+            peaks=peaks,
+            cells=cells,
+            left_out=len(planned) - len(cells),
+            stopped=stopped,
+            l2_flush_mb=device.flush_bytes >> 20,
             graph_capture=bool(times) and all(time.graph for time in times),
-        )  # fmt: skip
+        )
 
     with torch.inference_mode(), watch() as seen:
         for name, check in checks(device.place, backends, contest.capability):
@@ -388,9 +399,13 @@ class _Contest:
             for entry, call in order.sample(contestants, len(contestants)):
                 entry.us += self.device.timed(call, 1)
         return GpuCell(
-            rows=shape[0], cols=shape[1], tokens=tokens, dtype=dtype, times=[entry.time() for entry in entries],
+            rows=shape[0],
+            cols=shape[1],
+            tokens=tokens,
+            dtype=dtype,
+            times=[entry.time() for entry in entries],
             sm_clock_mhz=self.device.facts().sm_clock_mhz,
-        )  # fmt: skip
+        )
 
     def _prepared(self, backend: Backend, weight: Tensor) -> Run | str:
         """What multiplies by `weight`, or why nothing does."""

@@ -319,9 +319,7 @@ def _check_cutlass_layout(place: torch.device) -> str:
     return "bit for bit the same products"
 
 
-def _right(
-    y: Tensor, expected: Tensor, dtype: torch.dtype, where: str, quantized: torch.dtype | None = None
-) -> float:  # fmt: skip
+def _right(y: Tensor, expected: Tensor, dtype: torch.dtype, where: str, quantized: torch.dtype | None = None) -> float:
     """The relative error; raises when it is too large."""
     error, wrong = fault(y, expected, dtype, quantized)
     if wrong or error is None:

@@ -65,10 +65,12 @@ class CallTime(Stored):
     def of(cls, timing: Timing, calls: int) -> CallTime:
         """From the times of turns of so many calls."""
         return cls(
-            p20_ms=1e3 * timing.quantile(0.2) / calls, median_ms=1e3 * timing.median / calls,
-            spread=timing.spread, rounds=len(timing.seconds),
+            p20_ms=1e3 * timing.quantile(0.2) / calls,
+            median_ms=1e3 * timing.median / calls,
+            spread=timing.spread,
+            rounds=len(timing.seconds),
             turns_ms=[float(f"{1e3 * seconds / calls:.4g}") for seconds in timing.seconds],
-        )  # fmt: skip
+        )
 
 
 class Cell(Stored):
@@ -181,10 +183,13 @@ def measure(
     assert seen.result
     spreads = {f"{cell.rows}x{cell.cols} {cell.dtype} M={cell.tokens}": cell.sparse.spread for cell in cells}
     return LayersResult(
-        machine=this_machine(), conditions=judged(seen.result, spreads),
-        shares_torch_threads=native.SHARES_TORCH_THREADS, rotated_mb=ROTATED_BYTES >> 20, overhead=overhead,
+        machine=this_machine(),
+        conditions=judged(seen.result, spreads),
+        shares_torch_threads=native.SHARES_TORCH_THREADS,
+        rotated_mb=ROTATED_BYTES >> 20,
+        overhead=overhead,
         cells=cells,
-    )  # fmt: skip
+    )
 
 
 class _Weights:
@@ -227,11 +232,17 @@ def _cell(weights: _Weights, dtype: str, tokens: int, threads: int, memory: Tens
     times = interleaved(turns, rounds=min(max(rounds, ROUNDS[0]), ROUNDS[1]))
     read = times.pop("read")
     return Cell(
-        rows=weights.shape[0], cols=weights.shape[1], dtype=dtype, tokens=tokens, threads=threads,
-        backend=weights.sparse[0].backend, sparse=CallTime.of(times.pop("sparse"), calls),
+        rows=weights.shape[0],
+        cols=weights.shape[1],
+        dtype=dtype,
+        tokens=tokens,
+        threads=threads,
+        backend=weights.sparse[0].backend,
+        sparse=CallTime.of(times.pop("sparse"), calls),
         dense={name: CallTime.of(timing, calls) for name, timing in times.items()},
-        packed_bytes=weights.sparse[0].stream.nbytes, read_gb_per_s=memory.nbytes / read.quantile(0.2) / 1e9,
-    )  # fmt: skip
+        packed_bytes=weights.sparse[0].stream.nbytes,
+        read_gb_per_s=memory.nbytes / read.quantile(0.2) / 1e9,
+    )
 
 
 def _turn(run: Callable[[_Weight], Tensor], weights: Sequence[_Weight], calls: int) -> Callable[[], Tensor]:

@@ -46,9 +46,15 @@ class MethodTable(BaseModel):
 
 
 def compare(
-    data: DemoData, methods: list[str], seeds: list[int], *, samples: int, seqlen: int, pattern: str = "2:4",
+    data: DemoData,
+    methods: list[str],
+    seeds: list[int],
+    *,
+    samples: int,
+    seqlen: int,
+    pattern: str = "2:4",
     progress: Progress = silent,
-) -> MethodTable:  # fmt: skip
+) -> MethodTable:
     """Prunes the demo model with each method and seed and evaluates it on the held-out text, in fp32."""
     checkpoint = Checkpoint.open(data.model)
     windows = token_windows(read_text(data.held_out), load_tokenizer(data.model), SEQLEN, str(data.held_out))
@@ -61,15 +67,29 @@ def compare(
                 _run(checkpoint, model, windows, data.calibration, method, seed, samples, seqlen, pattern, progress)
             )
     return MethodTable(
-        machine=this_machine(), model=data.model.name, pattern=pattern, samples=samples, seqlen=seqlen,
-        tokens_evaluated=windows.numel(), dense_perplexity=dense, rows=rows,
-    )  # fmt: skip
+        machine=this_machine(),
+        model=data.model.name,
+        pattern=pattern,
+        samples=samples,
+        seqlen=seqlen,
+        tokens_evaluated=windows.numel(),
+        dense_perplexity=dense,
+        rows=rows,
+    )
 
 
 def _run(
-    checkpoint: Checkpoint, model: Any, windows: torch.Tensor, calibration: Path, method: str, seed: int,
-    samples: int, seqlen: int, pattern: str, progress: Progress,
-) -> MethodResult:  # fmt: skip
+    checkpoint: Checkpoint,
+    model: Any,
+    windows: torch.Tensor,
+    calibration: Path,
+    method: str,
+    seed: int,
+    samples: int,
+    seqlen: int,
+    pattern: str,
+    progress: Progress,
+) -> MethodResult:
     def staged(stage: str, done: float, total: float) -> None:
         progress(f"{method}: {stage}", done, total)
 

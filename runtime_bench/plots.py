@@ -26,17 +26,28 @@ def layers(bench: LayersResult, path: Path) -> None:
                     if (cell.dtype, cell.threads, cell.rows, cell.cols) == (dtype, count, rows, cols)
                 ]
                 panel.plot(
-                    [cell.tokens for cell in cells], [cell.speedup for cell in cells],
-                    marker="o", markersize=3, linewidth=1.2, label=f"{rows} x {cols}",
-                    color=f"C{index}", alpha=0.85,
-                )  # fmt: skip
+                    [cell.tokens for cell in cells],
+                    [cell.speedup for cell in cells],
+                    marker="o",
+                    markersize=3,
+                    linewidth=1.2,
+                    label=f"{rows} x {cols}",
+                    color=f"C{index}",
+                    alpha=0.85,
+                )
             panel.axhline(1, color="black", linewidth=1)
             panel.axhline(BYTE_BOUND[dtype], color="gray", linestyle="--", linewidth=1)
             panel.annotate(
-                f"what the bytes allow: {BYTE_BOUND[dtype]:.2f}x", (1, BYTE_BOUND[dtype]),
-                xytext=(1, 1), xycoords=("axes fraction", "data"), textcoords="offset points",
-                ha="right", va="bottom", color="gray", fontsize=8,
-            )  # fmt: skip
+                f"what the bytes allow: {BYTE_BOUND[dtype]:.2f}x",
+                (1, BYTE_BOUND[dtype]),
+                xytext=(1, 1),
+                xycoords=("axes fraction", "data"),
+                textcoords="offset points",
+                ha="right",
+                va="bottom",
+                color="gray",
+                fontsize=8,
+            )
             panel.set_xscale("log", base=2)
             panel.set_xticks(sorted({cell.tokens for cell in bench.cells}))
             panel.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
@@ -68,12 +79,23 @@ def trade_off(result: TradeOff, path: Path) -> None:
             chosen = row in front
             panel.plot(row.minutes, row.perplexity[text], "o", color="C0" if chosen else "gray", markersize=5)
             panel.annotate(
-                row.recipe, (row.minutes, row.perplexity[text]), xytext=(5, 3), textcoords="offset points",
-                fontsize=8, color="black" if chosen else "gray",
-            )  # fmt: skip
+                row.recipe,
+                (row.minutes, row.perplexity[text]),
+                xytext=(5, 3),
+                textcoords="offset points",
+                fontsize=8,
+                color="black" if chosen else "gray",
+            )
         panel.axhline(dense.perplexity[text], color="black", linestyle="--", linewidth=1)
-        panel.annotate("dense", (1, dense.perplexity[text]), xycoords=("axes fraction", "data"), xytext=(-2, 3),
-                       textcoords="offset points", ha="right", fontsize=8)  # fmt: skip
+        panel.annotate(
+            "dense",
+            (1, dense.perplexity[text]),
+            xycoords=("axes fraction", "data"),
+            xytext=(-2, 3),
+            textcoords="offset points",
+            ha="right",
+            fontsize=8,
+        )
         panel.set_xscale("log")
         panel.set_yscale("log")
         for axis in (panel.xaxis, panel.yaxis):

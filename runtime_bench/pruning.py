@@ -75,9 +75,14 @@ def _against_memcpy(dtype: Literal["bfloat16", "float16", "float32"]) -> Compari
         {"memcpy": lambda: copy.copy_(weight), "prune": lambda: prune_and_pack(weight, factors)}, rounds=ROUNDS
     )
     return Comparison(
-        name=f"score + select + pack over memcpy, bytes/s, {dtype}", shape=SHAPE,
-        slow_name="memcpy", slow=times["memcpy"], fast_name="native prune_and_pack", fast=times["prune"], target=0.25,
-    )  # fmt: skip
+        name=f"score + select + pack over memcpy, bytes/s, {dtype}",
+        shape=SHAPE,
+        slow_name="memcpy",
+        slow=times["memcpy"],
+        fast_name="native prune_and_pack",
+        fast=times["prune"],
+        target=0.25,
+    )
 
 
 def _weight_and_stats() -> tuple[Tensor, InputStats]:
@@ -101,9 +106,14 @@ def _against_wanda_24() -> Comparison:
         {"topk": by_topk, "native": lambda: prune_and_pack(weight, wanda(weight, stats, 4))}, rounds=ROUNDS
     )
     return Comparison(
-        name="2:4 selection over Wanda's topk per group", shape=(4096, 4096),
-        slow_name="topk", slow=times["topk"], fast_name="native prune_and_pack", fast=times["native"], target=5,
-    )  # fmt: skip
+        name="2:4 selection over Wanda's topk per group",
+        shape=(4096, 4096),
+        slow_name="topk",
+        slow=times["topk"],
+        fast_name="native prune_and_pack",
+        fast=times["native"],
+        target=5,
+    )
 
 
 def _against_wanda_sort() -> Comparison:
@@ -120,9 +130,14 @@ def _against_wanda_sort() -> Comparison:
         {"sort": by_sort, "ewma": lambda: ewma(wanda(weight, stats, 1).scores(weight), 0.5)}, rounds=ROUNDS
     )
     return Comparison(
-        name="unstructured 50% mask by EWMA over Wanda's sort", shape=(4096, 4096),
-        slow_name="sort", slow=times["sort"], fast_name="ewma", fast=times["ewma"], target=5,
-    )  # fmt: skip
+        name="unstructured 50% mask by EWMA over Wanda's sort",
+        shape=(4096, 4096),
+        slow_name="sort",
+        slow=times["sort"],
+        fast_name="ewma",
+        fast=times["ewma"],
+        target=5,
+    )
 
 
 def _sq_sum(stats: InputStats) -> Tensor:
@@ -146,10 +161,14 @@ def _against_sparsegpt(data: DemoData, progress: Progress) -> Comparison:
         calibration = run.data
         seconds[method].append(run.clock.seconds["mask"])
     return Comparison(
-        name="swiftprune masks over SparseGPT, whole demo model", shape=None,
-        slow_name="sparsegpt", slow=Timing(seconds=seconds["sparsegpt"]),
-        fast_name="swiftprune", fast=Timing(seconds=seconds["swiftprune"]), target=12.29,
-    )  # fmt: skip
+        name="swiftprune masks over SparseGPT, whole demo model",
+        shape=None,
+        slow_name="sparsegpt",
+        slow=Timing(seconds=seconds["sparsegpt"]),
+        fast_name="swiftprune",
+        fast=Timing(seconds=seconds["swiftprune"]),
+        target=12.29,
+    )
 
 
 def markdown(bench: PruningBench) -> str:

@@ -20,9 +20,14 @@ from swiftprune.progress import Progress, silent
 
 
 def perplexity(
-    sides: dict[str, Path], text: Path, *, seqlen: int = 2048, windows: int | None = None, dtype: str = "float32",
+    sides: dict[str, Path],
+    text: Path,
+    *,
+    seqlen: int = 2048,
+    windows: int | None = None,
+    dtype: str = "float32",
     progress: Progress = silent,
-) -> Quality:  # fmt: skip
+) -> Quality:
     """Of both sides on the UTF-8 `text`, in windows of `seqlen` tokens of the dense side's tokenizer.
 
     `windows` takes so many of them from all over the text. fp32 is also faster than bf16 on most CPUs. Raises
@@ -36,15 +41,23 @@ def perplexity(
         for side in SIDES
     }
     return Quality(
-        name="perplexity", source=f"{text.name}, windows of {seqlen} tokens, {dtype}", lower_is_better=True,
-        tokens=taken.numel(), **values,
-    )  # fmt: skip
+        name="perplexity",
+        source=f"{text.name}, windows of {seqlen} tokens, {dtype}",
+        lower_is_better=True,
+        tokens=taken.numel(),
+        **values,
+    )
 
 
 def tasks(
-    sides: dict[str, Path], names: Sequence[str], *, limit: int | None = None, include: Path | None = None,
-    dtype: str = "bfloat16", progress: Progress = silent,
-) -> list[Quality]:  # fmt: skip
+    sides: dict[str, Path],
+    names: Sequence[str],
+    *,
+    limit: int | None = None,
+    include: Path | None = None,
+    dtype: str = "bfloat16",
+    progress: Progress = silent,
+) -> list[Quality]:
     """lm-evaluation-harness `names` on both sides, through its Python API: a Quality for each task and metric.
 
     `include` is a folder with task definitions of one's own; `limit` evaluates only so many documents of each task.
@@ -71,13 +84,16 @@ def tasks(
     progress("tasks", len(SIDES), len(SIDES))
     return [
         Quality(
-            name=f"{task} {key.partition(',')[0]}", source="lm-evaluation-harness", dense=value,
-            sparse=scores["sparse"][task][key], lower_is_better=not better[task].get(key.partition(",")[0], True),
+            name=f"{task} {key.partition(',')[0]}",
+            source="lm-evaluation-harness",
+            dense=value,
+            sparse=scores["sparse"][task][key],
+            lower_is_better=not better[task].get(key.partition(",")[0], True),
         )
         for task, metrics in scores["dense"].items()
         for key, value in metrics.items()
         if isinstance(value, float) and "stderr" not in key
-    ]  # fmt: skip
+    ]
 
 
 def load_model(folder: Path, dtype: str) -> Any:

@@ -145,30 +145,53 @@ def html(results: Sequence[Any], sources: Sequence[str]) -> str:
     charts = {
         chart.name: chart
         for chart in (
-            _speedup_chart(runs, "at_once"), _speedup_chart(runs, "prompt_tokens"), _latency_chart(runs),
-            _bound_chart(runs), _layers_chart(layer_views), _gpu_chart(gpu_views), _trade_off_chart(trade_offs),
+            _speedup_chart(runs, "at_once"),
+            _speedup_chart(runs, "prompt_tokens"),
+            _latency_chart(runs),
+            _bound_chart(runs),
+            _layers_chart(layer_views),
+            _gpu_chart(gpu_views),
+            _trade_off_chart(trade_offs),
         )
         if chart.choices
-    }  # fmt: skip
+    }
     machines: dict[str, list[View]] = defaultdict(list)
     for view in views:
         machines[view.result.machine.model_dump_json()].append(view)
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
     environment.filters |= {
-        "quantity": quantity, "factor": lambda value: f"{value:.2f}×", "range": lambda i: f"{i.low:.2f}–{i.high:.2f}",
-        "percent": lambda share: "–" if share is None else f"{share:.0%}", "metric_name": metric_name,
-        "median": statistics.median, "spread": spread, "share": share_of_bound, "check": check_line, "verdict": verdict,
-        "gigabytes": lambda count: f"{count / 1e9:,.3g} GB", "csp_hash": _csp_hash,
-    }  # fmt: skip
+        "quantity": quantity,
+        "factor": lambda value: f"{value:.2f}×",
+        "range": lambda i: f"{i.low:.2f}–{i.high:.2f}",
+        "percent": lambda share: "–" if share is None else f"{share:.0%}",
+        "metric_name": metric_name,
+        "median": statistics.median,
+        "spread": spread,
+        "share": share_of_bound,
+        "check": check_line,
+        "verdict": verdict,
+        "gigabytes": lambda count: f"{count / 1e9:,.3g} GB",
+        "csp_hash": _csp_hash,
+    }
     page = environment.get_template("report.html.j2").render(
-        views=views, runs=runs, layers=layer_views, gpus=gpu_views, trade_offs=trade_offs, charts=charts,
+        views=views,
+        runs=runs,
+        layers=layer_views,
+        gpus=gpu_views,
+        trade_offs=trade_offs,
+        charts=charts,
         machines=list(machines.values()),
         figures={f"{c.name}-{i}": figure for c in charts.values() for i, (_, figure) in enumerate(c.choices)},
-        plotly_js=_script(plotly.get_plotlyjs()), byte_bound=BYTE_BOUND, sides=SIDES,
-    )  # fmt: skip
+        plotly_js=_script(plotly.get_plotlyjs()),
+        byte_bound=BYTE_BOUND,
+        sides=SIDES,
+    )
     return str(page)
 
 
@@ -226,9 +249,14 @@ def picture(results: Sequence[Any], path: Path) -> None:
                 legend.setdefault(f"{SHORT_NAMES[name]}, {metric_name(name)}", bars)
                 axes.plot([speedup.low, speedup.high], [row + offset] * 2, color="#1c2128", linewidth=1.2)
                 axes.annotate(
-                    f"{speedup.value:.2f}x", (max(speedup.high, speedup.value), row + offset), xytext=(5, 0),
-                    textcoords="offset points", va="center", fontsize=10, bbox=behind,
-                )  # fmt: skip
+                    f"{speedup.value:.2f}x",
+                    (max(speedup.high, speedup.value), row + offset),
+                    xytext=(5, 0),
+                    textcoords="offset points",
+                    va="center",
+                    fontsize=10,
+                    bbox=behind,
+                )
     axes.axvline(1, color="#1c2128", linewidth=0.8, linestyle=(0, (4, 3)))
     axes.set_yticks(range(len(rows)), [label.replace("$", r"\$") for label, _ in rows], fontsize=10)
     axes.set_ylim(len(rows) - 0.5, -0.5)
@@ -453,10 +481,11 @@ def _speedup_chart(runs: Sequence[View], over: Literal["at_once", "prompt_tokens
         "prompt_tokens": ("Speedup over prompt length", "tokens of the prompt", "length"),
     }[over]
     chart = Chart(
-        f"speedup-{what}", title,
+        f"speedup-{what}",
+        title,
         "How many times better the sparse model is. Bars are 95% intervals; below the dashed line it is slower. "
         "Void cases are left out.",
-    )  # fmt: skip
+    )
     for name in TABLE_METRICS:
         lines = [line for view in runs if (line := _case_line(view, name, over))]
         if len({x for line in lines for x in line.x}) > 1:
@@ -495,10 +524,11 @@ def _case_line(view: View, name: str, over: Literal["at_once", "prompt_tokens"])
 
 def _layers_chart(views: Sequence[View]) -> Chart:
     chart = Chart(
-        "layers", "Single layers over tokens",
+        "layers",
+        "Single layers over tokens",
         "Packed 2:4 against the better of torch and oneDNN, both at their 20th percentile. The dotted line is what the "
         "bytes allow; above it, the dense kernel reads more slowly than memory could.",
-    )  # fmt: skip
+    )
     for view in views:
         result: LayersResult = view.result
         for dtype, threads in dict.fromkeys((cell.dtype, cell.threads) for cell in result.cells):
@@ -508,12 +538,16 @@ def _layers_chart(views: Sequence[View]) -> Chart:
                 shapes[f"{cell.rows} × {cell.cols}"].append(cell)
             lines = [
                 Line(
-                    name=shape, x=[float(cell.tokens) for cell in row], y=[cell.speedup for cell in row],
-                    hover=[f"{shape}, M = {cell.tokens}\n{cell.speedup:.2f}×, {cell.backend} over {cell.better_dense}"
-                           for cell in row],
+                    name=shape,
+                    x=[float(cell.tokens) for cell in row],
+                    y=[cell.speedup for cell in row],
+                    hover=[
+                        f"{shape}, M = {cell.tokens}\n{cell.speedup:.2f}×, {cell.backend} over {cell.better_dense}"
+                        for cell in row
+                    ],
                 )
                 for shape, row in shapes.items()
-            ]  # fmt: skip
+            ]
             name = f"{dtype}, {threads} thread{'s' * (threads > 1)}"
             figure = _line_figure(lines, "tokens (M)", bound=BYTE_BOUND.get(dtype))
             chart.choices.append((_choice(view, name, views), figure))
@@ -522,9 +556,10 @@ def _layers_chart(views: Sequence[View]) -> Chart:
 
 def _gpu_chart(views: Sequence[View]) -> Chart:
     chart = Chart(
-        "gpu", "GPU kernels over tokens",
+        "gpu",
+        "GPU kernels over tokens",
         "Each kernel against the dense product of cuBLAS, with 95% intervals. What did not run is in the table.",
-    )  # fmt: skip
+    )
     for view in views:
         result: GpuResult = view.result
         for rows, cols, dtype in dict.fromkeys((cell.rows, cell.cols, cell.dtype) for cell in result.cells):
@@ -535,12 +570,15 @@ def _gpu_chart(views: Sequence[View]) -> Chart:
                         points[backend].append((cell.tokens, speedup))
             lines = [
                 Line(
-                    name=backend, x=[float(tokens) for tokens, _ in row], y=[speedup.value for _, speedup in row],
-                    low=[speedup.low for _, speedup in row], high=[speedup.high for _, speedup in row],
+                    name=backend,
+                    x=[float(tokens) for tokens, _ in row],
+                    y=[speedup.value for _, speedup in row],
+                    low=[speedup.low for _, speedup in row],
+                    high=[speedup.high for _, speedup in row],
                     hover=[f"{backend}, M = {tokens}\n{speedup:.2f}" for tokens, speedup in row],
                 )
                 for backend, row in points.items()
-            ]  # fmt: skip
+            ]
             if lines:
                 name = f"{rows} × {cols}, {dtype}"
                 figure = _line_figure(lines, "tokens (M)")
@@ -551,10 +589,11 @@ def _gpu_chart(views: Sequence[View]) -> Chart:
 def _latency_chart(runs: Sequence[View]) -> Chart:
     """Shares of tokens over latency. On a logarithmic axis a speedup is the same distance everywhere."""
     chart = Chart(
-        "latency", "Inter-token latency",
+        "latency",
+        "Inter-token latency",
         "The share of tokens that came within a time of the token before. The farther left, the faster; the distance "
         "between the curves is the speedup.",
-    )  # fmt: skip
+    )
     for view in runs:
         for case in view.result.cases:
             if case.void or not all(case.itl_ms.get(side) for side in SIDES):
@@ -564,12 +603,15 @@ def _latency_chart(runs: Sequence[View]) -> Chart:
                 shares = [step / _ECDF_STEPS for step in range(_ECDF_STEPS + 1)]
                 traces.append(
                     {
-                        "type": "scatter", "mode": "lines", "name": side, "line": {"color": colour, "width": 2.5},
+                        "type": "scatter",
+                        "mode": "lines",
+                        "name": side,
+                        "line": {"color": colour, "width": 2.5},
                         "x": [quantile(case.itl_ms[side], share) for share in shares],
                         "y": [100 * share for share in shares],
                         "hovertemplate": f"{side}: %{{y:.0f}}% of tokens within %{{x:.1f}} ms<extra></extra>",
                     }
-                )  # fmt: skip
+                )
             low, high = min(trace["x"][0] for trace in traces), max(trace["x"][-1] for trace in traces)
             figure = _figure(
                 traces,
@@ -582,16 +624,20 @@ def _latency_chart(runs: Sequence[View]) -> Chart:
 
 def _bound_chart(runs: Sequence[View]) -> Chart:
     chart = Chart(
-        "bound", "Share of what this machine allows",
+        "bound",
+        "Share of what this machine allows",
         "The least time in which the memory bandwidth and the arithmetic measured in the same run could do the work, "
         "over the time it took. At 100% nothing is left to gain but by moving fewer bytes. Attention is not counted.",
-    )  # fmt: skip
+    )
     for view in runs:
         bounded = {
-            name: [(case, metric) for case in view.result.cases
-                   if not case.void and (metric := case.metric(name)) and metric.bound]
+            name: [
+                (case, metric)
+                for case in view.result.cases
+                if not case.void and (metric := case.metric(name)) and metric.bound
+            ]
             for name in TABLE_METRICS
-        }  # fmt: skip
+        }
         # Tokens per second say the same as the time of each, so they stand in only where that is missing.
         names = [name for name in ("tpot", "ttft") if bounded[name]] or [n for n in TABLE_METRICS if bounded[n]]
         rows = [(f"{SHORT_NAMES.get(name, name)}, {_brief(case)}", m) for name in names for case, m in bounded[name]]
@@ -607,10 +653,11 @@ def _choice(view: View, name: str, views: Sequence[View]) -> str:
 
 def _trade_off_chart(views: Sequence[View]) -> Chart:
     chart = Chart(
-        "trade-off", "Quality over time",
+        "trade-off",
+        "Quality over time",
         "Perplexity on text that no stage has seen, over the minutes that pruning took, both on logarithmic axes. The "
         "line joins the recipes that no faster one is as good as; dashed: the dense model.",
-    )  # fmt: skip
+    )
     for view in views:
         result: TradeOff = view.result
         for text in result.tokens if result.pruned else ():
@@ -624,10 +671,16 @@ def _trade_off_figure(result: TradeOff, text: str) -> dict[str, Any]:
     others = [row for row in result.pruned if row not in front]
     traces = [
         {
-            "type": "scatter", "mode": f"{lines}markers+text", "name": name, "textposition": "top right",
-            "line": {"color": colour, "width": 2}, "marker": {"color": colour, "size": 8},
-            "x": [row.minutes for row in rows], "y": [row.perplexity[text] for row in rows],
-            "text": [html_text.escape(row.recipe) for row in rows], "hoverinfo": "text",
+            "type": "scatter",
+            "mode": f"{lines}markers+text",
+            "name": name,
+            "textposition": "top right",
+            "line": {"color": colour, "width": 2},
+            "marker": {"color": colour, "size": 8},
+            "x": [row.minutes for row in rows],
+            "y": [row.perplexity[text] for row in rows],
+            "text": [html_text.escape(row.recipe) for row in rows],
+            "hoverinfo": "text",
             "hovertext": [
                 f"{html_text.escape(row.recipe)}<br>{row.minutes:.1f} minutes<br>perplexity "
                 f"{quantity(row.perplexity[text])}, {result.ratio(row, text):.2f}× dense"
@@ -639,15 +692,18 @@ def _trade_off_figure(result: TradeOff, text: str) -> dict[str, Any]:
             ("others", "", SIDE_COLOURS["dense"], others),
         )
         if rows
-    ]  # fmt: skip
+    ]
     minutes = [row.minutes for row in result.pruned]
     perplexities = [row.perplexity[text] for row in result.rows]
     spans = {"minutes": (min(minutes), 2 * max(minutes)), "perplexity": (min(perplexities), max(perplexities))}
     axes = {title: {"title": title, **_log_axis(*span, _round_numbers(*span))} for title, span in spans.items()}
     return _figure(
-        traces, height=440, shapes=[_rule(y=result.rows[0].perplexity[text])],
-        xaxis=axes["minutes"], yaxis=axes["perplexity"],
-    )  # fmt: skip
+        traces,
+        height=440,
+        shapes=[_rule(y=result.rows[0].perplexity[text])],
+        xaxis=axes["minutes"],
+        yaxis=axes["perplexity"],
+    )
 
 
 def _bars_figure(rows: Sequence[tuple[str, Metric]]) -> dict[str, Any]:
@@ -656,18 +712,28 @@ def _bars_figure(rows: Sequence[tuple[str, Metric]]) -> dict[str, Any]:
         shares = [share_of_bound(metric, side) or 0.0 for _, metric in rows]
         traces.append(
             {
-                "type": "bar", "orientation": "h", "name": side, "marker": {"color": colour},
-                "x": [100 * share for share in shares], "y": [_narrow(label) for label, _ in rows],
-                "text": [f"{share:.0%}" for share in shares], "textposition": "outside", "cliponaxis": False,
+                "type": "bar",
+                "orientation": "h",
+                "name": side,
+                "marker": {"color": colour},
+                "x": [100 * share for share in shares],
+                "y": [_narrow(label) for label, _ in rows],
+                "text": [f"{share:.0%}" for share in shares],
+                "textposition": "outside",
+                "cliponaxis": False,
                 "hovertemplate": f"{side}: %{{x:.0f}}%<extra></extra>",
             }
-        )  # fmt: skip
+        )
     longest = max(x for trace in traces for x in trace["x"])
     return _figure(
-        traces, height=90 + 58 * len(rows), barmode="group", bargap=0.3, shapes=[_rule(x=100)],
+        traces,
+        height=90 + 58 * len(rows),
+        barmode="group",
+        bargap=0.3,
+        shapes=[_rule(x=100)],
         xaxis={"ticksuffix": "%", "range": [0, 1.1 * max(100, longest)]},
         yaxis={"autorange": "reversed", "showgrid": False},
-    )  # fmt: skip
+    )
 
 
 def _narrow(label: str) -> str:
@@ -689,25 +755,33 @@ def _line_figure(lines: Sequence[Line], x_title: str, bound: float | None = None
         aside = 1.0 + 0.025 * (index - (len(lines) - 1) / 2) * bool(line.low)
         colour = LINE_COLOURS[index % len(LINE_COLOURS)]
         trace: dict[str, Any] = {
-            "type": "scatter", "mode": "lines+markers", "name": _wrapped(line.name),
-            "x": [x * aside for x in line.x], "y": line.y, "hoverinfo": "text",
+            "type": "scatter",
+            "mode": "lines+markers",
+            "name": _wrapped(line.name),
+            "x": [x * aside for x in line.x],
+            "y": line.y,
+            "hoverinfo": "text",
             "text": [html_text.escape(hover).replace("\n", "<br>") for hover in line.hover],
             "line": {"color": colour, "width": 2},
             "marker": {"color": colour, "size": 8, "symbol": _SYMBOLS[index % len(_SYMBOLS)]},
-        }  # fmt: skip
+        }
         if line.low:
             trace["error_y"] = {
-                "type": "data", "symmetric": False, "thickness": 1.5, "width": 4,
+                "type": "data",
+                "symmetric": False,
+                "thickness": 1.5,
+                "width": 4,
                 "array": [high - y for high, y in zip(line.high, line.y, strict=True)],
                 "arrayminus": [y - low for low, y in zip(line.low, line.y, strict=True)],
-            }  # fmt: skip
+            }
         traces.append(trace)
     return _figure(
-        traces, height=310 + 17 * sum(1 + trace["name"].count("<br>") for trace in traces),
+        traces,
+        height=310 + 17 * sum(1 + trace["name"].count("<br>") for trace in traces),
         shapes=[_rule(y=1), *([_rule(y=bound, dash="dot")] if bound else [])],
         xaxis={"title": x_title, **_log_axis(ticks[0], ticks[-1], ticks)},
         yaxis={"title": "speedup", "ticksuffix": "×", "rangemode": "tozero"},
-    )  # fmt: skip
+    )
 
 
 def _figure(traces: Sequence[dict[str, Any]], *, height: int = 360, **layout: Any) -> dict[str, Any]:
@@ -715,14 +789,26 @@ def _figure(traces: Sequence[dict[str, Any]], *, height: int = 360, **layout: An
     figure = _needed("plotly.graph_objects").Figure(
         data=traces,
         layout={
-            "template": "none", "height": height, "margin": {"l": 8, "r": 16, "t": 8, "b": 8}, "dragmode": False,
-            "hovermode": "closest", "showlegend": True, "font": {"family": _FONT, "size": 13},
-            "paper_bgcolor": "rgba(0,0,0,0)", "plot_bgcolor": "rgba(0,0,0,0)",
-            "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom", "itemclick": False,
-                       "itemdoubleclick": False},
+            "template": "none",
+            "height": height,
+            "margin": {"l": 8, "r": 16, "t": 8, "b": 8},
+            "dragmode": False,
+            "hovermode": "closest",
+            "showlegend": True,
+            "font": {"family": _FONT, "size": 13},
+            "paper_bgcolor": "rgba(0,0,0,0)",
+            "plot_bgcolor": "rgba(0,0,0,0)",
+            "legend": {
+                "orientation": "h",
+                "x": 0,
+                "y": 1.02,
+                "yanchor": "bottom",
+                "itemclick": False,
+                "itemdoubleclick": False,
+            },
             **layout,
         },
-    )  # fmt: skip
+    )
     figure.update_xaxes(automargin=True, zeroline=False, title_font_size=13)
     figure.update_yaxes(automargin=True, zeroline=False, title_font_size=13)
     plain: dict[str, Any] = json.loads(figure.to_json())
@@ -741,9 +827,11 @@ def _log_axis(low: float, high: float, ticks: Iterable[float]) -> dict[str, Any]
     marks = list(ticks)
     room = 0.06 * max(math.log10(high / low), 0.1)
     return {
-        "type": "log", "range": [math.log10(low) - room, math.log10(high) + room], "tickvals": marks,
+        "type": "log",
+        "range": [math.log10(low) - room, math.log10(high) + room],
+        "tickvals": marks,
         "ticktext": [f"{mark:g}" for mark in marks],
-    }  # fmt: skip
+    }
 
 
 def _round_numbers(low: float, high: float) -> list[float]:

@@ -58,9 +58,11 @@ def measure(dtype: torch.dtype, threads: int) -> Peaks:
     finally:
         torch.set_num_threads(before)
     return Peaks(
-        threads=threads, dtype=str(dtype).removeprefix("torch."), read_gb_per_s=read,
+        threads=threads,
+        dtype=str(dtype).removeprefix("torch."),
+        read_gb_per_s=read,
         gemm_gflop_per_s=gemm / 1e9,
-    )  # fmt: skip
+    )
 
 
 def _gemm_flop_per_s(dtype: torch.dtype) -> float:

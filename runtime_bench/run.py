@@ -156,9 +156,14 @@ def _export_dense(source: Path, out: Path, progress: Progress) -> None:
 
 
 def measure(
-    sides: dict[str, Path], settings: RunSettings, *, name: str = "", work: Path | None = None,
-    reference: Path | None = None, progress: Progress = silent,
-) -> RunResult:  # fmt: skip
+    sides: dict[str, Path],
+    settings: RunSettings,
+    *,
+    name: str = "",
+    work: Path | None = None,
+    reference: Path | None = None,
+    progress: Progress = silent,
+) -> RunResult:
     """Measures the checkpoints `sides["dense"]` and `sides["sparse"]`.
 
     `reference` holds the sparse side's weights in a form that transformers loads; default: the sparse side itself.
@@ -177,23 +182,36 @@ def measure(
     cases = run.cases()
     seen.result = conditions.judged(
         seen.result,
-        {f"{side} {metric.name} ({case.label})": spread(values)
-         for case in cases if (metric := case.decoding)
-         for side, values in (("dense", metric.dense), ("sparse", metric.sparse))},
-    )  # fmt: skip
+        {
+            f"{side} {metric.name} ({case.label})": spread(values)
+            for case in cases
+            if (metric := case.decoding)
+            for side, values in (("dense", metric.dense), ("sparse", metric.sparse))
+        },
+    )
     seen.result.warnings += run.notes
     device = gpu.facts() if settings.on_gpu else None
     return RunResult(
         machine=this_machine((*PACKAGES, settings.engine), device).model_copy(update={"threads": settings.threads}),
         environment={name: os.environ.get(name, value) for name, value in ENVIRONMENT.items()}
-        if settings.engine == "vllm" else {},
-        conditions=seen.result, engine=settings.engine, engine_version=run.engine_version,
-        model=name or sides["dense"].resolve().name, dtype=settings.dtype, threads=settings.threads,
-        rounds=run.rounds, starts=settings.starts,
+        if settings.engine == "vllm"
+        else {},
+        conditions=seen.result,
+        engine=settings.engine,
+        engine_version=run.engine_version,
+        model=name or sides["dense"].resolve().name,
+        dtype=settings.dtype,
+        threads=settings.threads,
+        rounds=run.rounds,
+        starts=settings.starts,
         dense_linears=settings.dense_linears if settings.engine == "transformers" else "engine",
-        dense=run.facts("dense"), sparse=run.facts("sparse"), check=run.check, peaks=run.peaks, load=run.load(),
+        dense=run.facts("dense"),
+        sparse=run.facts("sparse"),
+        check=run.check,
+        peaks=run.peaks,
+        load=run.load(),
         cases=cases,
-    )  # fmt: skip
+    )
 
 
 class _Run:
@@ -320,9 +338,11 @@ class _Run:
     def facts(self, side: str) -> SideFacts:
         folder = self._sides[side]
         return SideFacts(
-            name=folder.resolve().name, disk_bytes=_disk_bytes(folder), linears=self._linears[side],
+            name=folder.resolve().name,
+            disk_bytes=_disk_bytes(folder),
+            linears=self._linears[side],
             matrix_bytes=self._matrices[side].nbytes,
-        )  # fmt: skip
+        )
 
     def load(self) -> list[Metric]:
         disk: dict[str, list[float]] = {side: [_disk_bytes(self._sides[side]) / 1e6] for side in SIDES}
@@ -337,9 +357,12 @@ class _Run:
 
     def _case(self, job: Job, rounds: dict[str, list[Round]]) -> Case:
         case = Case(
-            workload=job.workload, at_once=job.at_once, prompt_tokens=job.prompt_tokens, new_tokens=job.new_tokens,
+            workload=job.workload,
+            at_once=job.at_once,
+            prompt_tokens=job.prompt_tokens,
+            new_tokens=job.new_tokens,
             void=self._void(),
-        )  # fmt: skip
+        )
         if case.void:
             return case
         for name in rounds["dense"][0].figures:
@@ -359,9 +382,11 @@ class _Run:
             step = self.peaks.seconds(self._matrices[side], job.at_once, job.at_once)
             whole = prompt + step * (job.new_tokens - 1)
             known = {
-                "ttft": 1e3 * prompt, "tpot": 1e3 * step, "latency": whole,
+                "ttft": 1e3 * prompt,
+                "tpot": 1e3 * step,
+                "latency": whole,
                 "tokens_per_s": job.at_once * job.new_tokens / whole,
-            }  # fmt: skip
+            }
             if name in known and job.workload != "throughput":
                 bounds[side] = known[name]
         return bounds

@@ -164,9 +164,12 @@ def _run(data: DemoData, name: str, windows: dict[str, torch.Tensor], keep: Path
 
     if name == DENSE:
         return Row(
-            recipe=name, settings=None, seconds={}, validations=[],
+            recipe=name,
+            settings=None,
+            seconds={},
+            validations=[],
             perplexity=_perplexities(data.model, windows, staged),
-        )  # fmt: skip
+        )
     quality, given = RECIPES[name]
     settings = make_settings(quality, {"calibration": str(data.calibration)} | given)
     with tempfile.TemporaryDirectory(dir=data.model.parent) as temporary:
@@ -177,9 +180,12 @@ def _run(data: DemoData, name: str, windows: dict[str, torch.Tensor], keep: Path
         seconds = {stage: value for stage, value in report.seconds.items() if stage not in _NOT_PRUNING}
         seconds["other"] = max(0.0, elapsed - sum(report.seconds.values()))
         return Row(
-            recipe=name, settings=report.settings, seconds=seconds, validations=report.distillation,
+            recipe=name,
+            settings=report.settings,
+            seconds=seconds,
+            validations=report.distillation,
             perplexity=_perplexities(folder, windows, staged),
-        )  # fmt: skip
+        )
 
 
 def _perplexities(folder: Path, windows: dict[str, torch.Tensor], progress: Progress) -> dict[str, float]:

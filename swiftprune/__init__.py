@@ -25,9 +25,18 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
-    "ModuleReport", "Packed24", "PruneSettings", "PrunedBlock", "SwiftpruneError", "__version__", "pack", "prune",
-    "prune_module", "unpack", "validate",
-]  # fmt: skip
+    "ModuleReport",
+    "Packed24",
+    "PruneSettings",
+    "PrunedBlock",
+    "SwiftpruneError",
+    "__version__",
+    "pack",
+    "prune",
+    "prune_module",
+    "unpack",
+    "validate",
+]
 
 _HOMES = {
     "SwiftpruneError": "swiftprune.errors",

@@ -94,8 +94,10 @@ class PruneSettings(BaseModel):
         if self.calibration == "none" and self.max_perplexity_ratio is not None:
             raise SettingsError("--sparsity auto measures perplexity: give --calibration self or a text file")
         if self.calibration == "none":
-            raise SettingsError(f"--method {name} needs calibration data; give --calibration self or a text file, "
-                                "or use a data-free method (swiftprune-data-free, magnitude)")  # fmt: skip
+            raise SettingsError(
+                f"--method {name} needs calibration data; give --calibration self or a text file, "
+                "or use a data-free method (swiftprune-data-free, magnitude)"
+            )
         if self.one_pass and "blocks" in self.refine:
             raise SettingsError("--refine blocks works on the blocks pruned so far: leave out --one-pass")
         ordered = tuple(stage for stage in get_args(Refinement) if stage in self.refine)

@@ -60,9 +60,14 @@ class ModuleReport(BaseModel):
 
 
 def prune_module(
-    module: nn.Module, batches: Iterable[Any] | None = None, *, method: str = "", ignore: str = IGNORE_NOTHING,
-    forward: Forward | None = None, progress: Progress = silent,
-) -> ModuleReport:  # fmt: skip
+    module: nn.Module,
+    batches: Iterable[Any] | None = None,
+    *,
+    method: str = "",
+    ignore: str = IGNORE_NOTHING,
+    forward: Forward | None = None,
+    progress: Progress = silent,
+) -> ModuleReport:
     """Prunes the linears and convolutions of `module` to 2:4, in place.
 
     Two of every four consecutive weights stay: along in_features in nn.Linear, along the input channels, at each
@@ -119,8 +124,10 @@ def _choose_method(name: str, *, calibrated: bool) -> tuple[str, Method]:
         usable = ", ".join(key for key, other in METHODS.items() if other.factors)
         raise SettingsError(f"method {name!r} changes the kept weights, which prune_module does not do; use {usable}")
     if method.needs != "nothing" and not calibrated:
-        raise SettingsError(f"method {name!r} needs calibration data; give batches, "
-                            "or use a data-free method (swiftprune-data-free, magnitude)")  # fmt: skip
+        raise SettingsError(
+            f"method {name!r} needs calibration data; give batches, "
+            "or use a data-free method (swiftprune-data-free, magnitude)"
+        )
     return name, method
 
 

@@ -77,16 +77,29 @@ def cuda_operators(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         return product(weight, dense, None, out_dtype)
 
     def cutlass_with_bias(
-        bias: Tensor, packed: Tensor, meta: Tensor, dense: Tensor, *, alpha: Any = 1, beta: Any = 1,
+        bias: Tensor,
+        packed: Tensor,
+        meta: Tensor,
+        dense: Tensor,
+        *,
+        alpha: Any = 1,
+        beta: Any = 1,
         out_dtype: torch.dtype | None = None,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         weight: Tensor = sparse_semi_structured_to_dense_cutlass(packed, meta)  # type: ignore[no-untyped-call]
         return product(weight, dense, bias, out_dtype)
 
     def cusparselt(
-        packed: Tensor, dense: Tensor, bias: Any = None, alpha: Any = None, out_dtype: torch.dtype | None = None,
-        transpose_result: bool = False, alg_id: int = 0, split_k: int = 1, split_k_mode: int = -1,
-    ) -> Tensor:  # fmt: skip
+        packed: Tensor,
+        dense: Tensor,
+        bias: Any = None,
+        alpha: Any = None,
+        out_dtype: torch.dtype | None = None,
+        transpose_result: bool = False,
+        alg_id: int = 0,
+        split_k: int = 1,
+        split_k_mode: int = -1,
+    ) -> Tensor:
         assert alpha is None
         assert dense.t().is_contiguous(), "cuSPARSELt takes the rows of x to be adjacent, whatever their strides"
         y = product(packed, dense, bias, out_dtype)

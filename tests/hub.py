@@ -81,9 +81,14 @@ class _Handler(BaseHTTPRequestHandler):
             if parts[4:5] == ["tree"]:
                 return self._answer([self._entry(path, content) for path, content in repository.files.items()])
             siblings = [{"rfilename": path} for path in repository.files]
-            return self._answer({
-                "id": "/".join(parts[2:4]), "sha": repository.sha, "siblings": siblings, "private": repository.private,
-            })  # fmt: skip
+            return self._answer(
+                {
+                    "id": "/".join(parts[2:4]),
+                    "sha": repository.sha,
+                    "siblings": siblings,
+                    "private": repository.private,
+                }
+            )
         if "resolve" in parts and (repository := self._repository("/".join(parts[: parts.index("resolve")]))):
             path = "/".join(parts[parts.index("resolve") + 2 :])
             if path in repository.files:
@@ -116,13 +121,19 @@ class _Handler(BaseHTTPRequestHandler):
         if repository is None:
             return None
         if parts[4] == "preupload":
-            return self._answer({
-                "files": [
-                    {"path": file["path"], "uploadMode": "lfs" if file["path"].endswith(_LARGE) else "regular",
-                     "shouldIgnore": False, "oid": None}
-                    for file in json.loads(body)["files"]
-                ]
-            })  # fmt: skip
+            return self._answer(
+                {
+                    "files": [
+                        {
+                            "path": file["path"],
+                            "uploadMode": "lfs" if file["path"].endswith(_LARGE) else "regular",
+                            "shouldIgnore": False,
+                            "oid": None,
+                        }
+                        for file in json.loads(body)["files"]
+                    ]
+                }
+            )
         if self.hub.fails:
             return self._answer({"error": "Storage limit reached"}, 403)
         repository.commits.append(self._committed(dict(repository.files), body))

@@ -43,15 +43,19 @@ def linear(weight: FloatArray, *, form: str = "MatMul", bias: FloatArray | None 
 
 
 def model(
-    nodes: Sequence[Any], initializers: dict[str, NDArray[Any]], inputs: dict[str, list[Any]],
-    outputs: dict[str, list[Any]], opset: int = 20,
-) -> Any:  # fmt: skip
+    nodes: Sequence[Any],
+    initializers: dict[str, NDArray[Any]],
+    inputs: dict[str, list[Any]],
+    outputs: dict[str, list[Any]],
+    opset: int = 20,
+) -> Any:
     graph = helper.make_graph(
-        list(nodes), "graph",
+        list(nodes),
+        "graph",
         [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in inputs.items()],
         [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in outputs.items()],
         [numpy_helper.from_array(value, name) for name, value in initializers.items()],
-    )  # fmt: skip
+    )
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=10)
 
 
@@ -92,11 +96,12 @@ def write_packed(
     outputs, inputs = values.shape[0], 2 * values.shape[1]
     element, x_element = TensorProto.DataType.Value(dtype), TensorProto.DataType.Value(x_dtype)
     graph = helper.make_graph(
-        [helper.make_node("MatMul24", ["x", "v", "m"], ["y"], domain="swiftprune", name="lin")], "graph",
+        [helper.make_node("MatMul24", ["x", "v", "m"], ["y"], domain="swiftprune", name="lin")],
+        "graph",
         [helper.make_tensor_value_info("x", x_element, ["batch", "time", "inputs"])],
         [helper.make_tensor_value_info("y", x_element, ["batch", "time", outputs])],
         [helper.make_tensor("v", element, values.shape, values.ravel()), numpy_helper.from_array(metadata, "m")],
-    )  # fmt: skip
+    )
     function = onnx_ir.serde.serialize_function(matmul24(20))
     opsets = [helper.make_opsetid("", 20), helper.make_opsetid("swiftprune", 1)]
     save(helper.make_model(graph, opset_imports=opsets, functions=[function], ir_version=10), path)

@@ -293,9 +293,13 @@ class Run:
         }
         run = subprocess.run(
             ["bash", "--noprofile", "--norc", "-eo", "pipefail", script],
-            cwd=self.work, env=environment | self.filled(step.get("env", {})),
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
-        )  # fmt: skip
+            cwd=self.work,
+            env=environment | self.filled(step.get("env", {})),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=False,
+        )
         self.log += run.stdout
         self.outcomes[name] = "failure" if run.returncode else "success"
         lines = outputs.read_text().splitlines() if outputs.exists() else []
@@ -363,9 +367,16 @@ def test_a_failed_measurement_fails_even_with_exit_code_2(tmp_path: Path) -> Non
 
 def test_settings_reach_the_commands(tmp_path: Path) -> None:
     given = {
-        "model": "a sparse one", "dense": "a dense one", "engine": "vllm", "at-once": "2,4", "prompt-tokens": "5",
-        "new-tokens": "6", "rounds": "7", "baseline-file": "the base.json", "max-regression": "8%",
-    }  # fmt: skip
+        "model": "a sparse one",
+        "dense": "a dense one",
+        "engine": "vllm",
+        "at-once": "2,4",
+        "prompt-tokens": "5",
+        "new-tokens": "6",
+        "rounds": "7",
+        "baseline-file": "the base.json",
+        "max-regression": "8%",
+    }
     measure, gate, _ = Run(tmp_path, given, baselines=("the base.json",)).commands
     for option in ("engine", "at-once", "prompt-tokens", "new-tokens", "rounds"):
         assert measure[measure.index(f"--{option}") + 1] == given[option]
@@ -379,8 +390,15 @@ def test_it_installs_into_an_environment_of_its_own(tmp_path: Path) -> None:
     folder = (tmp_path / "path").read_text().strip()
     assert Path(folder).is_relative_to(tmp_path / "temp")
     assert run.calls[1] == [
-        "pip", "install", "--quiet", "--constraint", "versions.txt", "--no-cache-dir", "--", "swiftprune[report,demo]",
-    ]  # fmt: skip
+        "pip",
+        "install",
+        "--quiet",
+        "--constraint",
+        "versions.txt",
+        "--no-cache-dir",
+        "--",
+        "swiftprune[report,demo]",
+    ]
 
 
 def test_without_a_package_it_installs_nothing(tmp_path: Path) -> None:
@@ -465,8 +483,11 @@ def commented(folder: Path, *, existing: list[dict[str, Any]], status: int = 0, 
     """
     run = subprocess.run(
         [node, "-e", script, COMMENT, json.dumps(existing), str(status)],
-        env={"NAME": "speed", "FILE": str(folder / "comment.md")}, capture_output=True, text=True, check=True,
-    )  # fmt: skip
+        env={"NAME": "speed", "FILE": str(folder / "comment.md")},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     return Commented(**json.loads(run.stdout))
 
 

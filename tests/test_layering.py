@@ -75,8 +75,11 @@ def test_folders_import_downwards_only(folder: str) -> None:
 
 def test_no_module_imports_itself_through_others() -> None:
     """Imports at the top of modules, those for type checkers aside, have no circle."""
-    files = {".".join(path.relative_to(ROOT).with_suffix("").parts): path
-             for package in MAY_IMPORT for path in (ROOT / package).rglob("*.py")}  # fmt: skip
+    files = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts): path
+        for package in MAY_IMPORT
+        for path in (ROOT / package).rglob("*.py")
+    }
     found = {name: {other for other in imported_at_the_top(path) if other in files} for name, path in files.items()}
     done: set[str] = set()
 

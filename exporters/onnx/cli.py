@@ -21,9 +21,12 @@ from swiftprune.errors import FormatError
 from swiftprune.models.ignore import DEFAULT_IGNORE, compile_ignore
 
 app = typer.Typer(
-    add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False, no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    no_args_is_help=True,
     help="ONNX models with 2:4 weights. To prune and export a language model: [b]swiftprune-export --target onnx[/].",
-)  # fmt: skip
+)
 Model = Annotated[Path, typer.Argument(metavar="MODEL.onnx", help="Any ONNX model; its external data beside it.")]
 Ignore = Annotated[str, typer.Option(metavar="REGEX", help="Weights whose name contains a match are left out.")]
 
@@ -53,11 +56,15 @@ def check_command(
         table.add_column(heading, justify="right" if heading in ("shape", "summed axis", "zeros") else "left")
     for weight in checks:
         table.add_row(
-            escape(weight.name), weight.op, "x".join(map(str, weight.shape)), str(weight.axis) if weight.shape else "",
+            escape(weight.name),
+            weight.op,
+            "x".join(map(str, weight.shape)),
+            str(weight.axis) if weight.shape else "",
             f"{weight.sparsity:.1%}" if weight.shape else "",
-            "[green]yes[/]" if weight.problem is None
+            "[green]yes[/]"
+            if weight.problem is None
             else escape(f"{'cannot be' if weight.impossible else 'no'}: {weight.problem}"),
-        )  # fmt: skip
+        )
     console = Console()
     console.print(table)
     good = sum(weight.problem is None for weight in checks)
@@ -101,9 +108,13 @@ def pack_command(
     compile_ignore(ignore)
     with ProgressBars(Console(stderr=True)) as progress:
         report = pack_model(
-            model, out, dtype=DTYPES[dtype.value] if dtype else None, ignore=ignore, overwrite=overwrite,
+            model,
+            out,
+            dtype=DTYPES[dtype.value] if dtype else None,
+            ignore=ignore,
+            overwrite=overwrite,
             progress=progress,
-        )  # fmt: skip
+        )
     console = Console()
     before, after = report.weight_bytes_before, report.weight_bytes_after
     console.print(

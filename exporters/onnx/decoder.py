@@ -41,9 +41,13 @@ _TOTAL = "total_sequence_length"  # of past and step together
 
 
 def build_decoder(
-    checkpoint: Path, out: Path, *, dtype: DtypeName = "float32", standard_ops: bool = False,
+    checkpoint: Path,
+    out: Path,
+    *,
+    dtype: DtypeName = "float32",
+    standard_ops: bool = False,
     progress: Progress = silent,
-) -> str:  # fmt: skip
+) -> str:
     """Writes the causal LM in the folder `checkpoint` (dense) as `out/model.onnx` and `out/model.onnx.data`.
 
     Inputs: `input_ids` (B, T), `attention_mask` (B, past + T), `position_ids` (B, T), all int64, and
@@ -145,9 +149,12 @@ class DecoderWithCache(nn.Module):
     ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
         # Without a config no layer of the cache drops what its sliding window has passed: the mask hides that.
         output = self.model(
-            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
-            past_key_values=DynamicCache(past), use_cache=True,
-        )  # fmt: skip
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=DynamicCache(past),
+            use_cache=True,
+        )
         return output.logits, _keys_and_values(output.past_key_values)
 
 
@@ -186,13 +193,15 @@ def _trace_step(model: nn.Module, opset: int) -> Any:
     step, grown = {0: "batch_size", 1: "sequence_length"}, {0: "batch_size", 1: _TOTAL}
     kept = {0: "batch_size", 2: "past_sequence_length"}
     program = trace(
-        DecoderWithCache(model).eval(), (torch.zeros_like(positions), mask, positions, past), {},
+        DecoderWithCache(model).eval(),
+        (torch.zeros_like(positions), mask, positions, past),
+        {},
         opset=opset,
         dynamic_shapes=(step, grown, step, [(kept, kept) for _ in past]),
         input_names=["input_ids", "attention_mask", "position_ids", *(f"past_key_values.{name}" for name in names)],
         output_names=["logits", *(f"present.{name}" for name in names)],
         prefix="model.",
-    )  # fmt: skip
+    )
     for present in program.model.graph.outputs[1:]:
         present.shape[2] = _TOTAL  # of many spellings: past_sequence_length + sequence_length, and the other way round
     return program

@@ -41,7 +41,7 @@ class DecoderReport(BaseModel):
 
 def write_decoder(
     checkpoint: Path, out: Path, *, packed: bool, dtype: DtypeName, pruned_weights: int, progress: Progress = silent
-) -> DecoderReport:  # fmt: skip
+) -> DecoderReport:
     """Writes the pruned dense `checkpoint` to the new folder `out` as model.onnx and what its engines want beside it.
 
     `packed`: the values in `dtype`, computing in float32. Else standard operators only, all in `dtype`, zeros in place.
@@ -83,9 +83,14 @@ def write_decoder(
     difference, equal = (None, None) if tolerance is None else _check(checkpoint, out, tolerance, progress)
     file_bytes = sum(path.stat().st_size for path in out.glob("model.onnx*"))
     return DecoderReport(
-        builder=builder, opset=opset, ir_version=ir_version, weight_bytes=weight_bytes, file_bytes=file_bytes,
-        max_logit_difference=difference, equal_tokens=equal,
-    )  # fmt: skip
+        builder=builder,
+        opset=opset,
+        ir_version=ir_version,
+        weight_bytes=weight_bytes,
+        file_bytes=file_bytes,
+        max_logit_difference=difference,
+        equal_tokens=equal,
+    )
 
 
 def _versions(path: Path) -> tuple[int, int]:

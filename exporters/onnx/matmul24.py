@@ -46,9 +46,13 @@ def matmul24(opset: int) -> Any:
     # One nibble a group: the low half of a byte, then the high half. Of an odd number of groups one half is unused.
     low = add("BitwiseAnd", "metadata", constant("low_bits", 0xF, np.uint8), out="low")
     high = add("BitShift", "metadata", constant("half_byte", 4, np.uint8), out="high", direction="RIGHT")
-    halves = add("Concat", add("Unsqueeze", low, last, out="low_column"),
-                 add("Unsqueeze", high, last, out="high_column"),
-                 out="halves", axis=-1)  # fmt: skip
+    halves = add(
+        "Concat",
+        add("Unsqueeze", low, last, out="low_column"),
+        add("Unsqueeze", high, last, out="high_column"),
+        out="halves",
+        axis=-1,
+    )
     pairs = add("Reshape", "values", constant("by_group", [0, -1, KEPT]), out="pairs")  # (N, K/4, 2)
     groups = add("Shape", pairs, out="groups", start=1, end=2)
     nibbles = add("Slice", add("Reshape", halves, rows, out="all_nibbles"), start, groups, first, out="nibbles")
@@ -57,10 +61,16 @@ def matmul24(opset: int) -> Any:
     pos1 = add("BitShift", nibbles, constant("position_width", 2, np.uint8), out="pos1", direction="RIGHT")
     positions = add(
         "Cast",
-        add("Concat", add("Unsqueeze", pos0, last, out="pos0_column"), add("Unsqueeze", pos1, last, out="pos1_column"),
-            out="narrow_positions", axis=-1),
-        out="positions", to=TensorProto.INT64,
-    )  # fmt: skip
+        add(
+            "Concat",
+            add("Unsqueeze", pos0, last, out="pos0_column"),
+            add("Unsqueeze", pos1, last, out="pos1_column"),
+            out="narrow_positions",
+            axis=-1,
+        ),
+        out="positions",
+        to=TensorProto.INT64,
+    )
     shape = add(
         "Concat", add("Shape", pairs, out="rows_and_groups", end=2), constant("group", [GROUP]), out="shape", axis=0
     )
@@ -69,7 +79,12 @@ def matmul24(opset: int) -> Any:
     weight = add("Reshape", add("ScatterElements", zeros, positions, kept, out="grouped", axis=-1), rows, out="weight")
     add("MatMul", "x", add("Transpose", weight, out="columns", perm=[1, 0]), out="y")
     proto = helper.make_function(
-        DOMAIN, NAME, ["x", "values", "metadata"], ["y"], nodes, [onnx.helper.make_opsetid("", opset)],
+        DOMAIN,
+        NAME,
+        ["x", "values", "metadata"],
+        ["y"],
+        nodes,
+        [onnx.helper.make_opsetid("", opset)],
         doc_string="y = x W^T, W 2:4 sparse: the two kept values of each group of four inputs, and their places",
-    )  # fmt: skip
+    )
     return onnx_ir.serde.deserialize_function(proto)

@@ -40,10 +40,17 @@ class ModuleExport(BaseModel):
 
 
 def export_module(
-    module: nn.Module, example: Any, out: Path, *, packed: bool = True, dynamic_shapes: Any = None,
-    input_names: Sequence[str] | None = None, output_names: Sequence[str] | None = None, overwrite: bool = False,
+    module: nn.Module,
+    example: Any,
+    out: Path,
+    *,
+    packed: bool = True,
+    dynamic_shapes: Any = None,
+    input_names: Sequence[str] | None = None,
+    output_names: Sequence[str] | None = None,
+    overwrite: bool = False,
     progress: Progress = silent,
-) -> ModuleExport:  # fmt: skip
+) -> ModuleExport:
     """Writes `module` to the ONNX file `out`, its linears packed when they are 2:4, big tensors beside it.
 
     Prune it first with `swiftprune.prune_module`. `example` are inputs: a tensor, a tuple of positional arguments or a
@@ -61,9 +68,14 @@ def export_module(
         dynamic_shapes = _open_batch(module, arguments, keywords)
     with eval_mode(module):
         program = trace(
-            module, arguments, keywords, opset=STANDARD_OPSET, dynamic_shapes=dynamic_shapes,
-            input_names=input_names, output_names=output_names,
-        )  # fmt: skip
+            module,
+            arguments,
+            keywords,
+            opset=STANDARD_OPSET,
+            dynamic_shapes=dynamic_shapes,
+            input_names=input_names,
+            output_names=output_names,
+        )
         with torch.no_grad():
             expected = _tensors(module(*arguments, **keywords))
     with written_aside(out) as folder:

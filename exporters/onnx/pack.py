@@ -45,9 +45,14 @@ class PackReport:
 
 
 def pack_model(
-    source: Path, out: Path, *, dtype: torch.dtype | None = None, ignore: str | None = None, overwrite: bool = False,
+    source: Path,
+    out: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    ignore: str | None = None,
+    overwrite: bool = False,
     progress: Progress = silent,
-) -> PackReport:  # fmt: skip
+) -> PackReport:
     """Writes the ONNX model `source` to `out` with its 2:4 weights packed, big tensors beside it in `out`.data.
 
     `dtype` is the type of the packed values, by default that of each weight; it must hold every weight exactly.
@@ -102,9 +107,13 @@ def pack_model(
     model.ir_version = max(model.ir_version, _OLDEST_IR)
     with written_aside(out) as folder:
         onnx_ir.save(
-            model, folder / out.name, external_data=f"{out.name}.data", alignment=_ALIGNMENT, align_threshold=0,
+            model,
+            folder / out.name,
+            external_data=f"{out.name}.data",
+            alignment=_ALIGNMENT,
+            align_threshold=0,
             callback=lambda _, info: progress("write", info.index + 1, info.total),
-        )  # fmt: skip
+        )
     return PackReport(packed, dense, opset, model.ir_version, before, after)
 
 
@@ -149,8 +158,10 @@ def _replace(model: Any, weight: Weight, dtype: torch.dtype, pair: Callable[[], 
         _lazy(f"{weight.name}.values", dtype, (outputs, inputs // GROUP * KEPT), lambda: pair().values),
         _lazy(f"{weight.name}.metadata", torch.uint8, (outputs, metadata_width(inputs)), lambda: pair().metadata),
     ]
-    values = [onnx_ir.Value(name=tensor.name, type=onnx_ir.TensorType(tensor.dtype), shape=tensor.shape,
-                            const_value=tensor) for tensor in stored]  # fmt: skip
+    values = [
+        onnx_ir.Value(name=tensor.name, type=onnx_ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor)
+        for tensor in stored
+    ]
     for value in values:
         graph.register_initializer(value)
     for node in weight.nodes:

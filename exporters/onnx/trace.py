@@ -28,9 +28,16 @@ def require_packages() -> None:
 
 @torch.no_grad()
 def trace(
-    module: nn.Module, arguments: tuple[Any, ...], keywords: Mapping[str, Any], *, opset: int, dynamic_shapes: Any,
-    input_names: Sequence[str] | None = None, output_names: Sequence[str] | None = None, prefix: str = "",
-) -> Any:  # fmt: skip
+    module: nn.Module,
+    arguments: tuple[Any, ...],
+    keywords: Mapping[str, Any],
+    *,
+    opset: int,
+    dynamic_shapes: Any,
+    input_names: Sequence[str] | None = None,
+    output_names: Sequence[str] | None = None,
+    prefix: str = "",
+) -> Any:
     """The torch.onnx.ONNXProgram of `module`; `prefix` is dropped from the names of its weights.
 
     Raises SettingsError as `require_packages`, and CheckpointError when torch.onnx cannot export the module.
@@ -39,9 +46,16 @@ def trace(
     try:
         with _quiet():
             program = torch.onnx.export(
-                module, arguments, kwargs=dict(keywords), dynamic_shapes=dynamic_shapes, opset_version=opset,
-                input_names=input_names, output_names=output_names, dynamo=True, verbose=False,
-            )  # fmt: skip
+                module,
+                arguments,
+                kwargs=dict(keywords),
+                dynamic_shapes=dynamic_shapes,
+                opset_version=opset,
+                input_names=input_names,
+                output_names=output_names,
+                dynamo=True,
+                verbose=False,
+            )
     except Exception as error:  # whatever the module's code and its translation raise
         root = _root(error)
         raise CheckpointError(f"torch.onnx cannot export {type(module).__name__}: {first_line(root)}") from error

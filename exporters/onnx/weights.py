@@ -23,10 +23,15 @@ PACK_OPSET = 18  # the first with BitwiseAnd, which the body of MatMul24 needs
 _PRODUCTS = {"MatMul", "Gemm", "MatMulInteger", "QLinearMatMul"}
 # Where an operator has what it multiplies, and beside each, where that has its zero point.
 _OPERANDS: dict[str, tuple[tuple[int, int | None], ...]] = {
-    "MatMul": ((0, None), (1, None)), "Gemm": ((0, None), (1, None)), "Conv": ((1, None),),
-    "ConvTranspose": ((1, None),), "MatMulInteger": ((0, 2), (1, 3)), "QLinearMatMul": ((0, 2), (3, 5)),
-    "ConvInteger": ((1, 3),), "QLinearConv": ((3, 5),),
-}  # fmt: skip
+    "MatMul": ((0, None), (1, None)),
+    "Gemm": ((0, None), (1, None)),
+    "Conv": ((1, None),),
+    "ConvTranspose": ((1, None),),
+    "MatMulInteger": ((0, 2), (1, 3)),
+    "QLinearMatMul": ((0, 2), (3, 5)),
+    "ConvInteger": ((1, 3),),
+    "QLinearConv": ((3, 5),),
+}
 _QUANTIZED = "integers"
 # Of weights in a layout of their own.
 _OPAQUE = {"MatMulNBits", "MatMulBnb4", "GatherBlockQuantized", "QMoE"}

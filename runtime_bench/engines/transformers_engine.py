@@ -42,9 +42,13 @@ class TransformersModel:
     def generate(self, prompts: list[list[int]], new_tokens: int, arrived: Callable[[], None]) -> list[list[int]]:
         ids = torch.tensor(prompts, device=self._model.device)
         answer = self._model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False,
-            pad_token_id=0, streamer=_Clock(arrived),
-        )  # fmt: skip
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=new_tokens,
+            do_sample=False,
+            pad_token_id=0,
+            streamer=_Clock(arrived),
+        )
         rows: list[list[int]] = answer[:, ids.shape[1] :].tolist()
         return rows
 

@@ -62,9 +62,13 @@ class Server(AbstractContextManager["Server"]):
         self._work = work
         self._name = name
         self._model = [
-            "--dtype", options.dtype, "--max-model-len", str(2 * options.longest),
-            "--generation-config", "vllm",  # not the model's own, whose penalties would change the answers
-        ]  # fmt: skip
+            "--dtype",
+            options.dtype,
+            "--max-model-len",
+            str(2 * options.longest),
+            "--generation-config",
+            "vllm",  # not the model's own, whose penalties would change the answers
+        ]
         self._url = ""
         self._serving = contextlib.ExitStack()
         self._peak = 0
@@ -89,11 +93,21 @@ class Server(AbstractContextManager["Server"]):
             port = probe.getsockname()[1]
         self._url = f"http://127.0.0.1:{port}"
         command = [
-            str(self._vllm), "serve", str(self._folder), "--host", "127.0.0.1", "--port", str(port), *self._model,
-        ]  # fmt: skip
-        with open(log, "w") as out, subprocess.Popen(
-            command, stdout=out, stderr=subprocess.STDOUT, env=ENVIRONMENT | os.environ, start_new_session=True
-        ) as process:  # fmt: skip
+            str(self._vllm),
+            "serve",
+            str(self._folder),
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(port),
+            *self._model,
+        ]
+        with (
+            open(log, "w") as out,
+            subprocess.Popen(
+                command, stdout=out, stderr=subprocess.STDOUT, env=ENVIRONMENT | os.environ, start_new_session=True
+            ) as process,
+        ):
             try:
                 self._wait(process, log)
                 yield
@@ -120,9 +134,14 @@ class Server(AbstractContextManager["Server"]):
 
     def tokens(self, prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
         request = {
-            "model": str(self._folder), "prompt": prompts, "temperature": 0, "max_tokens": new_tokens,
-            "ignore_eos": True, "logprobs": 0, "return_tokens_as_token_ids": True,
-        }  # fmt: skip
+            "model": str(self._folder),
+            "prompt": prompts,
+            "temperature": 0,
+            "max_tokens": new_tokens,
+            "ignore_eos": True,
+            "logprobs": 0,
+            "return_tokens_as_token_ids": True,
+        }
         call = urllib.request.Request(
             f"{self._url}/v1/completions", json.dumps(request).encode(), {"Content-Type": "application/json"}
         )
@@ -135,20 +154,50 @@ class Server(AbstractContextManager["Server"]):
         shape = ["--random-input-len", str(job.prompt_tokens), "--random-output-len", str(job.new_tokens)]
         requests = ["--dataset-name", "random", *shape, "--num-prompts", str(REQUESTS_FOR_EACH * job.at_once)]
         if job.workload == "serve":
-            result = self._bench("serve", [
-                "--base-url", self._url, *requests, "--max-concurrency", str(job.at_once), "--ignore-eos",
-                "--temperature", "0", "--num-warmups", str(job.at_once), "--percentile-metrics", "ttft,tpot,itl",
-                "--save-result", "--save-detailed", "--result-dir", str(self._work),
-            ], "--result-filename")  # fmt: skip
+            result = self._bench(
+                "serve",
+                [
+                    "--base-url",
+                    self._url,
+                    *requests,
+                    "--max-concurrency",
+                    str(job.at_once),
+                    "--ignore-eos",
+                    "--temperature",
+                    "0",
+                    "--num-warmups",
+                    str(job.at_once),
+                    "--percentile-metrics",
+                    "ttft,tpot,itl",
+                    "--save-result",
+                    "--save-detailed",
+                    "--result-dir",
+                    str(self._work),
+                ],
+                "--result-filename",
+            )
             if result["failed"]:
                 raise RuntimeError(f"{result['failed']} requests failed on {self._folder}; see its log in {self._work}")
             return _served(result)
         self._serving.close()
         if job.workload == "latency":
-            result = self._bench("latency", [
-                *self._model, "--input-len", str(job.prompt_tokens), "--output-len", str(job.new_tokens),
-                "--batch-size", str(job.at_once), "--num-iters-warmup", "1", "--num-iters", "3",
-            ], "--output-json")  # fmt: skip
+            result = self._bench(
+                "latency",
+                [
+                    *self._model,
+                    "--input-len",
+                    str(job.prompt_tokens),
+                    "--output-len",
+                    str(job.new_tokens),
+                    "--batch-size",
+                    str(job.at_once),
+                    "--num-iters-warmup",
+                    "1",
+                    "--num-iters",
+                    "3",
+                ],
+                "--output-json",
+            )
             return Round({"latency": float(result["avg_latency"])})
         result = self._bench(
             "throughput", [*self._model, *requests, "--max-num-seqs", str(job.at_once)], "--output-json"
@@ -163,8 +212,11 @@ class Server(AbstractContextManager["Server"]):
         with open(log, "w") as file:
             done = subprocess.run(
                 [str(self._vllm), "bench", command, "--model", str(self._folder), *arguments, out, where],
-                stdout=file, stderr=subprocess.STDOUT, env=ENVIRONMENT | os.environ, check=False,
-            )  # fmt: skip
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                env=ENVIRONMENT | os.environ,
+                check=False,
+            )
         if done.returncode or not result.exists():
             raise RuntimeError(f"vllm bench {command} ended with {done.returncode} on {self._folder}; see {log}")
         if command != "serve" and _linears(log) != self.loaded.linears:

@@ -130,5 +130,7 @@ def _peak_memory_bytes(model: Model) -> int:
 
 
 _ANSWERS: dict[str, Callable[..., Any]] = {
-    "tokens": _tokens, "arrivals": _arrivals, "peak_memory_bytes": _peak_memory_bytes,
-}  # fmt: skip
+    "tokens": _tokens,
+    "arrivals": _arrivals,
+    "peak_memory_bytes": _peak_memory_bytes,
+}

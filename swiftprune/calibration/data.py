@@ -28,9 +28,16 @@ class CalibrationData:
 
 
 def calibration_data(
-    source: str, checkpoint: Checkpoint, *, samples: int, seqlen: int, seed: int, progress: Progress,
-    compute: torch.dtype = torch.float32, column: str = DEFAULT_COLUMN,
-) -> CalibrationData:  # fmt: skip
+    source: str,
+    checkpoint: Checkpoint,
+    *,
+    samples: int,
+    seqlen: int,
+    seed: int,
+    progress: Progress,
+    compute: torch.dtype = torch.float32,
+    column: str = DEFAULT_COLUMN,
+) -> CalibrationData:
     """`source` is `self` (the model samples its own text), a text file (see `text_files`) or a data set id.
 
     A text is cut into windows of `seqlen` tokens, of which `samples` are drawn without replacement under `seed`; a

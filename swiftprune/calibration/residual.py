@@ -12,9 +12,25 @@ from torch.overrides import TorchFunctionMode
 _ADDS = {"add", "add_", "__add__", "__radd__", "__iadd__"}
 _MULTIPLIES = {"mul", "mul_", "__mul__", "__rmul__", "__imul__"}
 _SAME_NUMBERS = {
-    "view", "reshape", "to", "float", "type", "type_as", "contiguous", "clone", "dropout", "feature_dropout",
-    "squeeze", "unsqueeze", "flatten", "unflatten", "view_as", "bfloat16", "half", "__getitem__",
-}  # fmt: skip
+    "view",
+    "reshape",
+    "to",
+    "float",
+    "type",
+    "type_as",
+    "contiguous",
+    "clone",
+    "dropout",
+    "feature_dropout",
+    "squeeze",
+    "unsqueeze",
+    "flatten",
+    "unflatten",
+    "view_as",
+    "bfloat16",
+    "half",
+    "__getitem__",
+}
 
 
 def residual_writers(block: Callable[[], object], hidden: Tensor, linears: Mapping[str, nn.Module]) -> dict[str, float]:

@@ -39,9 +39,15 @@ class BlockRunner:
     """
 
     def __init__(
-        self, model: nn.Module, checkpoint: Checkpoint, targets: Targets, tokens: Tensor, *,
-        compute: torch.dtype = torch.float32, with_dense: bool = False,
-    ) -> None:  # fmt: skip
+        self,
+        model: nn.Module,
+        checkpoint: Checkpoint,
+        targets: Targets,
+        tokens: Tensor,
+        *,
+        compute: torch.dtype = torch.float32,
+        with_dense: bool = False,
+    ) -> None:
         self._model = model
         self._compute = compute
         self._checkpoint = checkpoint
@@ -226,8 +232,9 @@ class BlockRunner:
         if not writers and linears and not self._warned:
             logger.warning(
                 "%s adds the output of none of its linears to the residual stream as it is (there may be a norm "
-                "between), so what the residual stream has lost is not made up for", block.name,
-            )  # fmt: skip
+                "between), so what the residual stream has lost is not made up for",
+                block.name,
+            )
             self._warned = True
         return writers
 

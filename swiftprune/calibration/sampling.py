@@ -39,7 +39,7 @@ _SPEAKS = "\N{SYMBOL FOR NULL}swiftprune\N{SYMBOL FOR NULL}"
 
 def sampled_text(
     checkpoint: Checkpoint, *, samples: int, seqlen: int, seed: int, compute: torch.dtype, progress: Progress
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """(samples, seqlen) int64: text that the dense model samples, at temperature 1 and from its start token.
 
     A text that ends is followed by the next. Deterministic for a seed on one machine. Needs memory for the whole model,
@@ -57,7 +57,7 @@ def sampled_text(
 
 def sampled_conversations(
     checkpoint: Checkpoint, *, samples: int, seqlen: int, seed: int, compute: torch.dtype, progress: Progress
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """(samples, seqlen) int64: conversations that the dense model samples, the questions included.
 
     It gets its chat template up to where a user begins to speak and goes on from there (Magpie, arXiv 2406.08464).
@@ -93,9 +93,11 @@ def conversation_start(checkpoint: Checkpoint, seqlen: int) -> Tensor:
 
 def _load(checkpoint: Checkpoint, compute: torch.dtype) -> Any:
     model = load_whole_model(
-        checkpoint.folder, checkpoint.parameter_count, None if compute == torch.float32 else compute,
+        checkpoint.folder,
+        checkpoint.parameter_count,
+        None if compute == torch.float32 else compute,
         trust_remote_code=checkpoint.trust_remote_code,
-    )  # fmt: skip
+    )
     if model.config._attn_implementation == "sdpa":
         model.set_attn_implementation(_ATTENTION)
     return model
@@ -103,7 +105,7 @@ def _load(checkpoint: Checkpoint, compute: torch.dtype) -> Any:
 
 def _sample(
     model: Any, begin: Tensor, samples: int, seqlen: int, seed: int, temperature: float, stage: str, progress: Progress
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """(samples, seqlen) int64: what `model` samples after `begin`, past any end of text."""
     model.generation_config.eos_token_id = None
     draw = _Draw(temperature, torch.Generator().manual_seed(seed))

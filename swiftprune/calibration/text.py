@@ -38,9 +38,11 @@ class CalibrationText:
         tokenizer = load_tokenizer(checkpoint)
         render = chat_template(tokenizer)
         path = Path(source)
-        text = read_text(path, column=column, render=render) if path.exists() else _dataset_text(
-            source, needed * seqlen * 8, column, render
-        )  # fmt: skip
+        text = (
+            read_text(path, column=column, render=render)
+            if path.exists()
+            else _dataset_text(source, needed * seqlen * 8, column, render)
+        )
         self._ids, self._start = token_ids(text, tokenizer), start_tokens(tokenizer)
         windows = _windows(self._ids, self._start, seqlen, source)
         width = seqlen - len(self._start)

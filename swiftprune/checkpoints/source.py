@@ -229,8 +229,13 @@ def _read_headers(folder: Path) -> dict[str, TensorEntry]:
     if (folder / SINGLE_NAME).exists():  # as transformers chooses, whatever an index says
         shards = [SINGLE_NAME]
         if index_path.exists():
-            logger.warning("%s: holds %s and %s; the first is read, as transformers reads it, and the shards of the "
-                           "second are left out: delete what is stale", folder, SINGLE_NAME, INDEX_NAME)  # fmt: skip
+            logger.warning(
+                "%s: holds %s and %s; the first is read, as transformers reads it, and the shards of the "
+                "second are left out: delete what is stale",
+                folder,
+                SINGLE_NAME,
+                INDEX_NAME,
+            )
     elif index_path.exists():
         weight_map = read_json(index_path).get("weight_map")
         if not weight_map:

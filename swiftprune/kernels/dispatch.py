@@ -75,9 +75,11 @@ def linear_backends(dtype: torch.dtype, device: torch.device | str = "cpu") -> l
 
 
 def linear_backend(
-    dtype: torch.dtype, requested: str | None = None, device: torch.device | str = "cpu",
+    dtype: torch.dtype,
+    requested: str | None = None,
+    device: torch.device | str = "cpu",
     shape: tuple[int, int] = _GOOD_SHAPE,
-) -> str:  # fmt: skip
+) -> str:
     """The backend asked for, else the one that SWIFTPRUNE_BACKEND names, else the fastest for a weight of `shape`.
 
     On a GPU it may be a plan, as `triton<=64,unpack` (see `plan`). Triton interprets its kernels on a CPU when
@@ -107,9 +109,13 @@ def linear_backend(
 
 @functools.cache
 def gpu_backend(
-    dtype: torch.dtype, shape: tuple[int, int], name: str, capability: tuple[int, int], asked: str | None = None,
+    dtype: torch.dtype,
+    shape: tuple[int, int],
+    name: str,
+    capability: tuple[int, int],
+    asked: str | None = None,
     by: str = "",
-) -> str:  # fmt: skip
+) -> str:
     """The backend or plan for a weight of `shape` (N, K) on a GPU of this name: what is asked for, or what is best.
 
     It is logged once. Raises SettingsError when what is asked for is unknown or cannot run; `by` tells who asked.

@@ -139,10 +139,16 @@ class _CuSparseLt(_SemiStructured):
 BACKENDS: dict[str, GpuBackend] = {
     backend.name: backend
     for backend in (
-        _Triton(), _Cutlass(), _CuSparseLt(), _Unpack(UNPACK),
-        _Triton(quantized=torch.int8), _Cutlass(torch.int8), _CuSparseLt(torch.int8), _CuSparseLt(torch.float8_e4m3fn),
+        _Triton(),
+        _Cutlass(),
+        _CuSparseLt(),
+        _Unpack(UNPACK),
+        _Triton(quantized=torch.int8),
+        _Cutlass(torch.int8),
+        _CuSparseLt(torch.int8),
+        _CuSparseLt(torch.float8_e4m3fn),
     )
-}  # fmt: skip
+}
 EXACT = tuple(name for name, backend in BACKENDS.items() if backend.quantized is None)
 
 

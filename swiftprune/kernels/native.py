@@ -57,9 +57,19 @@ class NativeKernels:
         column, cross = _vector(factors.column, cols), _vector(factors.cross, cols)
         row, curvature = _vector(factors.row, rows), _vector(factors.curvature, rows)
         fault, index = _native.prune_pack(
-            self.isa, _DTYPES[weight.dtype], weight.data_ptr(), rows, cols, _address(column), _address(cross),
-            _address(row), _address(curvature), values.data_ptr(), metadata.data_ptr(), self._threads(),
-        )  # fmt: skip
+            self.isa,
+            _DTYPES[weight.dtype],
+            weight.data_ptr(),
+            rows,
+            cols,
+            _address(column),
+            _address(cross),
+            _address(row),
+            _address(curvature),
+            values.data_ptr(),
+            metadata.data_ptr(),
+            self._threads(),
+        )
         _raise_on(fault, index, weight, name)
         return values, metadata
 
@@ -68,9 +78,15 @@ class NativeKernels:
         rows, cols = weight.shape
         values, metadata = _empty_packed(rows, cols, weight.dtype)
         fault, index = _native.pack(
-            self.isa, _DTYPES[weight.dtype], weight.data_ptr(), rows, cols,
-            values.data_ptr(), metadata.data_ptr(), self._threads(),
-        )  # fmt: skip
+            self.isa,
+            _DTYPES[weight.dtype],
+            weight.data_ptr(),
+            rows,
+            cols,
+            values.data_ptr(),
+            metadata.data_ptr(),
+            self._threads(),
+        )
         _raise_on(fault, index, weight, name)
         return values, metadata
 
@@ -79,9 +95,15 @@ class NativeKernels:
         rows, half = values.shape
         weight = torch.empty(rows, 2 * half, dtype=values.dtype)
         fault, index = _native.unpack(
-            self.isa, _DTYPES[values.dtype], values.data_ptr(), metadata.data_ptr(), rows, 2 * half,
-            weight.data_ptr(), self._threads(),
-        )  # fmt: skip
+            self.isa,
+            _DTYPES[values.dtype],
+            values.data_ptr(),
+            metadata.data_ptr(),
+            rows,
+            2 * half,
+            weight.data_ptr(),
+            self._threads(),
+        )
         if fault:
             row, group = divmod(index, half // 2)
             raise reference.bad_metadata(name, row, group, int(metadata[row, group // 2]) >> group % 2 * 4 & 15)
@@ -94,9 +116,18 @@ class NativeKernels:
             raise ValueError(f"mean {tuple(mean.shape)} and deviation {tuple(deviation.shape)} must be ({rows},)")
         out = torch.empty_like(score)
         _native.surprise(
-            self.isa, score.data_ptr(), rows, cols, mean.data_ptr(), deviation.data_ptr(),
-            gains.mean, gains.deviation, gains.floor, out.data_ptr(), self._threads(),
-        )  # fmt: skip
+            self.isa,
+            score.data_ptr(),
+            rows,
+            cols,
+            mean.data_ptr(),
+            deviation.data_ptr(),
+            gains.mean,
+            gains.deviation,
+            gains.floor,
+            out.data_ptr(),
+            self._threads(),
+        )
         return out
 
     def ranked_value(self, values: Tensor, rank: int) -> float:
@@ -126,9 +157,14 @@ def to_stream(values: Tensor, metadata: Tensor) -> Tensor | None:
     rows, half = values.shape
     stream = torch.empty(stream_bytes(values.dtype, rows, 2 * half), dtype=torch.uint8)
     valid = _native.to_stream(
-        _DTYPES[values.dtype], values.data_ptr(), metadata.data_ptr(), rows, 2 * half,
-        stream.data_ptr(), torch.get_num_threads(),
-    )  # fmt: skip
+        _DTYPES[values.dtype],
+        values.data_ptr(),
+        metadata.data_ptr(),
+        rows,
+        2 * half,
+        stream.data_ptr(),
+        torch.get_num_threads(),
+    )
     return stream if valid else None
 
 
@@ -223,9 +259,19 @@ def linear24(
         threads = min(threads, 1 + tokens * stream.numel() // _BYTES_PER_THREAD)
     if tokens:
         _native.linear24(
-            kernel, _DTYPES[dtype], _DTYPES[out_dtype], stream.data_ptr(),
-            0 if bias is None else bias.data_ptr(), x.data_ptr(), stride, y.data_ptr(), tokens, rows, cols, threads,
-        )  # fmt: skip
+            kernel,
+            _DTYPES[dtype],
+            _DTYPES[out_dtype],
+            stream.data_ptr(),
+            0 if bias is None else bias.data_ptr(),
+            x.data_ptr(),
+            stride,
+            y.data_ptr(),
+            tokens,
+            rows,
+            cols,
+            threads,
+        )
     return y
 
 

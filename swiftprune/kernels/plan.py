@@ -135,8 +135,12 @@ def modelled_seconds(backend: str, model: GpuModel, rows: int, cols: int, tokens
 
 
 def plan(
-    name: str, capability: tuple[int, int], dtype: torch.dtype, shape: tuple[int, int], able: Collection[str],
-) -> tuple[Plan, str] | None:  # fmt: skip
+    name: str,
+    capability: tuple[int, int],
+    dtype: torch.dtype,
+    shape: tuple[int, int],
+    able: Collection[str],
+) -> tuple[Plan, str] | None:
     """The plan for a weight (N, K) on a device among the backends that are `able`, and where it comes from.
 
     None when no backend is able. Raises SettingsError when the table that SWIFTPRUNE_GPU_TABLE names cannot be read.

@@ -11,11 +11,23 @@ from swiftprune.kernels.score_factors import EwmaGains, ScoreFactors
 # (pos0, pos1) stored for each set of non-zero kept positions, by the bits of the set (format.py, rule 4);
 # None where the set has more than two members.
 STORED_POSITIONS: tuple[tuple[int, int] | None, ...] = (
-    (2, 3), (0, 2), (1, 2), (0, 1),
-    (2, 3), (0, 2), (1, 2), None,
-    (2, 3), (0, 3), (1, 3), None,
-    (2, 3), None, None, None,
-)  # fmt: skip
+    (2, 3),
+    (0, 2),
+    (1, 2),
+    (0, 1),
+    (2, 3),
+    (0, 2),
+    (1, 2),
+    None,
+    (2, 3),
+    (0, 3),
+    (1, 3),
+    None,
+    (2, 3),
+    None,
+    None,
+    None,
+)
 
 
 class ReferenceKernels:
@@ -96,15 +108,21 @@ def _store(groups: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def not_finite(name: str, row: int, group: int, values: list[float]) -> FormatError:
-    return FormatError(f"{name}: row {row}, group {group} (inputs {4 * group}..{4 * group + 3}) holds {values}; "
-                       "NaN and infinities cannot be pruned or packed, check the checkpoint")  # fmt: skip
+    return FormatError(
+        f"{name}: row {row}, group {group} (inputs {4 * group}..{4 * group + 3}) holds {values}; "
+        "NaN and infinities cannot be pruned or packed, check the checkpoint"
+    )
 
 
 def too_many_non_zeros(name: str, row: int, group: int, count: int) -> FormatError:
-    return FormatError(f"{name}: row {row}, group {group} (inputs {4 * group}..{4 * group + 3}) has {count} non-zeros; "
-                       "2:4 allows two, and packing never drops a weight: prune first")  # fmt: skip
+    return FormatError(
+        f"{name}: row {row}, group {group} (inputs {4 * group}..{4 * group + 3}) has {count} non-zeros; "
+        "2:4 allows two, and packing never drops a weight: prune first"
+    )
 
 
 def bad_metadata(name: str, row: int, group: int, nibble: int) -> FormatError:
-    return FormatError(f"{name}: metadata of row {row}, group {group} is {nibble:#x}, not a pair of ascending "
-                       "positions; the file is damaged or of another format")  # fmt: skip
+    return FormatError(
+        f"{name}: metadata of row {row}, group {group} is {nibble:#x}, not a pair of ascending "
+        "positions; the file is damaged or of another format"
+    )

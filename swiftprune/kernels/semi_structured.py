@@ -69,9 +69,13 @@ def cusparselt_linear(x: Tensor, compressed: Tensor, bias: Tensor | None = None)
     dense = filled(x, _tokens_multiple("cusparselt", x.dtype)).t()
     out_dtype = ACCUMULATED.get(x.dtype)
     y: Tensor = torch._cslt_sparse_mm(
-        compressed, dense, bias, out_dtype=out_dtype, transpose_result=True,
+        compressed,
+        dense,
+        bias,
+        out_dtype=out_dtype,
+        transpose_result=True,
         alg_id=_algorithm(compressed, dense, out_dtype),
-    )  # fmt: skip
+    )
     return y[: x.shape[0]]
 
 

@@ -60,10 +60,24 @@ def _completed(y, scale_ptr, bias_ptr, row, rows, SCALED: tl.constexpr, BIASED: 
 
 @triton.jit
 def vector(
-    x_ptr, values_ptr, metadata_ptr, scale_ptr, bias_ptr, out_ptr, tokens, rows, units, share,
-    ALIGN: tl.constexpr, SCALED: tl.constexpr, BIASED: tl.constexpr, BITS: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BYTES: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    values_ptr,
+    metadata_ptr,
+    scale_ptr,
+    bias_ptr,
+    out_ptr,
+    tokens,
+    rows,
+    units,
+    share,
+    ALIGN: tl.constexpr,
+    SCALED: tl.constexpr,
+    BIASED: tl.constexpr,
+    BITS: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BYTES: tl.constexpr,
+):
     """Out (shares, tokens, rows) for up to BM tokens; BN rows of BYTES bytes of metadata at a time."""
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     row = tl.program_id(0) * BN + tl.arange(0, BN)
@@ -115,8 +129,16 @@ def _placed(first, second, place0, place1, PLACE: tl.constexpr):
 
 @triton.jit
 def _dense_tile(
-    values_ptr, metadata_ptr, row, first, end, rows, width, BN: tl.constexpr, BYTES: tl.constexpr,
-):  # fmt: skip
+    values_ptr,
+    metadata_ptr,
+    row,
+    first,
+    end,
+    rows,
+    width,
+    BN: tl.constexpr,
+    BYTES: tl.constexpr,
+):
     """(BN, 8 * BYTES) weights of `row`, from byte `first` of its metadata on; zeros from `end` on."""
     byte = first + tl.arange(0, BYTES)
     value = first * 4 + tl.arange(0, 4 * BYTES)
@@ -135,10 +157,24 @@ def _dense_tile(
 
 @triton.jit
 def dot(
-    x_ptr, values_ptr, metadata_ptr, scale_ptr, bias_ptr, out_ptr, tokens, rows, units, share,
-    ALIGN: tl.constexpr, SCALED: tl.constexpr, BIASED: tl.constexpr, DTYPE: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BYTES: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    values_ptr,
+    metadata_ptr,
+    scale_ptr,
+    bias_ptr,
+    out_ptr,
+    tokens,
+    rows,
+    units,
+    share,
+    ALIGN: tl.constexpr,
+    SCALED: tl.constexpr,
+    BIASED: tl.constexpr,
+    DTYPE: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BYTES: tl.constexpr,
+):
     """Out (shares, tokens, rows), BM tokens by BN rows a program; 8 * BYTES weights of a row at a time.
 
     Tiles are multiplied in DTYPE.
@@ -165,9 +201,16 @@ def dot(
 
 @triton.jit
 def finish(
-    sums_ptr, scale_ptr, bias_ptr, out_ptr, rows, shares,
-    SCALED: tl.constexpr, BIASED: tl.constexpr, BN: tl.constexpr,
-):  # fmt: skip
+    sums_ptr,
+    scale_ptr,
+    bias_ptr,
+    out_ptr,
+    rows,
+    shares,
+    SCALED: tl.constexpr,
+    BIASED: tl.constexpr,
+    BN: tl.constexpr,
+):
     """Out (tokens, rows): the sums (shares, tokens, rows) added up in order, scaled, with the bias."""
     row = tl.program_id(0) * BN + tl.arange(0, BN)
     at = tl.program_id(1).to(tl.int64) * rows + row
@@ -180,9 +223,7 @@ def finish(
 
 
 @triton.jit
-def unpack(
-    values_ptr, metadata_ptr, out_ptr, rows, units, ALIGN: tl.constexpr, BN: tl.constexpr, BYTES: tl.constexpr
-):  # fmt: skip
+def unpack(values_ptr, metadata_ptr, out_ptr, rows, units, ALIGN: tl.constexpr, BN: tl.constexpr, BYTES: tl.constexpr):
     """Out (rows, K): the dense weight."""
     row = tl.program_id(0) * BN + tl.arange(0, BN)
     width = units * ALIGN

@@ -102,9 +102,13 @@ def _alignment(width: int) -> int:
 
 
 def linear24(
-    x: Tensor, values: Tensor, metadata: Tensor, bias: Tensor | None = None, scale: Tensor | None = None,
+    x: Tensor,
+    values: Tensor,
+    metadata: Tensor,
+    bias: Tensor | None = None,
+    scale: Tensor | None = None,
     config: Config | None = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """x W^T * scale + bias: (..., N) in the dtype of `x` (..., K), which is float16 or bfloat16 and not empty.
 
     `values` (N, K/2) are of that dtype, or int8 with a `scale` (N,) float32. Sums are float32.
@@ -133,10 +137,25 @@ def linear24(
         kernel, grid = kernels.dot, (-(-rows // tile_rows), shares, -(-tokens // tile_tokens))
         how = {"DTYPE": kernels.dot_type(x.dtype)}
     kernel[grid](
-        flat, values, metadata, scale, bias, out, tokens, rows, width // align, share // align,
-        ALIGN=align, **now, **how, BM=tile_tokens, BN=tile_rows, BYTES=tile_bytes,
-        num_warps=config.warps, num_stages=config.stages,
-    )  # fmt: skip
+        flat,
+        values,
+        metadata,
+        scale,
+        bias,
+        out,
+        tokens,
+        rows,
+        width // align,
+        share // align,
+        ALIGN=align,
+        **now,
+        **how,
+        BM=tile_tokens,
+        BN=tile_rows,
+        BYTES=tile_bytes,
+        num_warps=config.warps,
+        num_stages=config.stages,
+    )
     if shares > 1:
         kernels.finish[-(-rows // _FINISHED_ROWS), tokens](
             out, scale, bias, y, rows, shares, **given, BN=_FINISHED_ROWS

@@ -56,8 +56,10 @@ def _solve(matrix: Tensor, penalty: float, right: Tensor, name: str) -> Tensor:
     try:
         factor = torch.linalg.cholesky(shifted)
     except RuntimeError as error:
-        raise CheckpointError(f"{name}: the Gram matrix of its inputs is not positive definite ({error}); "
-                              "use more calibration samples or another method") from error  # fmt: skip
+        raise CheckpointError(
+            f"{name}: the Gram matrix of its inputs is not positive definite ({error}); "
+            "use more calibration samples or another method"
+        ) from error
     if len(right) > matrix.shape[0]:  # an inverse costs K^3, and a product with it half of two triangular solves
         return right @ torch.cholesky_inverse(factor)
     solved: Tensor = torch.cholesky_solve(right.T, factor).T

@@ -64,5 +64,7 @@ def _inverse_factor(gram: Tensor, dead: Tensor, name: str) -> Tensor:
         factor: Tensor = torch.linalg.cholesky(inverse, upper=True)
         return factor
     except RuntimeError as error:
-        raise CheckpointError(f"{name}: the Hessian of its inputs is not positive definite ({error}); "
-                              "use more calibration samples or another method") from error  # fmt: skip
+        raise CheckpointError(
+            f"{name}: the Hessian of its inputs is not positive definite ({error}); "
+            "use more calibration samples or another method"
+        ) from error

@@ -21,9 +21,12 @@ FP32_PARAMETERS = 1_000_000_000
 
 
 def load_whole_model(
-    folder: Path, parameter_count: int | None = None, dtype: torch.dtype | None = None, *,
+    folder: Path,
+    parameter_count: int | None = None,
+    dtype: torch.dtype | None = None,
+    *,
     trust_remote_code: bool = False,
-) -> Any:  # fmt: skip
+) -> Any:
     """The causal LM in `folder`, in eval mode, that generates by no settings but those given to `generate`.
 
     In `dtype`, or without one in fp32 when it has at most FP32_PARAMETERS, else in its own type.

@@ -117,10 +117,18 @@ _ONNX_FILES = ("*.onnx", "*.onnx.data")
 
 # All that onnxruntime-genai would else take from genai_config.json, which has it from the model's own settings.
 _GREEDY = {
-    "do_sample": False, "num_beams": 1, "num_return_sequences": 1, "min_length": 0, "repetition_penalty": 1.0,
-    "no_repeat_ngram_size": 0, "length_penalty": 1.0, "diversity_penalty": 0.0, "temperature": 1.0, "top_k": 0,
+    "do_sample": False,
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "min_length": 0,
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "length_penalty": 1.0,
+    "diversity_penalty": 0.0,
+    "temperature": 1.0,
+    "top_k": 0,
     "top_p": 1.0,
-}  # fmt: skip
+}
 
 
 def generate(model: Any, prompt: str, tokens: int, *, chat: bool = False) -> Iterator[str]:

@@ -66,9 +66,12 @@ class SwiftpruneQuantizer(HfQuantizer):  # type: ignore[misc]
         for name, module in list(model.named_modules()):
             if isinstance(module, nn.Linear) and is_packed(name):
                 packed = Linear24(
-                    module.in_features, module.out_features,
-                    bias=module.bias is not None, dtype=module.weight.dtype, device=torch.device("meta"),
-                )  # fmt: skip
+                    module.in_features,
+                    module.out_features,
+                    bias=module.bias is not None,
+                    dtype=module.weight.dtype,
+                    device=torch.device("meta"),
+                )
                 model.set_submodule(name, packed)
         return model
 

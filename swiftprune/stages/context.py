@@ -38,9 +38,14 @@ class Run:
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, settings: PruneSettings, *, data: CalibrationData | None = None,
-        progress: Progress = silent, announce: Announce = unheard,
-    ) -> None:  # fmt: skip
+        self,
+        checkpoint: Checkpoint,
+        settings: PruneSettings,
+        *,
+        data: CalibrationData | None = None,
+        progress: Progress = silent,
+        announce: Announce = unheard,
+    ) -> None:
         checkpoint.refuse_quantized()
         self.checkpoint = checkpoint
         """The source; a permuted view of it once `permute` is done."""

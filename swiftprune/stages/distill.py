@@ -95,8 +95,10 @@ class _Hidden(BaseModelOutputWithPast):  # type: ignore[misc]
 
 
 def _changes_its_logits(model: Any) -> SettingsError:
-    return SettingsError(f"--refine distill: {type(model).__name__} changes its logits after the head, "
-                         "which distillation does not support; use other refinements")  # fmt: skip
+    return SettingsError(
+        f"--refine distill: {type(model).__name__} changes its logits after the head, "
+        "which distillation does not support; use other refinements"
+    )
 
 
 def distill(run: Run, store: BlockStore) -> None:
@@ -113,9 +115,16 @@ def distill(run: Run, store: BlockStore) -> None:
         keep_masks = run.put_pruned(student, store)
         first = run.targets.blocks[0].name
         distillation = Distillation(
-            student, teacher, keep_masks, first.rpartition(".")[0] + ".", tokens,
-            compute=run.compute, seed=run.settings.seed, store=store, progress=run.progress,
-        )  # fmt: skip
+            student,
+            teacher,
+            keep_masks,
+            first.rpartition(".")[0] + ".",
+            tokens,
+            compute=run.compute,
+            seed=run.settings.seed,
+            store=store,
+            progress=run.progress,
+        )
         run.validations = distillation.run(_budget(run))
         distillation.save()
     for block in run.targets.blocks:
@@ -196,10 +205,18 @@ class Distillation:
     """
 
     def __init__(
-        self, student: Any, teacher: Any, keep_masks: Mapping[str, Tensor], within: str, tokens: Tensor, *,
-        compute: torch.dtype = torch.float32, seed: int = 0, store: TrainingStore | None = None,
+        self,
+        student: Any,
+        teacher: Any,
+        keep_masks: Mapping[str, Tensor],
+        within: str,
+        tokens: Tensor,
+        *,
+        compute: torch.dtype = torch.float32,
+        seed: int = 0,
+        store: TrainingStore | None = None,
         progress: Progress = silent,
-    ) -> None:  # fmt: skip
+    ) -> None:
         if len(tokens) < 2:
             raise SettingsError(f"distillation needs at least two windows of {tokens.shape[1]} tokens; give more text")
         held_back = min(VALIDATION_WINDOWS, max(1, int(len(tokens) * VALIDATION_SHARE)))
@@ -274,8 +291,10 @@ class Distillation:
         hidden = self._hidden(self._student, batch)
         loss, gradient = self._divergence(hidden.detach(), target)
         if not math.isfinite(loss):
-            raise CheckpointError(f"distillation: the loss is {loss} at step {self._steps}; prune without it, or look "
-                                  "for very large weights in the checkpoint")  # fmt: skip
+            raise CheckpointError(
+                f"distillation: the loss is {loss} at step {self._steps}; prune without it, or look "
+                "for very large weights in the checkpoint"
+            )
         hidden.backward(gradient)  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(self._trained.values(), LARGEST_GRADIENT)
         for group in self._adam.param_groups:
@@ -364,9 +383,10 @@ class Distillation:
                 tensors[f"{key} {name}"] = value
         tensors |= {f"best {name}": best for name, best in self._best.items()}
         progress = {
-            "steps": self._steps, "minutes": self._minutes,
+            "steps": self._steps,
+            "minutes": self._minutes,
             "validations": [asdict(validation) for validation in self.validations],
-        }  # fmt: skip
+        }
         self._store.save_training(tensors, progress)
 
     def _load(self) -> None:

@@ -53,10 +53,14 @@ def _dense_linears(run: Run, store: BlockStore) -> list[str]:
         dense = dense_perplexity(model, windows)
         run.put_pruned(model, store)
         return find_dense(
-            model, lambda name: run.checkpoint.read([linears[name]])[linears[name]].float(),
-            fused_sets(linears), windows, dense_perplexity=dense,
-            max_ratio=run.settings.max_perplexity_ratio, progress=run.progress,
-        )  # fmt: skip
+            model,
+            lambda name: run.checkpoint.read([linears[name]])[linears[name]].float(),
+            fused_sets(linears),
+            windows,
+            dense_perplexity=dense,
+            max_ratio=run.settings.max_perplexity_ratio,
+            progress=run.progress,
+        )
 
 
 def _with_dense(run: Run, block: Block, finished: Mapping[str, Tensor], names: Collection[str]) -> PrunedBlock:
@@ -75,9 +79,15 @@ def _with_dense(run: Run, block: Block, finished: Mapping[str, Tensor], names: C
 
 
 def find_dense(
-    model: Any, dense: Callable[[str], Tensor], sets: Sequence[Sequence[str]], windows: Tensor, *,
-    dense_perplexity: float, max_ratio: float, progress: Progress = silent,
-) -> list[str]:  # fmt: skip
+    model: Any,
+    dense: Callable[[str], Tensor],
+    sets: Sequence[Sequence[str]],
+    windows: Tensor,
+    *,
+    dense_perplexity: float,
+    max_ratio: float,
+    progress: Progress = silent,
+) -> list[str]:
     """The linears to restore, of `sets` of names that engines run as one layer, none of which may be split.
 
     `model` is the pruned causal LM, `dense` gives a linear's dense fp32 weight by name, `windows` (W, T) int64 are what

@@ -63,14 +63,22 @@ class _Family:
 
 _FAMILIES = (
     _Family(
-        ("gate_proj", "up_proj"), "down_proj", "o_proj", "v_proj", False,
+        ("gate_proj", "up_proj"),
+        "down_proj",
+        "o_proj",
+        "v_proj",
+        False,
         frozenset({"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"}),
     ),
     _Family(
-        ("dense_h_to_4h",), "dense_4h_to_h", "dense", "query_key_value", True,
+        ("dense_h_to_4h",),
+        "dense_4h_to_h",
+        "dense",
+        "query_key_value",
+        True,
         frozenset({"query_key_value", "dense_h_to_4h"}),
     ),
-)  # fmt: skip
+)
 _HEAD_NORMS = {"q_norm", "k_norm"}
 
 
@@ -136,9 +144,14 @@ def _orders(run: Run) -> Orders:
 
 
 def find_orders(
-    model: nn.Module, checkpoint: Checkpoint, targets: Targets, tokens: Tensor, *,
-    compute: torch.dtype = torch.float32, tick: Callable[[], None] = lambda: None,
-) -> Orders:  # fmt: skip
+    model: nn.Module,
+    checkpoint: Checkpoint,
+    targets: Targets,
+    tokens: Tensor,
+    *,
+    compute: torch.dtype = torch.float32,
+    tick: Callable[[], None] = lambda: None,
+) -> Orders:
     """Orders for the tensors of `checkpoint`, by scores (w ||x_k||)^2 on `tokens` (samples, T): Wanda's, squared.
 
     `tick` is called once a sample and block. Raises SettingsError when the architecture is not one whose permutations

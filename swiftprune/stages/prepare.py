@@ -93,11 +93,15 @@ def _that_can_be_had(count: int, checkpoint: Checkpoint, settings: PruneSettings
         return 0
     needed, free = 4 * checkpoint.parameter_count, memory.available_bytes()
     if needed > free:
-        announce(f"No conversations are sampled: that needs the whole model, {needed / 1e9:.1f} GB, and "
-                 f"{free / 1e9:.1f} GB are free, so a chat model may forget its format.")  # fmt: skip
+        announce(
+            f"No conversations are sampled: that needs the whole model, {needed / 1e9:.1f} GB, and "
+            f"{free / 1e9:.1f} GB are free, so a chat model may forget its format."
+        )
         return 0
-    announce(f"The model has a chat template: it samples {count} conversations to calibrate on beside the text, so "
-             "that it can still hold them (--conversations 0 leaves them out).")  # fmt: skip
+    announce(
+        f"The model has a chat template: it samples {count} conversations to calibrate on beside the text, so "
+        "that it can still hold them (--conversations 0 leaves them out)."
+    )
     return count
 
 
@@ -113,9 +117,11 @@ def check_head(run: Run) -> None:
         return
     s = run.settings
     for needed, what in (
-        (s.calibration == "self", "--calibration self"), (s.conversations, "--conversations"),
-        ("distill" in s.refine, "--refine distill"), (s.max_perplexity_ratio, "--sparsity auto"),
-    ):  # fmt: skip
+        (s.calibration == "self", "--calibration self"),
+        (s.conversations, "--conversations"),
+        ("distill" in s.refine, "--refine distill"),
+        (s.max_perplexity_ratio, "--sparsity auto"),
+    ):
         if needed:
             raise CheckpointError(f"{run.checkpoint.folder}: holds no output head, which {what} needs")
     run.announce("The checkpoint holds no output head; its body is pruned, and the output has none either.")
@@ -152,8 +158,10 @@ def check_memory(run: Run) -> None:
     run.announce(f"{what} needs about {needed / 1e9:.1f} GB of memory, of which {free / 1e9:.1f} GB are free.")
     if needed <= free:
         return
-    error = SettingsError(f"{what} needs about {needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free; "
-                          "leave it out, or use a machine with more")  # fmt: skip
+    error = SettingsError(
+        f"{what} needs about {needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free; "
+        "leave it out, or use a machine with more"
+    )
     if what == "--refine distill":
         _leave_out("refine", s, error, run.announce)
         run.settings = s.model_copy(update=_without_distill(s))

@@ -81,9 +81,13 @@ def _runner(run: Run) -> BlockRunner | None:
         return None
     with run.clock("calibrate"):
         return BlockRunner(
-            run.model, run.checkpoint, run.targets, tokens, compute=run.compute,
+            run.model,
+            run.checkpoint,
+            run.targets,
+            tokens,
+            compute=run.compute,
             with_dense=run.needs == "drift" or "blocks" in run.settings.refine,
-        )  # fmt: skip
+        )
 
 
 def _prune_and_advance(run: Run, block: Block, runner: BlockRunner | None, tick: Callable[[], None]) -> PrunedBlock:

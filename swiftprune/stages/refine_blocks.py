@@ -23,9 +23,12 @@ BETAS = (0.9, 0.95)
 
 
 def refine(
-    runner: BlockRunner, block: Block, pruned: Mapping[str, Tensor], keep_masks: Mapping[str, Tensor],
+    runner: BlockRunner,
+    block: Block,
+    pruned: Mapping[str, Tensor],
+    keep_masks: Mapping[str, Tensor],
     tick: Callable[[], None],
-) -> dict[str, Tensor]:  # fmt: skip
+) -> dict[str, Tensor]:
     """Puts `pruned` weights into the loaded block, trains it, and returns them with its norms and biases.
 
     Names are those of parameters. `dense_hidden` of the runner must be that behind the block, as `collect` leaves it.
@@ -39,9 +42,13 @@ def refine(
 
 
 def refine_block(
-    run: Callable[[int, Tensor], Tensor], parameters: Mapping[str, nn.Parameter], keep_masks: Mapping[str, Tensor],
-    inputs: Sequence[Tensor], targets: Sequence[Tensor], tick: Callable[[], None],
-) -> None:  # fmt: skip
+    run: Callable[[int, Tensor], Tensor],
+    parameters: Mapping[str, nn.Parameter],
+    keep_masks: Mapping[str, Tensor],
+    inputs: Sequence[Tensor],
+    targets: Sequence[Tensor],
+    tick: Callable[[], None],
+) -> None:
     """Trains `parameters` in place so that `run` maps each of `inputs` (1, T, H) to its one of `targets`, all fp32.
 
     `run` takes the index of the input and the input. Weights where a mask of `keep_masks` is False stay as they are.

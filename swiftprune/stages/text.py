@@ -48,15 +48,25 @@ def load_data(run: Run) -> CalibrationData | None:
             s = run.settings
             more = _TRAINING_SAMPLES if s.calibration == "self" and "distill" in s.refine else 1
             run.data = calibration_data(
-                s.calibration, run.checkpoint, samples=s.samples * more, seqlen=s.seqlen, seed=s.seed,
-                compute=run.compute, progress=run.progress, column=s.text_column,
-            )  # fmt: skip
+                s.calibration,
+                run.checkpoint,
+                samples=s.samples * more,
+                seqlen=s.seqlen,
+                seed=s.seed,
+                compute=run.compute,
+                progress=run.progress,
+                column=s.text_column,
+            )
         if count := run.settings.conversations:
             with run.clock("sample conversations"):
                 found = sampled_conversations(
-                    run.checkpoint, samples=count, seqlen=s.seqlen, seed=s.seed, compute=run.compute,
+                    run.checkpoint,
+                    samples=count,
+                    seqlen=s.seqlen,
+                    seed=s.seed,
+                    compute=run.compute,
                     progress=run.progress,
-                )  # fmt: skip
+                )
             tokens = run.data.tokens
             start = _conversation_rows(run, len(tokens) + count).start
             tokens = torch.cat([tokens[:start], found, tokens[start:]])
@@ -126,9 +136,12 @@ def _windows(run: Run) -> Tensor:
         return sampled
     needed = max(1, _TRAINING_WINDOWS * width // tokens.shape[1])
     text = CalibrationText(
-        run.settings.calibration, run.checkpoint, seqlen=tokens.shape[1], needed=needed,
+        run.settings.calibration,
+        run.checkpoint,
+        seqlen=tokens.shape[1],
+        needed=needed,
         column=run.settings.text_column,
-    ).windows(width, run.settings.seed)  # fmt: skip
+    ).windows(width, run.settings.seed)
     if not len(sampled):
         return text
     often = max(1, len(text) // (_EVERY_CONVERSATION - 1) // len(sampled))

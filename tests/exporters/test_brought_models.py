@@ -43,9 +43,16 @@ from tests import models
 
 NO_DATA = PruneSettings(calibration="none")
 SMALL: dict[str, Any] = {
-    "vocab_size": 300, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1,
-}  # fmt: skip
+    "vocab_size": 300,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 1,
+}
 
 
 def edit_config(folder: Path, **changes: Any) -> None:
@@ -64,9 +71,14 @@ def test_tensors_that_the_model_has_no_place_for_come_along(tiny_copy: Path, tex
     left = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8), "mtp.layers.0.norm.weight": torch.ones(64)}
     edit_tensors(tiny_copy, lambda tensors: tensors.update(left))
     settings = PruneSettings(
-        method="wanda", calibration=str(text_file), samples=8, seqlen=32, refine=("weights", "blocks", "distill"),
-        steps=2, max_perplexity_ratio=1.05,
-    )  # fmt: skip
+        method="wanda",
+        calibration=str(text_file),
+        samples=8,
+        seqlen=32,
+        refine=("weights", "blocks", "distill"),
+        steps=2,
+        max_perplexity_ratio=1.05,
+    )
     export(tiny_copy, tmp_path / "out", settings, target="dense")
     written = {k: v for shard in (tmp_path / "out").glob("*.safetensors") for k, v in load_file(shard).items()}
     assert all(torch.equal(written[name], tensor) for name, tensor in left.items())
@@ -78,11 +90,16 @@ def test_a_wrapper_that_transformers_knows(settings: dict[str, Any], text_file: 
     config = Gemma3Config(
         text_config={**SMALL, "head_dim": 16, "sliding_window": 32},
         vision_config={
-            "model_type": "siglip_vision_model", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1,
-            "num_attention_heads": 2, "image_size": 28, "patch_size": 14,
+            "model_type": "siglip_vision_model",
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "image_size": 28,
+            "patch_size": 14,
         },
         mm_tokens_per_image=4,
-    )  # fmt: skip
+    )
     folder = models.write_model(tmp_path / "gemma", config)
     calibration = {"calibration": str(text_file), "samples": 8} if settings else {"samples": 2}
     export(folder, tmp_path / "out", PruneSettings(**settings, **calibration, seqlen=32, dtype="float16"))
@@ -94,10 +111,15 @@ def test_a_wrapper_that_transformers_does_not_know_names_a_way_out(tmp_path: Pat
     config = Mistral3Config(
         text_config={**SMALL, "model_type": "mistral", "head_dim": 16},
         vision_config={
-            "model_type": "pixtral", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1,
-            "num_attention_heads": 2, "image_size": 28, "patch_size": 14,
+            "model_type": "pixtral",
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "image_size": 28,
+            "patch_size": 14,
         },
-    )  # fmt: skip
+    )
     AutoModelForImageTextToText.from_config(config).save_pretrained(tmp_path / "m")
     with pytest.raises(CheckpointError, match=r"It wraps a language model \(mistral\), which can be pruned by itself"):
         export(tmp_path / "m", tmp_path / "out", NO_DATA)
@@ -143,9 +165,10 @@ def test_a_checkpoint_without_a_head(tiny_models: Callable[[str], Path], text_fi
 @pytest.mark.parametrize("kind", [AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification])
 def test_other_models_over_the_packed_body(kind: Any, tiny_models: Callable[[str], Path], tmp_path: Path) -> None:
     export(
-        tiny_models("llama-mha-untied"), tmp_path / "out",
+        tiny_models("llama-mha-untied"),
+        tmp_path / "out",
         PruneSettings(calibration="none", ignore=r"layers\.0\.mlp|lm_head"),
-    )  # fmt: skip
+    )
     model, load = kind.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert sum(isinstance(module, Linear24) for module in model.modules()) == 18
     assert not load["mismatched_keys"]
@@ -184,15 +207,24 @@ def test_what_loaders_need_comes_along_and_what_misleads_them_does_not(tiny_copy
         "from transformers import LlamaConfig\nclass XConfig(LlamaConfig):\n    pass\n"
     )
     wanted = {
-        "vocab.bpe": "", "additional_chat_templates/tool.jinja": "x", "code/helper.py": "",
+        "vocab.bpe": "",
+        "additional_chat_templates/tool.jinja": "x",
+        "code/helper.py": "",
         "generation_config.json": "{}",
-    }  # fmt: skip
+    }
     unwanted = {
-        "adapter_config.json": "{}", "pytorch_model.bin.index.json": "{}", "trainer_state.json": "{}",
-        "params.json": "{}", "original/params.json": "{}", "original/consolidated.00.pth": "",
+        "adapter_config.json": "{}",
+        "pytorch_model.bin.index.json": "{}",
+        "trainer_state.json": "{}",
+        "params.json": "{}",
+        "original/params.json": "{}",
+        "original/consolidated.00.pth": "",
         "checkpoint-5/config.json": "{}",
-        "checkpoint-5/model.safetensors": "", ".git/config.json": "", "__pycache__/x.py": "", "training.bin": "",
-    }  # fmt: skip
+        "checkpoint-5/model.safetensors": "",
+        ".git/config.json": "",
+        "__pycache__/x.py": "",
+        "training.bin": "",
+    }
     for name, content in {**wanted, **unwanted}.items():
         (tiny_copy / name).parent.mkdir(exist_ok=True)
         (tiny_copy / name).write_text(content)
@@ -206,9 +238,10 @@ def test_what_loaders_need_comes_along_and_what_misleads_them_does_not(tiny_copy
 
 def test_code_that_a_checkpoint_brings_is_run_only_when_it_is_trusted(tiny_copy: Path, tmp_path: Path) -> None:
     edit_config(
-        tiny_copy, model_type="brought",
+        tiny_copy,
+        model_type="brought",
         auto_map={"AutoConfig": "code_x.XConfig", "AutoModelForCausalLM": "code_x.XForCausalLM"},
-    )  # fmt: skip
+    )
     (tiny_copy / "code_x.py").write_text(
         "from transformers import LlamaConfig, LlamaForCausalLM\n"
         "class XConfig(LlamaConfig):\n    model_type = 'brought'\n"
@@ -229,9 +262,13 @@ def test_presets_leave_out_what_cannot_be_had_and_say_so(text_file: Path, tmp_pa
     said: list[str] = []
     stages: set[str] = set()
     report = export(
-        granite, tmp_path / "out", make_settings("balanced", given), target="dense", announce=said.append,
+        granite,
+        tmp_path / "out",
+        make_settings("balanced", given),
+        target="dense",
+        announce=said.append,
         progress=lambda stage, *_: stages.add(stage),
-    )  # fmt: skip
+    )
     assert (report.settings.method, report.settings.refine, report.settings.minutes) == ("admm", (), None)
     assert any("Left out of --quality" in text and "changes its logits after the head" in text for text in said)
     assert any("no chat template" in text for text in said)
@@ -247,9 +284,11 @@ def test_presets_leave_out_what_cannot_be_had_and_say_so(text_file: Path, tmp_pa
         stages.clear()
         with pytest.raises(SettingsError, match=message):
             export(
-                folder, tmp_path / "refused", make_settings("balanced", given | asked),
+                folder,
+                tmp_path / "refused",
+                make_settings("balanced", given | asked),
                 progress=lambda stage, *_: stages.add(stage),
-            )  # fmt: skip
+            )
         assert not stages
 
 

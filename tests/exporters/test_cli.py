@@ -54,9 +54,22 @@ def test_an_export_ends_with_tables(
     held_out = tmp_path / "held-out.txt"
     held_out.write_text(text_file.read_text() * 2)
     run = typed(
-        tiny_models("llama-gqa-tied"), "--format", "2:4", "--out", tmp_path / "out", "--method", "wanda",
-        "--calibration", text_file, "--samples", 4, "--seqlen", 32, "--evaluate", held_out,
-    )  # fmt: skip
+        tiny_models("llama-gqa-tied"),
+        "--format",
+        "2:4",
+        "--out",
+        tmp_path / "out",
+        "--method",
+        "wanda",
+        "--calibration",
+        text_file,
+        "--samples",
+        4,
+        "--seqlen",
+        32,
+        "--evaluate",
+        held_out,
+    )
     assert run.returncode == 0, run.stderr
     for words in (
         "down_proj",
@@ -98,9 +111,21 @@ def test_the_dial_sets_stages_and_says_what_they_cost(
     typed: Typed, tiny_models: Callable[[str], Path], text_file: Path, tmp_path: Path
 ) -> None:
     run = typed(
-        tiny_models("llama-gqa-tied"), "--quality", "best", "--steps", 3, "--compute", "float32", "--samples", 4,
-        "--calibration", text_file, "--out", tmp_path / "out", "--json",
-    )  # fmt: skip
+        tiny_models("llama-gqa-tied"),
+        "--quality",
+        "best",
+        "--steps",
+        3,
+        "--compute",
+        "float32",
+        "--samples",
+        4,
+        "--calibration",
+        text_file,
+        "--out",
+        tmp_path / "out",
+        "--json",
+    )
     assert run.returncode == 0, run.stderr
     said = " ".join(run.stderr.split())
     assert re.search(r"One block took \d+\.\d s; pruning all will have taken about \d+\.\d minutes, and 3 steps", said)
@@ -180,9 +205,11 @@ start.choose_waiting()
 print("torch" in sys.modules, os.environ.get("OMP_WAIT_POLICY"), os.environ.get("GOMP_SPINCOUNT"))
 """
     for busy, given, said in (
-        ("3", {}, "False None 20000"), ("60", {}, "False passive None"),
-        ("60", {"OMP_WAIT_POLICY": "active"}, "False active None"), ("3", {"GOMP_SPINCOUNT": "7"}, "False None 7"),
-    ):  # fmt: skip
+        ("3", {}, "False None 20000"),
+        ("60", {}, "False passive None"),
+        ("60", {"OMP_WAIT_POLICY": "active"}, "False active None"),
+        ("3", {"GOMP_SPINCOUNT": "7"}, "False None 7"),
+    ):
         run = subprocess.run(
             [sys.executable, "-c", code, busy], env=os.environ | given, capture_output=True, text=True, check=False
         )

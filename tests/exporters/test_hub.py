@@ -31,10 +31,13 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     """The hub of this process."""
     with hub.running() as made:
         for name, value in (
-            ("ENDPOINT", made.url), ("HF_HUB_OFFLINE", False), ("HF_HUB_DISABLE_XET", True),
-            ("HF_HUB_CACHE", str(tmp_path / "cache")), ("HF_TOKEN_PATH", str(tmp_path / "no token")),
+            ("ENDPOINT", made.url),
+            ("HF_HUB_OFFLINE", False),
+            ("HF_HUB_DISABLE_XET", True),
+            ("HF_HUB_CACHE", str(tmp_path / "cache")),
+            ("HF_TOKEN_PATH", str(tmp_path / "no token")),
             ("HUGGINGFACE_CO_URL_TEMPLATE", f"{made.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"),
-        ):  # fmt: skip
+        ):
             monkeypatch.setattr(huggingface_hub.constants, name, value)
         monkeypatch.setenv("HF_TOKEN", TOKEN)
         yield made
@@ -82,9 +85,15 @@ def test_an_export_is_pushed_and_loads_by_its_hub_id(
     ],
 )
 def test_a_repository_that_cannot_be_written_is_said_before_any_work(
-    name: str, error: type[SwiftpruneError], message: str, change: dict[str, Any], server: Hub,
-    tiny_models: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+    name: str,
+    error: type[SwiftpruneError],
+    message: str,
+    change: dict[str, Any],
+    server: Hub,
+    tiny_models: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     full = Repository(commits=[{"precious.txt": b"x", "more.txt": b"", ".gitattributes": b""}])
     server.repositories["owner/full"] = full
     server.role = change.get("role", "write")

@@ -104,9 +104,13 @@ def test_refined_stopped_everywhere_and_resumed_gives_the_same_bytes(
     monkeypatch.setattr(distill, "_SAVE_SECONDS", 0.0)
     model, out = tiny_models("qwen2"), tmp_path / "out"
     settings = PruneSettings(
-        method="wanda", refine=("weights", "blocks", "distill"), steps=12, calibration=str(text_file),
-        samples=4, seqlen=32,
-    )  # fmt: skip
+        method="wanda",
+        refine=("weights", "blocks", "distill"),
+        steps=12,
+        calibration=str(text_file),
+        samples=4,
+        seqlen=32,
+    )
     whole = export(model, tmp_path / "whole", settings)
     assert whole.distillation[-1].step == 12
     for stage, share in (("prune", 0.5), ("distill", 0.6)):
@@ -186,13 +190,24 @@ def test_ctrl_c_stops_with_130_and_resumes(text_file: Path, tmp_path: Path) -> N
     model = models.write_model(tmp_path / "model", config)
     out = tmp_path / "out"
     command = [
-        EXPORT, str(model), "--out", str(out), "--calibration", str(text_file),
-        "--samples", "96", "--seqlen", "128",
-    ]  # fmt: skip
+        EXPORT,
+        str(model),
+        "--out",
+        str(out),
+        "--calibration",
+        str(text_file),
+        "--samples",
+        "96",
+        "--seqlen",
+        "128",
+    ]
     run = subprocess.Popen(
-        command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        command,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which jobs in the background do not have
-    )  # fmt: skip
+    )
     while run.poll() is None and not list((tmp_path / "out.partial").glob("*.done.json")):
         time.sleep(0.005)
     run.send_signal(signal.SIGINT)
@@ -317,9 +332,13 @@ def test_a_finished_block_that_was_damaged_is_done_again(
 )
 @pytest.mark.parametrize("content", [b"", b"{}", bytes(200)])
 def test_damaged_files_of_an_unfinished_export_are_named(
-    name: str, content: bytes, tiny_models: Callable[[str], Path], text_file: Path, tmp_path: Path,
+    name: str,
+    content: bytes,
+    tiny_models: Callable[[str], Path],
+    text_file: Path,
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     monkeypatch.setattr(distill, "_SAVE_SECONDS", 0.0)
     settings = PruneSettings(
         method="wanda", calibration=str(text_file), samples=4, seqlen=16, permute=True, refine=("distill",), steps=3

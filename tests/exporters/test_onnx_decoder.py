@@ -40,15 +40,25 @@ PROMPT, NEW_TOKENS, WINDOW = 20, 12, 8
 ROOT = Path(__file__).parents[2]
 
 _COMMON: dict[str, Any] = {
-    "vocab_size": models.VOCABULARY, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "intermediate_size": 96, "max_position_embeddings": 256, "bos_token_id": 0, "eos_token_id": 1,
-}  # fmt: skip
+    "vocab_size": models.VOCABULARY,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 96,
+    "max_position_embeddings": 256,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+}
 _GROUPED = _COMMON | {"num_key_value_heads": 2}
 _SMALL = _COMMON | {"num_hidden_layers": 1}
 _LLAMA3 = {
-    "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
-}  # fmt: skip
+}
 _LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
 CONFIGS: dict[str, PretrainedConfig] = {
     "llama": LlamaConfig(
@@ -277,14 +287,22 @@ def test_built_weights(built: Callable[..., Built]) -> None:
     [("float16", TensorProto.FLOAT16, False), ("bfloat16", TensorProto.BFLOAT16, True)],
 )
 def test_dtypes_and_silence(
-    checkpoint: Callable[[str], Path], tmp_path: Path, capfd: pytest.CaptureFixture[str],
-    recwarn: pytest.WarningsRecorder, dtype: DtypeName, stored: int, standard_ops: bool,
-) -> None:  # fmt: skip
+    checkpoint: Callable[[str], Path],
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    recwarn: pytest.WarningsRecorder,
+    dtype: DtypeName,
+    stored: int,
+    standard_ops: bool,
+) -> None:
     stages = []
     built_by = build_decoder(
-        checkpoint("gpt-neox-small"), tmp_path / "out", dtype=dtype, standard_ops=standard_ops,
+        checkpoint("gpt-neox-small"),
+        tmp_path / "out",
+        dtype=dtype,
+        standard_ops=standard_ops,
         progress=lambda stage, done, total: stages.append((stage, done, total)),
-    )  # fmt: skip
+    )
     assert (built_by.split()[0], list(capfd.readouterr()), list(recwarn)) == (TORCH, ["", ""], [])
     assert stages == [("build decoder", done, 3) for done in range(4)]
     made = Built(checkpoint("gpt-neox-small"), tmp_path / "out", built_by)
@@ -315,9 +333,14 @@ def test_dtypes_and_silence(
     ],
 )
 def test_which_way(
-    checkpoint: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    name: str, settings: dict[str, Any], missing: str, by: str,
-) -> None:  # fmt: skip
+    checkpoint: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    settings: dict[str, Any],
+    missing: str,
+    by: str,
+) -> None:
     monkeypatch.setattr(decoder, "_run_builder", lambda *arguments: BUILDER)
     monkeypatch.setattr(decoder, "_trace_model", lambda *arguments: TORCH)
     monkeypatch.setattr(decoder, "find_spec", lambda package: None if package == missing else package)

@@ -182,8 +182,12 @@ def test_settings_that_cannot_be(
     with pytest.raises(SettingsError, match="--target onnx stores 2:4 only"):
         export(tiny_models("qwen2"), tmp_path / "out", PruneSettings(pattern="4:8", calibration="none"), target="onnx")
     with pytest.raises(SettingsError, match="k_proj stays dense"):
-        export(tiny_models("qwen2"), tmp_path / "out", PruneSettings(calibration="none", ignore="k_proj|lm_head"),
-               target="onnx")  # fmt: skip
+        export(
+            tiny_models("qwen2"),
+            tmp_path / "out",
+            PruneSettings(calibration="none", ignore="k_proj|lm_head"),
+            target="onnx",
+        )
     monkeypatch.setattr("exporters.onnx.trace.find_spec", lambda name: None if name == "onnxscript" else name)
     with pytest.raises(SettingsError, match=r"onnxscript: pip install 'swiftprune\[onnx\]'"):
         export(tiny_models("qwen2"), tmp_path / "out", NONE, target="onnx")

@@ -32,8 +32,14 @@ class Outputs(nn.Module):
 
 
 def bert() -> tuple[nn.Module, Callable[[int], Any]]:
-    config = BertConfig(vocab_size=100, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
-                        intermediate_size=64, max_position_embeddings=64)  # fmt: skip
+    config = BertConfig(
+        vocab_size=100,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=64,
+        max_position_embeddings=64,
+    )
     model = Outputs(BertModel(config, add_pooling_layer=False), "input_ids", "attention_mask")
 
     def batch(rows: int) -> Any:
@@ -45,8 +51,9 @@ def bert() -> tuple[nn.Module, Callable[[int], Any]]:
 
 
 def vit() -> tuple[nn.Module, Callable[[int], Any]]:
-    config = ViTConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, image_size=16,
-                       patch_size=8)  # fmt: skip
+    config = ViTConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, image_size=16, patch_size=8
+    )
     return Outputs(ViTModel(config, add_pooling_layer=False), "pixel_values"), lambda rows: torch.randn(rows, 3, 16, 16)
 
 

@@ -31,22 +31,32 @@ FORMS = ("MatMul", "Transpose", "Gemm", "GemmT")
 def both(dense: Path, packed: Path, x: np.ndarray[Any, Any]) -> tuple[Any, Any, Any]:
     """What the dense model, the packed model as any runtime reads it, and the packed model on our kernels answer."""
     sessions = (
-        onnxruntime.InferenceSession(dense), onnxruntime.InferenceSession(packed),
+        onnxruntime.InferenceSession(dense),
+        onnxruntime.InferenceSession(packed),
         swiftprune.serve.onnxruntime.session(packed),
-    )  # fmt: skip
+    )
     first, second, third = (session.run(None, {"x": x})[0] for session in sessions)
     return first, second, third
 
 
 @settings(max_examples=30)
 @given(
-    form=st.sampled_from(FORMS), outputs=st.integers(1, 40), groups=st.integers(1, 20), biased=st.booleans(),
-    dtype=st.sampled_from([None, torch.bfloat16, torch.float16]), seed=st.integers(0, 1000),
-)  # fmt: skip
+    form=st.sampled_from(FORMS),
+    outputs=st.integers(1, 40),
+    groups=st.integers(1, 20),
+    biased=st.booleans(),
+    dtype=st.sampled_from([None, torch.bfloat16, torch.float16]),
+    seed=st.integers(0, 1000),
+)
 def test_packed_models_answer_as_before(
-    tmp_path_factory: pytest.TempPathFactory, form: str, outputs: int, groups: int, biased: bool,
-    dtype: torch.dtype | None, seed: int,
-) -> None:  # fmt: skip
+    tmp_path_factory: pytest.TempPathFactory,
+    form: str,
+    outputs: int,
+    groups: int,
+    biased: bool,
+    dtype: torch.dtype | None,
+    seed: int,
+) -> None:
     folder = tmp_path_factory.mktemp("pack")
     weight = sparse(outputs, 4 * groups, seed)
     bias = np.arange(outputs, dtype=np.float32) if biased else None
@@ -130,7 +140,10 @@ REFUSED: dict[str, tuple[Any, str]] = {
     ),
     "left operand": (
         onnx_graphs.model(
-            [helper.make_node("MatMul", ["w", "x"], ["y"])], {"w": SQUARE.T.copy()}, {"x": [16, 2]}, {"y": [16, 2]},
+            [helper.make_node("MatMul", ["w", "x"], ["y"])],
+            {"w": SQUARE.T.copy()},
+            {"x": [16, 2]},
+            {"y": [16, 2]},
         ),
         "w: it is the left operand",
     ),
@@ -140,7 +153,10 @@ REFUSED: dict[str, tuple[Any, str]] = {
     ),
     "convolution": (
         onnx_graphs.model(
-            [one("Conv")], {"w": sparse(8, 16).reshape(8, 16, 1, 1)}, {"x": [1, 16, 4, 4]}, {"y": [1, 8, 4, 4]},
+            [one("Conv")],
+            {"w": sparse(8, 16).reshape(8, 16, 1, 1)},
+            {"x": [1, 16, 4, 4]},
+            {"y": [1, 8, 4, 4]},
         ),
         "w: a convolution",
     ),
@@ -162,11 +178,13 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "quantized": (
         onnx_graphs.model(
             [helper.make_node("DequantizeLinear", ["q", "s"], ["w"], name="dequantize"), one("MatMul")],
-            {"q": np.zeros((16, 16), np.int8), "s": np.array(0.5, np.float32)}, {"x": [2, 16]}, {"y": [2, 16]},
+            {"q": np.zeros((16, 16), np.int8), "s": np.array(0.5, np.float32)},
+            {"x": [2, 16]},
+            {"y": [2, 16]},
         ),
         r"q: quantized \(DequantizeLinear\)",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -187,9 +205,10 @@ def test_values_must_fit_the_type(tmp_path: Path) -> None:
 
 def test_the_rest_stays_dense_with_its_reason(tmp_path: Path) -> None:
     nodes = [
-        helper.make_node("MatMul", ["x", "sparse"], ["h"]), helper.make_node("MatMul", ["h", "dense"], ["g"]),
+        helper.make_node("MatMul", ["x", "sparse"], ["h"]),
+        helper.make_node("MatMul", ["h", "dense"], ["g"]),
         helper.make_node("MatMul", ["g", "head"], ["y"]),
-    ]  # fmt: skip
+    ]
     weights = {"sparse": SQUARE, "dense": np.ones((16, 16), np.float32), "head": SQUARE}
     model = onnx_graphs.model(nodes, weights, {"x": [2, 16]}, {"y": [2, 16]})
     report = pack_model(save(model, tmp_path / "dense.onnx"), tmp_path / "packed.onnx", ignore="head")
@@ -327,9 +346,12 @@ def placed(where: str, weight: FloatArray) -> Any:
         case "branch" | "outside of the branch":
             inner, outer = ([tensor], {}) if where == "branch" else ([], {"w": columns})
             branch = helper.make_graph(
-                [node("MatMul", ["x", "w"], ["z"])], "branch", [],
-                [helper.make_tensor_value_info("z", TensorProto.FLOAT, [2, outputs])], inner,
-            )  # fmt: skip
+                [node("MatMul", ["x", "w"], ["z"])],
+                "branch",
+                [],
+                [helper.make_tensor_value_info("z", TensorProto.FLOAT, [2, outputs])],
+                inner,
+            )
             choose = node("If", ["c"], ["y"], then_branch=branch, else_branch=branch)
             made = onnx_graphs.model([choose], outer, *ends)
             made.graph.input.append(helper.make_tensor_value_info("c", TensorProto.BOOL, []))
@@ -372,7 +394,7 @@ def placed(where: str, weight: FloatArray) -> Any:
                 node("DynamicQuantizeLinear", ["x"], ["q", "a", "b"]),
                 node("MatMulInteger", ["q", "w", "b", "z"], ["i"]),
                 node("Cast", ["i"], ["y"], to=TensorProto.FLOAT),
-            ]  # fmt: skip
+            ]
             return onnx_graphs.model(nodes, {"w": quantized(columns, 7), "z": np.array(7, np.uint8)}, *ends)
     raise AssertionError(where)
 
@@ -380,10 +402,18 @@ def placed(where: str, weight: FloatArray) -> Any:
 @pytest.mark.parametrize(
     "where",
     [
-        "opset 7", "Constant", "branch", "outside of the branch", "function", "Cast", "Q/DQ of a float", "DQ",
-        "DQ and Transpose", "MatMulInteger",
+        "opset 7",
+        "Constant",
+        "branch",
+        "outside of the branch",
+        "function",
+        "Cast",
+        "Q/DQ of a float",
+        "DQ",
+        "DQ and Transpose",
+        "MatMulInteger",
     ],
-)  # fmt: skip
+)
 def test_check_finds_weights_wherever_they_stand(where: str, tmp_path: Path) -> None:
     """And tells the sparse from the dense there, by the value that stands for zero."""
     good = sparse(16, 32)
@@ -406,15 +436,18 @@ def test_check_tells_what_cannot_be_sparse(tmp_path: Path) -> None:
     node = helper.make_node
     stem, depth = np.ones((8, 3, 3, 3), np.float32), np.ones((8, 1, 3, 3), np.float32)
     nodes = [
-        node("Conv", ["x", "stem"], ["a"], pads=[1, 1, 1, 1]), node("Conv", ["a", "depth"], ["b"], group=8),
+        node("Conv", ["x", "stem"], ["a"], pads=[1, 1, 1, 1]),
+        node("Conv", ["a", "depth"], ["b"], group=8),
         node("Conv", ["b", "point"], ["y"]),
-    ]  # fmt: skip
+    ]
     shapes: Any = {"x": [1, 3, 5, 5]}, {"y": [1, 6, 3, 3]}
     weights = {"stem": stem, "depth": depth, "point": sparse(6, 8).reshape(6, 8, 1, 1)}
     path = save(onnx_graphs.model(nodes, weights, *shapes), tmp_path / "m.onnx")
     assert [(weight.name, weight.impossible) for weight in check_weights(path)] == [
-        ("stem", True), ("depth", True), ("point", False),
-    ]  # fmt: skip
+        ("stem", True),
+        ("depth", True),
+        ("point", False),
+    ]
     run = CliRunner().invoke(app, ["check", str(path), "--require"])
     assert run.exit_code == 0
     assert "1 of 3 weights are 2:4; 2 cannot be" in run.output

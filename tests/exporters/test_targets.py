@@ -116,8 +116,13 @@ def test_torch_target_is_what_torch_itself_would_pack(tiny_models: Callable[[str
     sparse = {key: value for key, value in loaded.items() if isinstance(value, SparseSemiStructuredTensorCUTLASS)}
     # K = 160 of down_proj is no multiple of 64: it is stored dense, and the report says so.
     assert {key.rpartition(".")[0].rpartition(".")[2] for key in sparse} == {
-        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj",
-    }  # fmt: skip
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+        "gate_proj",
+        "up_proj",
+    }
     assert "multiples of (32, 64)" in report.dense_linears["model.layers.0.mlp.down_proj"]
     for key, tensor in sparse.items():
         values, metadata = sparse_semi_structured_from_dense_cutlass(dense.read([key])[key])  # type: ignore[no-untyped-call]

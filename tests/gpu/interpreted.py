@@ -27,9 +27,12 @@ SMALL = {
 @pytest.mark.parametrize("kernel", SMALL)
 @settings(max_examples=12, deadline=None)
 @given(
-    rows=st.integers(1, 40), width=st.sampled_from([1, 2, 3, 9, 16, 36, 63, 64, 130]), tokens=st.integers(1, 20),
-    with_bias=st.booleans(), seed=st.integers(0, 2**32 - 1),
-)  # fmt: skip
+    rows=st.integers(1, 40),
+    width=st.sampled_from([1, 2, 3, 9, 16, 36, 63, 64, 130]),
+    tokens=st.integers(1, 20),
+    with_bias=st.booleans(),
+    seed=st.integers(0, 2**32 - 1),
+)
 def test_products_equal_those_in_float64(
     kernel: str, dtype: torch.dtype, rows: int, width: int, tokens: int, with_bias: bool, seed: int
 ) -> None:

@@ -75,10 +75,16 @@ def test_the_model_by_hand() -> None:
 
 def test_data_sheets_by_name() -> None:
     for name, expected in [
-        ("NVIDIA A100-SXM4-80GB", "A100-SXM4-80GB"), ("NVIDIA A100-PCIE-40GB", "A100"), ("NVIDIA L4", "L4"),
-        ("NVIDIA L40S", "L40S"), ("NVIDIA H100 PCIe", "H100 PCIe"), ("NVIDIA H100 80GB HBM3", "H100"),
-        ("NVIDIA GeForce RTX 4090", "RTX 4090"), ("NVIDIA A10G", "unknown"), ("NVIDIA B200", "B200"),
-    ]:  # fmt: skip
+        ("NVIDIA A100-SXM4-80GB", "A100-SXM4-80GB"),
+        ("NVIDIA A100-PCIE-40GB", "A100"),
+        ("NVIDIA L4", "L4"),
+        ("NVIDIA L40S", "L40S"),
+        ("NVIDIA H100 PCIe", "H100 PCIe"),
+        ("NVIDIA H100 80GB HBM3", "H100"),
+        ("NVIDIA GeForce RTX 4090", "RTX 4090"),
+        ("NVIDIA A10G", "unknown"),
+        ("NVIDIA B200", "B200"),
+    ]:
         assert plan.gpu_model(name, (8, 6)).name == expected
 
 
@@ -134,9 +140,15 @@ def test_what_was_measured_and_cannot_run_here_is_not_chosen(tmp_path: Path, mon
 
 @pytest.mark.parametrize(
     "change",
-    [{"best": ["triton"]}, {"best": ["triton", "cublas"]}, {"tokens": [64, 1]}, {"tokens": [0, 1]}, {"rows": "many"},
-     {"best": [], "tokens": []}],
-)  # fmt: skip
+    [
+        {"best": ["triton"]},
+        {"best": ["triton", "cublas"]},
+        {"tokens": [64, 1]},
+        {"tokens": [0, 1]},
+        {"rows": "many"},
+        {"best": [], "tokens": []},
+    ],
+)
 def test_a_broken_table_is_named(change: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(plan.TABLE_VARIABLE, str(write_table(tmp_path / "gpu.json", **change)))
     with pytest.raises(SettingsError, match=r"gpu\.json \(SWIFTPRUNE_GPU_TABLE\): not a table"):

@@ -133,9 +133,13 @@ def test_algorithms_are_searched_once_for_a_shape_and_never_while_capturing(monk
 
     searching = Searching(monkeypatch)
     for capturing, tokens, algorithm, searched in [
-        (True, 16, 0, []), (False, 16, 3, [16]), (False, 16, 3, [16]), (True, 16, 3, [16]), (False, 24, 3, [16, 24]),
+        (True, 16, 0, []),
+        (False, 16, 3, [16]),
+        (False, 16, 3, [16]),
+        (True, 16, 3, [16]),
+        (False, 24, 3, [16, 24]),
         (False, 32, 3, [16, 24]),
-    ]:  # fmt: skip
+    ]:
         searching.capturing = capturing
         dense = torch.zeros(64, tokens)
         assert semi_structured._algorithm(OnGpu(), dense, None) == algorithm  # type: ignore[arg-type]

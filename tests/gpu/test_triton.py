@@ -89,9 +89,12 @@ def test_k_is_split_until_all_multiprocessors_work(tokens: int, rows: int, width
 # Compute capability: instruction that feeds the tensor cores.
 TARGETS = {80: "mma.sync", 86: "mma.sync", 89: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 COMPILED = [
-    (capability, tokens, bits) for capability in TARGETS for tokens in (1, 4, 16, 128) for bits in (16, 8)
+    (capability, tokens, bits)
+    for capability in TARGETS
+    for tokens in (1, 4, 16, 128)
+    for bits in (16, 8)
     if capability in (80, 90) or (tokens, bits) in ((1, 16), (16, 16))
-]  # fmt: skip
+]
 
 
 def compiled(
@@ -101,9 +104,14 @@ def compiled(
     from triton.compiler import ASTSource
 
     pointers = {
-        "x_ptr": "*bf16", "values_ptr": "*bf16" if bits == 16 else "*i8", "metadata_ptr": "*u8", "scale_ptr": "*fp32",
-        "bias_ptr": "*bf16", "out_ptr": "*bf16", "sums_ptr": "*fp32",
-    }  # fmt: skip
+        "x_ptr": "*bf16",
+        "values_ptr": "*bf16" if bits == 16 else "*i8",
+        "metadata_ptr": "*u8",
+        "scale_ptr": "*fp32",
+        "bias_ptr": "*bf16",
+        "out_ptr": "*bf16",
+        "sums_ptr": "*fp32",
+    }
     names = kernel.arg_names
     assert constants.keys() <= set(names)
     signature = {name: "constexpr" if name in constants else pointers.get(name, "i32") for name in names}

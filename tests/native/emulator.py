@@ -43,9 +43,13 @@ def run(program: Path) -> tuple[int, str]:
 
     top = STACK + STACK_BYTES - 4096  # zeros from here on: the random bytes, and the strings that are not there
     auxiliary = [
-        (AUX_PHDR, headers_in_memory), (AUX_PHENT, header_bytes), (AUX_PHNUM, header_count),
-        (AUX_PAGESZ, 4096), (AUX_RANDOM, top), (0, 0),
-    ]  # fmt: skip
+        (AUX_PHDR, headers_in_memory),
+        (AUX_PHENT, header_bytes),
+        (AUX_PHNUM, header_count),
+        (AUX_PAGESZ, 4096),
+        (AUX_RANDOM, top),
+        (0, 0),
+    ]
     words = [0, 0, 0, *(word for pair in auxiliary for word in pair)]  # no arguments, no environment
     stack = (top - 8 * len(words)) & ~15
     machine.mem_write(stack, struct.pack(f"<{len(words)}Q", *words))

@@ -50,9 +50,15 @@ def test_the_neon_kernel_in_an_emulator(tmp_path: Path) -> None:
     program = tmp_path / "linear24_check"
     compiler = [sys.executable, "-m", "ziglang", "c++", "--target=aarch64-linux-musl", "-static", "-std=c++17", "-O2"]
     command = [
-        *compiler, "-ffp-contract=off", "-DSWIFTPRUNE_NEON=1", f"-I{SOURCES}", "-o", str(program),
-        str(ROOT / "tests" / "native" / "linear24_check.cpp"), *(str(SOURCES / f"{name}.cpp") for name in sources),
-    ]  # fmt: skip
+        *compiler,
+        "-ffp-contract=off",
+        "-DSWIFTPRUNE_NEON=1",
+        f"-I{SOURCES}",
+        "-o",
+        str(program),
+        str(ROOT / "tests" / "native" / "linear24_check.cpp"),
+        *(str(SOURCES / f"{name}.cpp") for name in sources),
+    ]
     subprocess.run(command, check=True)
     status, written = emulator.run(program)
     assert status == 0, written

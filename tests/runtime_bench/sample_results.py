@@ -21,11 +21,20 @@ CASES = ((1, 64), (2, 64), (4, 64), (8, 64), (1, 256), (1, 1024))
 
 def machine(cpu: str = "AMD EPYC (family 25, model 17)") -> Machine:
     return Machine(
-        cpu=cpu, cores=2, affinity=[0, 1], virtual=True, cpu_features=["avx2", "avx512f", "avx512_bf16"], threads=2,
-        memory_gb=25.3, isas=["avx512", "avx2", "generic"], system="Linux x86_64", python="3.12.4",
-        packages={"swiftprune": "0.1.0", "torch": "2.13.0+cpu", "transformers": "5.23.0"}, revision="a6b4748",
+        cpu=cpu,
+        cores=2,
+        affinity=[0, 1],
+        virtual=True,
+        cpu_features=["avx2", "avx512f", "avx512_bf16"],
+        threads=2,
+        memory_gb=25.3,
+        isas=["avx512", "avx2", "generic"],
+        system="Linux x86_64",
+        python="3.12.4",
+        packages={"swiftprune": "0.1.0", "torch": "2.13.0+cpu", "transformers": "5.23.0"},
+        revision="a6b4748",
         date="2026-11-24",
-    )  # fmt: skip
+    )
 
 
 def conditions(warnings: Sequence[str] = ()) -> Conditions:
@@ -40,18 +49,29 @@ def conditions(warnings: Sequence[str] = ()) -> Conditions:
 
 
 def metric(
-    name: str, dense: Sequence[float], sparse: Sequence[float], *, unit: str = "ms", lower_is_better: bool = True,
+    name: str,
+    dense: Sequence[float],
+    sparse: Sequence[float],
+    *,
+    unit: str = "ms",
+    lower_is_better: bool = True,
     bound: dict[str, float] | None = None,
-) -> Metric:  # fmt: skip
+) -> Metric:
     return Metric(
         name=name, unit=unit, lower_is_better=lower_is_better, dense=list(dense), sparse=list(sparse), bound=bound or {}
     )
 
 
 def case(
-    at_once: int = 1, prompt_tokens: int = 64, *, tpot: float = 110.0, speedup: float = 1.7, new_tokens: int = 48,
-    void: str | None = None, seed: int = 0,
-) -> Case:  # fmt: skip
+    at_once: int = 1,
+    prompt_tokens: int = 64,
+    *,
+    tpot: float = 110.0,
+    speedup: float = 1.7,
+    new_tokens: int = 48,
+    void: str | None = None,
+    seed: int = 0,
+) -> Case:
     """A case of `ROUNDS` rounds whose dense side takes about `tpot` ms per token, and whose sparse side is faster."""
     empty = Case(workload="batch", at_once=at_once, prompt_tokens=prompt_tokens, new_tokens=new_tokens, void=void)
     if void:
@@ -67,7 +87,9 @@ def case(
     length = prompt_tokens / 64
     metrics = [
         metric(
-            "ttft", rounds(2.5 * tpot * length), rounds(2.5 * tpot * length / (0.7 + speedup / 4)),
+            "ttft",
+            rounds(2.5 * tpot * length),
+            rounds(2.5 * tpot * length / (0.7 + speedup / 4)),
             bound={side: value * length for side, value in best.items()},
         ),
         metric("tpot", dense, sparse, bound=best),
@@ -76,10 +98,13 @@ def case(
             for percent in (50, 95, 99)
         ),
         metric(
-            "tokens_per_s", *([1e3 * at_once / x for x in side] for side in (dense, sparse)), unit="tok/s",
-            lower_is_better=False, bound={side: 1e3 * at_once / value for side, value in best.items()},
+            "tokens_per_s",
+            *([1e3 * at_once / x for x in side] for side in (dense, sparse)),
+            unit="tok/s",
+            lower_is_better=False,
+            bound={side: 1e3 * at_once / value for side, value in best.items()},
         ),
-    ]  # fmt: skip
+    ]
     return empty.model_copy(update={"metrics": metrics, "itl_ms": itl})
 
 
@@ -90,9 +115,15 @@ def _gaps(median: float, noise: np.random.Generator) -> list[float]:
 
 
 def run_result(
-    model: str = "Llama-3.2-1B", engine: str = "transformers", *, tpot: float = 110.0, speedup: float = 1.7,
-    cases: Sequence[Case] | None = None, warnings: Sequence[str] = (), seed: int = 0,
-) -> RunResult:  # fmt: skip
+    model: str = "Llama-3.2-1B",
+    engine: str = "transformers",
+    *,
+    tpot: float = 110.0,
+    speedup: float = 1.7,
+    cases: Sequence[Case] | None = None,
+    warnings: Sequence[str] = (),
+    seed: int = 0,
+) -> RunResult:
     """A run of `cases`; without any, of CASES, whose speedup falls with the number at once."""
     if cases is None:
         cases = [
@@ -100,9 +131,16 @@ def run_result(
             for n, tokens in CASES
         ]
     return RunResult(
-        machine=machine(), conditions=conditions(warnings),
+        machine=machine(),
+        conditions=conditions(warnings),
         command=f"swiftprune-bench run ./sparse --dense ./dense --engine {engine}",
-        engine=engine, engine_version="5.23.0", model=model, dtype="bfloat16", threads=2, rounds=ROUNDS, starts=2,
+        engine=engine,
+        engine_version="5.23.0",
+        model=model,
+        dtype="bfloat16",
+        threads=2,
+        rounds=ROUNDS,
+        starts=2,
         dense_linears="onednn",
         dense=SideFacts(
             name=f"{model}-pruned", disk_bytes=2_471_645_608, linears={"dense": 112}, matrix_bytes=2_471_000_000
@@ -120,15 +158,22 @@ def run_result(
         cases=list(cases),
         quality=[
             Quality(
-                name="perplexity", source="WikiText-2, test", lower_is_better=True, dense=12.41, sparse=19.87,
+                name="perplexity",
+                source="WikiText-2, test",
+                lower_is_better=True,
+                dense=12.41,
+                sparse=19.87,
                 tokens=4096,
             ),
             Quality(
-                name="hellaswag acc_norm", source="lm-evaluation-harness", lower_is_better=False, dense=0.604,
+                name="hellaswag acc_norm",
+                source="lm-evaluation-harness",
+                lower_is_better=False,
+                dense=0.604,
                 sparse=0.521,
             ),
         ],
-    )  # fmt: skip
+    )
 
 
 def layers_result() -> LayersResult:
@@ -141,16 +186,27 @@ def layers_result() -> LayersResult:
                 gain = 1 + 1.2 / (1 + tokens / 40) + rows / 20000 - threads / 10
                 cells.append(
                     Cell(
-                        rows=rows, cols=cols, dtype="bf16", tokens=tokens, threads=threads, backend="avx512_bf16",
+                        rows=rows,
+                        cols=cols,
+                        dtype="bf16",
+                        tokens=tokens,
+                        threads=threads,
+                        backend="avx512_bf16",
                         sparse=_call(dense / gain),
                         dense={"torch F.linear": _call(1.4 * dense), "oneDNN prepacked": _call(dense)},
-                        packed_bytes=rows * cols * 9 // 8, read_gb_per_s=45.0 * threads**0.7,
+                        packed_bytes=rows * cols * 9 // 8,
+                        read_gb_per_s=45.0 * threads**0.7,
                     )
-                )  # fmt: skip
+                )
     return LayersResult(
-        machine=machine(), conditions=conditions(), command="swiftprune-bench layers", shares_torch_threads=True,
-        rotated_mb=512, overhead=CallOverhead(linear24_us=5.8, operator_us=7.7, nn_linear_us=5.3), cells=cells,
-    )  # fmt: skip
+        machine=machine(),
+        conditions=conditions(),
+        command="swiftprune-bench layers",
+        shares_torch_threads=True,
+        rotated_mb=512,
+        overhead=CallOverhead(linear24_us=5.8, operator_us=7.7, nn_linear_us=5.3),
+        cells=cells,
+    )
 
 
 def gpu_result() -> GpuResult:
@@ -169,14 +225,20 @@ def gpu_result() -> GpuResult:
             cells.append(GpuCell(rows=rows, cols=cols, tokens=tokens, dtype="bf16", times=times))
     gpu = Gpu(name="NVIDIA H100 80GB HBM3", compute_capability="9.0", memory_gb=85.0, driver="570.1", cuda="13.0")
     return GpuResult(
-        machine=machine().model_copy(update={"gpu": gpu}), conditions=conditions(),
-        command="swiftprune-bench gpu-suite", cells=cells, l2_flush_mb=256, graph_capture=False,
+        machine=machine().model_copy(update={"gpu": gpu}),
+        conditions=conditions(),
+        command="swiftprune-bench gpu-suite",
+        cells=cells,
+        l2_flush_mb=256,
+        graph_capture=False,
         checks=[
             GpuCheck(name="pack and unpack", passed=True, detail="equal bits in 4 shapes"),
             GpuCheck(name="cutlass layout", passed=False, detail="relative error 0.31 at 256x512, M=7"),
         ],
-        peaks=GpuPeaks(read_gb_per_s=2950.0, gemm_tflop_per_s={"bf16": 710.0}), left_out=2, stopped="the time was up",
-    )  # fmt: skip
+        peaks=GpuPeaks(read_gb_per_s=2950.0, gemm_tflop_per_s={"bf16": 710.0}),
+        left_out=2,
+        stopped="the time was up",
+    )
 
 
 def trade_off_result() -> TradeOff:
@@ -192,14 +254,21 @@ def trade_off_result() -> TradeOff:
         seconds = {"calibrate": 3.0, "mask": mask, "distill": distill}
         rows.append(
             Row(
-                recipe=recipe, settings=None, seconds=seconds, perplexity={"wikipedia": wikipedia, "news": news},
-                validations=[], conditions=conditions(["the machine was busy"] * (recipe == "admm")),
+                recipe=recipe,
+                settings=None,
+                seconds=seconds,
+                perplexity={"wikipedia": wikipedia, "news": news},
+                validations=[],
+                conditions=conditions(["the machine was busy"] * (recipe == "admm")),
             )
-        )  # fmt: skip
+        )
     return TradeOff(
-        machine=machine(), command="swiftprune-bench trade-off", model="SmolLM2-135M-Instruct",
-        tokens={"wikipedia": 30720, "news": 30720}, rows=rows,
-    )  # fmt: skip
+        machine=machine(),
+        command="swiftprune-bench trade-off",
+        model="SmolLM2-135M-Instruct",
+        tokens={"wikipedia": 30720, "news": 30720},
+        rows=rows,
+    )
 
 
 def _gpu_time(backend: str, microseconds: float, *, graph: bool = True) -> GpuTime:

@@ -215,9 +215,17 @@ def call_time(milliseconds: float) -> layers.CallTime:
 
 def test_layers_are_compared_with_the_better_dense_kernel() -> None:
     cell = layers.Cell(
-        rows=100, cols=1000, dtype="bf16", tokens=1, threads=1, backend="generic", sparse=call_time(0.5),
-        dense={"slow": call_time(3), "good": call_time(1)}, packed_bytes=112_500, read_gb_per_s=0.5,
-    )  # fmt: skip
+        rows=100,
+        cols=1000,
+        dtype="bf16",
+        tokens=1,
+        threads=1,
+        backend="generic",
+        sparse=call_time(0.5),
+        dense={"slow": call_time(3), "good": call_time(1)},
+        packed_bytes=112_500,
+        read_gb_per_s=0.5,
+    )
     assert (cell.better_dense, cell.speedup, cell.median_speedup) == ("good", 2, 2)
     assert cell.packed_gb_per_s == pytest.approx(0.225)
     assert cell.dense_gb_per_s == pytest.approx(0.2)
@@ -290,11 +298,21 @@ def test_a_wrong_product_is_never_timed(monkeypatch: pytest.MonkeyPatch) -> None
 def test_layers_plot_has_a_panel_for_each_dtype_and_thread_count(tmp_path: Path) -> None:
     cells = [
         layers.Cell(
-            rows=64, cols=64, dtype=dtype, tokens=m, threads=threads, backend="generic", sparse=call_time(1),
-            dense={"d": call_time(2)}, packed_bytes=1, read_gb_per_s=1,
+            rows=64,
+            cols=64,
+            dtype=dtype,
+            tokens=m,
+            threads=threads,
+            backend="generic",
+            sparse=call_time(1),
+            dense={"d": call_time(2)},
+            packed_bytes=1,
+            read_gb_per_s=1,
         )
-        for dtype in ("bf16", "fp32") for threads in (1, 2, 4) for m in (1, 8)
-    ]  # fmt: skip
+        for dtype in ("bf16", "fp32")
+        for threads in (1, 2, 4)
+        for m in (1, 8)
+    ]
     overhead = layers.CallOverhead(linear24_us=1, operator_us=1, nn_linear_us=1)
     bench = layers.LayersResult(
         machine=this_machine(), shares_torch_threads=True, rotated_mb=1, overhead=overhead, cells=cells

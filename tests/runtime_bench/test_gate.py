@@ -61,8 +61,9 @@ def test_noise_is_not_called_a_pass_nor_a_regression() -> None:
 def test_too_few_rounds_decide_nothing() -> None:
     (row,) = gate.judge(result(1.0, rounds=1), [result(1.7)])
     assert (row.verdict, row.detail) == (
-        "unclear", "1 rounds against 10 are too few for any verdict; take 10 or more",
-    )  # fmt: skip
+        "unclear",
+        "1 rounds against 10 are too few for any verdict; take 10 or more",
+    )
     assert verdicts(result(1.0, rounds=2), result(1.7)) == ["regression"]
 
 
@@ -183,9 +184,12 @@ NOISE = {
 
 @settings(max_examples=12)
 @given(
-    st.sampled_from(list(NOISE)), st.integers(4, 16), st.floats(0.002, 0.3), st.sampled_from([0.05, 0.1]),
+    st.sampled_from(list(NOISE)),
+    st.integers(4, 16),
+    st.floats(0.002, 0.3),
+    st.sampled_from([0.05, 0.1]),
     st.integers(0, 2**31),
-)  # fmt: skip
+)
 def test_a_true_slowdown_of_a_tenth_is_passed_no_more_often_than_stated(
     noise: str, rounds: int, scale: float, limit: float, seed: int
 ) -> None:

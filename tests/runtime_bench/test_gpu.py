@@ -140,8 +140,12 @@ def test_what_needs_cuda_is_unavailable_and_the_rest_still_measured() -> None:
     result = measure(FakeDevice("8.9"))
     times = times_of(result)
     assert [times[name].status for name in ("cublas", "cusparselt", "cutlass", "triton", "reference")] == [
-        "ok", "unavailable", "unavailable", "unavailable", "ok",
-    ]  # fmt: skip
+        "ok",
+        "unavailable",
+        "unavailable",
+        "unavailable",
+        "ok",
+    ]
     assert "cannot run torch.bfloat16 on this machine's cpu" in (times["cusparselt"].reason or "")
     assert "cannot run torch.bfloat16 on this machine's cpu" in (times["triton"].reason or "")
     passed = {check.name: check.passed for check in result.checks}
@@ -302,9 +306,12 @@ def test_cells_beyond_the_budget_are_left_out_and_counted() -> None:
     device = FakeDevice()
     seconds = iter(range(0, 10_000, 10))
     result = measure(
-        device, [device.contestant("cublas")], tokens=[1, 2, 3, 4, 5, 6], budget_seconds=65,
+        device,
+        [device.contestant("cublas")],
+        tokens=[1, 2, 3, 4, 5, 6],
+        budget_seconds=65,
         clock=lambda: float(next(seconds)),
-    )  # fmt: skip
+    )
     # A cell begins at 10, 30, 50 s and takes 10 s; the one that would begin at 70 s is too late.
     assert [cell.tokens for cell in result.cells] == [1, 2, 3]
     assert result.left_out == 3

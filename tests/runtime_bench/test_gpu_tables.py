@@ -26,20 +26,29 @@ def measured(us: dict[int, dict[str, float]], dtype: str = "bfloat16") -> GpuRes
     """Medians by tokens and backend; a negative one is of a wrong product."""
     cells = [
         GpuCell(
-            rows=4096, cols=4096, tokens=tokens, dtype=dtype,
+            rows=4096,
+            cols=4096,
+            tokens=tokens,
+            dtype=dtype,
             times=[
-                GpuTime(backend=name, status="ok", us=[time, time / 2, 3 * time]) if time > 0
+                GpuTime(backend=name, status="ok", us=[time, time / 2, 3 * time])
+                if time > 0
                 else GpuTime(backend=name, status="void", reason="wrong")
                 for name, time in by.items()
             ],
         )
         for tokens, by in us.items()
-    ]  # fmt: skip
+    ]
     gpu = Gpu(name=L4, compute_capability="8.9", memory_gb=24, cuda="13.0")
     return GpuResult(
-        machine=this_machine(gpu=gpu), command="swiftprune-bench gpu-suite", checks=[], peaks=None, cells=cells,
-        l2_flush_mb=96, graph_capture=True,
-    )  # fmt: skip
+        machine=this_machine(gpu=gpu),
+        command="swiftprune-bench gpu-suite",
+        checks=[],
+        peaks=None,
+        cells=cells,
+        l2_flush_mb=96,
+        graph_capture=True,
+    )
 
 
 MEASURED = {

@@ -43,23 +43,33 @@ def _decoder(folder: Path, *, packed: int = 0, rename: str = "logits", width: in
     cache = ["batch", 1, "past", width]
     grown = ["batch", 1, "total", width]
     graph = helper.make_graph(
-        nodes, "decoder",
+        nodes,
+        "decoder",
         [
-            *(helper.make_tensor_value_info(name, TensorProto.INT64, ["batch", size]) for name, size in
-              (("input_ids", "length"), ("attention_mask", "total"), ("position_ids", "length"))),
-            *(helper.make_tensor_value_info(f"past_key_values.0.{name}", TensorProto.FLOAT, cache) for name in
-              ("key", "value")),
+            *(
+                helper.make_tensor_value_info(name, TensorProto.INT64, ["batch", size])
+                for name, size in (("input_ids", "length"), ("attention_mask", "total"), ("position_ids", "length"))
+            ),
+            *(
+                helper.make_tensor_value_info(f"past_key_values.0.{name}", TensorProto.FLOAT, cache)
+                for name in ("key", "value")
+            ),
         ],
         [
             helper.make_tensor_value_info(rename, TensorProto.FLOAT, ["batch", "length", VOCABULARY]),
-            *(helper.make_tensor_value_info(f"present.0.{name}", TensorProto.FLOAT, grown) for name in
-              ("key", "value")),
+            *(
+                helper.make_tensor_value_info(f"present.0.{name}", TensorProto.FLOAT, grown)
+                for name in ("key", "value")
+            ),
         ],
         [
-            constant("axes", [1, 3]), constant("all", [1, 2, 3]), constant("last", [1]),
-            constant("size", np.int64(VOCABULARY)), constant("levels", np.array([0, 1], np.float32)),
+            constant("axes", [1, 3]),
+            constant("all", [1, 2, 3]),
+            constant("last", [1]),
+            constant("size", np.int64(VOCABULARY)),
+            constant("levels", np.array([0, 1], np.float32)),
         ],
-    )  # fmt: skip
+    )
     opsets = [helper.make_opsetid("", 18), helper.make_opsetid("swiftprune", 1)]
     functions = [
         helper.make_function(

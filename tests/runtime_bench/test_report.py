@@ -55,13 +55,19 @@ def everything() -> list[Any]:
     return [
         run_result(),
         run_result(engine="vllm", speedup=1.5, seed=1, warnings=["other processes used 31% of the processor time"]),
-        run_result("SmolLM2-135M", tpot=25.0, speedup=1.0, cases=[
-            case(1, tpot=25.0, speedup=1.0, seed=2), case(8, void="the server ended with 1"),
-        ]),
+        run_result(
+            "SmolLM2-135M",
+            tpot=25.0,
+            speedup=1.0,
+            cases=[
+                case(1, tpot=25.0, speedup=1.0, seed=2),
+                case(8, void="the server ended with 1"),
+            ],
+        ),
         layers_result(),
         gpu_result(),
         trade_off_result(),
-    ]  # fmt: skip
+    ]
 
 
 def test_no_results_is_an_error(tmp_path: Path) -> None:
@@ -288,9 +294,11 @@ def test_markdown_table() -> None:
 def test_labels_tell_results_apart() -> None:
     half = run_result().model_copy(update={"dtype": "float16"})
     assert report.labels([run_result(), half, run_result(engine="vllm"), layers_result()]) == [
-        "Llama-3.2-1B, transformers, bfloat16", "Llama-3.2-1B, transformers, float16", "Llama-3.2-1B, vllm",
+        "Llama-3.2-1B, transformers, bfloat16",
+        "Llama-3.2-1B, transformers, float16",
+        "Llama-3.2-1B, vllm",
         "linear layers",
-    ]  # fmt: skip
+    ]
     assert len(set(report.labels([run_result(), run_result(), run_result()]))) == 3
 
 

@@ -61,8 +61,9 @@ def test_transformers_end_to_end(sides: dict[str, Path], tmp_path: Path, dense_l
     assert found.check.passed
     assert found.check.tokens == 2 * 16
     assert [(case.at_once, case.prompt_tokens, case.new_tokens, case.void) for case in found.cases] == [
-        (1, 8, 4, None), (2, 8, 4, None),
-    ]  # fmt: skip
+        (1, 8, 4, None),
+        (2, 8, 4, None),
+    ]
     for case in found.cases:
         assert [len(metric.dense) for metric in case.metrics] == [3] * 6
         assert [len(gaps) for gaps in case.itl_ms.values()] == [3 * 3] * 2
@@ -205,10 +206,12 @@ def made_up(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[tuple[str, st
             check, "against_reference", lambda *_: Check(tokens=32, equal=32, largest_gap=gap, tolerance=0.25)
         )
         monkeypatch.setattr(
-            roofline, "measure", lambda dtype, threads: roofline.Peaks(
+            roofline,
+            "measure",
+            lambda dtype, threads: roofline.Peaks(
                 threads=threads, dtype="bfloat16", read_gb_per_s=1e-3, gemm_gflop_per_s=1e9
-            )
-        )  # fmt: skip
+            ),
+        )
         return calls
 
     return install
@@ -243,8 +246,9 @@ def test_bounds_follow_the_bytes(sides: dict[str, Path], made_up: Callable[..., 
     found = run.measure(sides, RunSettings(rounds=1, starts=1))
     dense = sum(p.numel() for n, p in _parameters(sides["dense"]) if p.ndim == 2 and "embed" not in n)
     head = next(p.numel() for n, p in _parameters(sides["dense"]) if "embed" in n)  # tied or not, read once
-    assert found.dense.matrix_bytes == 2 * (dense if any("lm_head" in n for n, _ in _parameters(sides["dense"])) else
-                                            dense + head)  # fmt: skip
+    assert found.dense.matrix_bytes == 2 * (
+        dense if any("lm_head" in n for n, _ in _parameters(sides["dense"])) else dense + head
+    )
     packed = 9 / 8 * (found.dense.matrix_bytes / 2 - head) + 2 * head
     assert found.sparse.matrix_bytes == pytest.approx(packed, rel=0.01)
     tpot = found.cases[0].metric("tpot")
@@ -337,9 +341,10 @@ def test_a_worker_gives_back_its_errors(sides: dict[str, Path], tmp_path: Path) 
     shard = next(broken.glob("*.safetensors"))
     shard.write_bytes(shard.read_bytes()[:-100])
     options = Options("bfloat16", 1)
-    with pytest.raises((RuntimeError, CheckpointError), match="broken in transformers"), Worker(
-        "transformers", broken, options
-    ):  # fmt: skip
+    with (
+        pytest.raises((RuntimeError, CheckpointError), match="broken in transformers"),
+        Worker("transformers", broken, options),
+    ):
         pass
     large = torch.ones(300_000_000)  # of this process: the worker must not count it as its own
     with Worker("transformers", sides["sparse"], options) as worker:

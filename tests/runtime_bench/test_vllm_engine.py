@@ -75,10 +75,13 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., P
         script = tmp_path / "bin" / "vllm"
         script.write_text(
             VLLM.format(
-                python=sys.executable, work=str(tmp_path), backend=backend, later_backend=later_backend or backend,
+                python=sys.executable,
+                work=str(tmp_path),
+                backend=backend,
+                later_backend=later_backend or backend,
                 failed=failed,
             )
-        )  # fmt: skip
+        )
         script.chmod(0o755)
         monkeypatch.setattr(sys, "executable", str(tmp_path / "bin" / "python"))
         monkeypatch.setattr("importlib.metadata.version", lambda name: "1.2.3")
@@ -131,9 +134,13 @@ def test_serve(stand_in: Callable[..., Path], tiny_models: Callable[[str], Path]
     [("latency", "latency", 6, 3), ("throughput", "tokens_per_s", None, None)],
 )
 def test_offline_commands(
-    workload: str, metric: str, dense: float | None, sparse: float | None,
-    stand_in: Callable[..., Path], tiny_models: Callable[[str], Path],
-) -> None:  # fmt: skip
+    workload: str,
+    metric: str,
+    dense: float | None,
+    sparse: float | None,
+    stand_in: Callable[..., Path],
+    tiny_models: Callable[[str], Path],
+) -> None:
     folder = stand_in()
     found = _measure(folder, tiny_models, workload)
     for case in found.cases:

@@ -41,14 +41,18 @@ def test_a_row_by_hand() -> None:
     assert stored["bitmask"].tolist() == [[0b0101_1010]]  # columns 1, 3, 4 and the filled-in 6
     assert stored["shape"].tolist() == [[1], [8]]
     assert bitmask.names("a.b.weight") == {
-        "compressed": "a.b.compressed", "bitmask": "a.b.bitmask", "shape": "a.b.shape"
-    }  # fmt: skip
+        "compressed": "a.b.compressed",
+        "bitmask": "a.b.bitmask",
+        "shape": "a.b.shape",
+    }
 
 
 @given(
-    rows=st.integers(1, 9), bytes_=st.integers(1, 20), seed=st.integers(0, 2**32 - 1),
+    rows=st.integers(1, 9),
+    bytes_=st.integers(1, 20),
+    seed=st.integers(0, 2**32 - 1),
     dtype=st.sampled_from([torch.float16, torch.bfloat16, torch.float32]),
-)  # fmt: skip
+)
 def test_there_and_back(rows: int, bytes_: int, seed: int, dtype: torch.dtype) -> None:
     weight = random_24(rows, 8 * bytes_, dtype, seed)
     packed = pack(weight)

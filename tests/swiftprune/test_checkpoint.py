@@ -122,8 +122,13 @@ def test_in_features_that_are_no_multiple_of_four(tmp_path: Path) -> None:
     targets = open_pipeline(models.write_model(tmp_path / "odd", config)).targets
     assert targets.dense["model.layers.0.mlp.down_proj"] == "in_features = 90 is not a multiple of 4"
     assert {linear.kind for linear in targets.blocks[0].linears} == {
-        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj",
-    }  # fmt: skip
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+        "gate_proj",
+        "up_proj",
+    }
 
 
 @pytest.mark.parametrize(

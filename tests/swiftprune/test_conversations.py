@@ -81,9 +81,7 @@ def test_a_template_that_takes_no_message_is_named_before_any_work(
     with pytest.raises(SettingsError, match=f"--conversations: .*{message}"):
         Run(Checkpoint(chatty), PruneSettings(**given, conversations=2))
     said: list[str] = []
-    pipeline = Run(
-        Checkpoint(chatty), make_settings("balanced", given | {"steps": 1}), announce=said.append
-    )  # fmt: skip
+    pipeline = Run(Checkpoint(chatty), make_settings("balanced", given | {"steps": 1}), announce=said.append)
     assert pipeline.settings.conversations == 0
     assert any(re.search(f"Left out of --quality: .*{message}", text) for text in said)
 
@@ -102,9 +100,14 @@ def test_a_quarter_of_the_text_is_conversations(
 
     monkeypatch.setattr("swiftprune.stages.distill.Distillation", Noting)
     settings = PruneSettings(
-        method="wanda", calibration=str(text_file) if source == "file" else "self", samples=8, seqlen=32,
-        conversations=3, refine=("distill",), steps=1,
-    )  # fmt: skip
+        method="wanda",
+        calibration=str(text_file) if source == "file" else "self",
+        samples=8,
+        seqlen=32,
+        conversations=3,
+        refine=("distill",),
+        steps=1,
+    )
     calibrated = calibration_tokens(Run(Checkpoint(chatty), settings))
     assert calibrated is not None
     assert are_conversations(calibrated, begin).sum() == 2

@@ -63,11 +63,19 @@ def test_worked_example_of_the_specification(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(
     ("group", "nibble"),
     [
-        ([1, 1, 0, 0], 0x4), ([1, 0, 1, 0], 0x8), ([1, 0, 0, 1], 0xC), ([0, 1, 1, 0], 0x9), ([0, 1, 0, 1], 0xD),
-        ([0, 0, 1, 1], 0xE), ([0, 0, 0, 0], 0xE), ([1, 0, 0, 0], 0x8), ([0, 1, 0, 0], 0x9), ([0, 0, 1, 0], 0xE),
+        ([1, 1, 0, 0], 0x4),
+        ([1, 0, 1, 0], 0x8),
+        ([1, 0, 0, 1], 0xC),
+        ([0, 1, 1, 0], 0x9),
+        ([0, 1, 0, 1], 0xD),
+        ([0, 0, 1, 1], 0xE),
+        ([0, 0, 0, 0], 0xE),
+        ([1, 0, 0, 0], 0x8),
+        ([0, 1, 0, 0], 0x9),
+        ([0, 0, 1, 0], 0xE),
         ([0, 0, 0, 1], 0xE),
     ],
-)  # fmt: skip
+)
 def test_every_group_has_one_encoding(group: list[float], nibble: int) -> None:
     weight = torch.tensor([group], dtype=torch.float32)
     packed = pack(weight)

@@ -29,9 +29,13 @@ def windows(model: Any) -> Tensor:
     """Text that the model itself is sure of, so that pruning makes it worse."""
     torch.manual_seed(0)
     out: Tensor = model.generate(
-        torch.zeros(12, 1, dtype=torch.long), do_sample=True, temperature=0.5, min_new_tokens=47, max_new_tokens=47,
+        torch.zeros(12, 1, dtype=torch.long),
+        do_sample=True,
+        temperature=0.5,
+        min_new_tokens=47,
+        max_new_tokens=47,
         pad_token_id=0,
-    )  # fmt: skip
+    )
     return out
 
 
@@ -54,9 +58,13 @@ def test_fused_sets_are_not_split() -> None:
         f"b.{i}.{kind}" for i in range(2) for kind in ("a.q_proj", "a.k_proj", "a.v_proj", "a.o_proj", "m.up_proj")
     ]
     assert fused_sets(names) == [
-        ["b.0.a.q_proj", "b.0.a.k_proj", "b.0.a.v_proj"], ["b.0.a.o_proj"], ["b.0.m.up_proj"],
-        ["b.1.a.q_proj", "b.1.a.k_proj", "b.1.a.v_proj"], ["b.1.a.o_proj"], ["b.1.m.up_proj"],
-    ]  # fmt: skip
+        ["b.0.a.q_proj", "b.0.a.k_proj", "b.0.a.v_proj"],
+        ["b.0.a.o_proj"],
+        ["b.0.m.up_proj"],
+        ["b.1.a.q_proj", "b.1.a.k_proj", "b.1.a.v_proj"],
+        ["b.1.a.o_proj"],
+        ["b.1.m.up_proj"],
+    ]
     assert len(fused_sets(["x.dense", "x.query_key_value", "y.dense"])) == 3
 
 
@@ -69,9 +77,13 @@ def test_the_budget_is_met_with_few_bytes(share: float, tiny_models: Callable[[s
     ratio = 1 + share * (worst / before - 1)
     sets = fused_sets(names)
     kept = find_dense(
-        pruned, lambda name: dense.get_submodule(name).weight.detach(), sets, tokens,
-        dense_perplexity=before, max_ratio=ratio,
-    )  # fmt: skip
+        pruned,
+        lambda name: dense.get_submodule(name).weight.detach(),
+        sets,
+        tokens,
+        dense_perplexity=before,
+        max_ratio=ratio,
+    )
     assert all(set(kept).issuperset(some) or not set(kept) & set(some) for some in sets)
     assert perplexity(pruned, tokens) <= ratio * before
     for name in names:
@@ -97,9 +109,13 @@ def test_a_budget_that_cannot_be_met(tiny_models: Callable[[str], Path]) -> None
     tokens = windows(dense)
     with pytest.raises(SettingsError, match=r"with every linear dense perplexity still is 1\.\d+ times"):
         find_dense(
-            pruned, lambda name: dense.get_submodule(name).weight.detach(), fused_sets(names), tokens,
-            dense_perplexity=perplexity(dense, tokens) / 1.2, max_ratio=1.01,
-        )  # fmt: skip
+            pruned,
+            lambda name: dense.get_submodule(name).weight.detach(),
+            fused_sets(names),
+            tokens,
+            dense_perplexity=perplexity(dense, tokens) / 1.2,
+            max_ratio=1.01,
+        )
 
 
 def test_a_budget_that_leaves_nothing_pruned(tiny_models: Callable[[str], Path]) -> None:
@@ -108,9 +124,13 @@ def test_a_budget_that_leaves_nothing_pruned(tiny_models: Callable[[str], Path])
     tokens = windows(dense)
     with pytest.raises(SettingsError, match=r"--max-perplexity-ratio 1: only with every linear dense"):
         find_dense(
-            pruned, lambda name: dense.get_submodule(name).weight.detach(), fused_sets(names), tokens,
-            dense_perplexity=perplexity(dense, tokens), max_ratio=1.0,
-        )  # fmt: skip
+            pruned,
+            lambda name: dense.get_submodule(name).weight.detach(),
+            fused_sets(names),
+            tokens,
+            dense_perplexity=perplexity(dense, tokens),
+            max_ratio=1.0,
+        )
 
 
 @torch.no_grad()
@@ -129,9 +149,15 @@ def test_an_export_keeps_linears_dense_and_resumes(
 ) -> None:
     model, out = tiny_models("llama-gqa-tied"), tmp_path / "out"
     settings = PruneSettings(
-        method="magnitude", calibration="self", samples=16, seqlen=64, permute=True, max_perplexity_ratio=1.3,
-        refine=refine, steps=2 if refine else None,
-    )  # fmt: skip
+        method="magnitude",
+        calibration="self",
+        samples=16,
+        seqlen=64,
+        permute=True,
+        max_perplexity_ratio=1.3,
+        refine=refine,
+        steps=2 if refine else None,
+    )
     report = export(model, tmp_path / "whole", settings)
     config = json.loads((tmp_path / "whole" / "config.json").read_text())
     kept = {name for name, reason in report.dense_linears.items() if "--max-perplexity-ratio 1.3" in reason}
@@ -188,9 +214,14 @@ def test_what_the_budget_is_measured_on_is_not_learnt_from(
     monkeypatch.setattr(Distillation, "_step", noting)
     monkeypatch.setattr(keep_dense, "find_dense", stop)
     settings = PruneSettings(
-        method="magnitude", calibration="self", samples=4, seqlen=32, max_perplexity_ratio=1.3, refine=("distill",),
+        method="magnitude",
+        calibration="self",
+        samples=4,
+        seqlen=32,
+        max_perplexity_ratio=1.3,
+        refine=("distill",),
         steps=8,
-    )  # fmt: skip
+    )
     export(tiny_models("llama-gqa-tied"), tmp_path / "out", settings)
     assert len(judged) == 6  # half of three times four windows
     assert learnt

@@ -122,8 +122,13 @@ def test_a_linear_without_inputs_and_one_with_bad_ones() -> None:
     weight = torch.ones(3, 8)
     assert not admm(weight, torch.zeros(8, 8), None, Pattern.parse("2:4")).any()
     with pytest.raises(CheckpointError, match=r"down_proj: the Gram matrix of its inputs is not positive definite"):
-        admm(weight, torch.ones(8, 8) - 2 * torch.eye(8) + 8 * torch.rand(8, 8).round(), None, Pattern.parse("2:4"),
-             "down_proj")  # fmt: skip
+        admm(
+            weight,
+            torch.ones(8, 8) - 2 * torch.eye(8) + 8 * torch.rand(8, 8).round(),
+            None,
+            Pattern.parse("2:4"),
+            "down_proj",
+        )
 
 
 def test_drift_moves_targets_by_its_share(monkeypatch: pytest.MonkeyPatch) -> None:

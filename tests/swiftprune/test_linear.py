@@ -249,8 +249,10 @@ def test_layers_save_load_copy_and_convert(backend: str) -> None:
     layer = Linear24.from_packed(packed, bias, backend)
     state = layer.state_dict()
     assert {name: tuple(tensor.shape) for name, tensor in state.items()} == {
-        "weight": (10, 34), "weight_meta": (10, 9), "bias": (10,)
-    }  # fmt: skip
+        "weight": (10, 34),
+        "weight_meta": (10, 9),
+        "bias": (10,),
+    }
     other = Linear24.from_packed(random_packed(10, 68, torch.float32, generator), torch.zeros(10), backend)
     other.load_state_dict(state)
     x = torch.randn(3, 68, generator=generator)
@@ -374,9 +376,12 @@ def test_tensors_without_numbers_are_refused() -> None:
 
 
 @given(
-    rows=st.integers(1, 20), groups=st.integers(1, 40), dtype=st.sampled_from(DTYPES), seed=st.integers(0, 2**31),
+    rows=st.integers(1, 20),
+    groups=st.integers(1, 40),
+    dtype=st.sampled_from(DTYPES),
+    seed=st.integers(0, 2**31),
     spoil=st.sampled_from(["nothing", "nibble", "padding", "inf", "nan"]),
-)  # fmt: skip
+)
 def test_what_is_laid_out_is_checked_as_the_specification_says(
     rows: int, groups: int, dtype: torch.dtype, seed: int, spoil: str
 ) -> None:

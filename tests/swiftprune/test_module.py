@@ -26,9 +26,13 @@ def images(*shape: int) -> Tensor:
 
 def bert() -> tuple[nn.Module, dict[str, Tensor]]:
     config = BertConfig(
-        vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
+        vocab_size=50,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
         max_position_embeddings=16,
-    )  # fmt: skip
+    )
     tokens = torch.arange(24).view(2, 12)
     return BertModel(config), {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
 
@@ -55,9 +59,14 @@ def convolutional() -> nn.Sequential:
     """Two convolutions and a linear whose inputs differ from each other in every channel."""
     torch.manual_seed(3)
     return nn.Sequential(
-        nn.Conv2d(4, 12, 3, stride=2, padding=1), nn.BatchNorm2d(12), nn.ReLU(),
-        nn.Conv2d(12, 8, (3, 2), padding=(2, 0), dilation=(2, 1)), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 4 * 3, 6),
-    )  # fmt: skip
+        nn.Conv2d(4, 12, 3, stride=2, padding=1),
+        nn.BatchNorm2d(12),
+        nn.ReLU(),
+        nn.Conv2d(12, 8, (3, 2), padding=(2, 0), dilation=(2, 1)),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(8 * 4 * 3, 6),
+    )
 
 
 def groups_of_four(weight: Tensor) -> Iterator[list[float]]:

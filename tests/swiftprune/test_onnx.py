@@ -70,9 +70,12 @@ def test_bfloat16_inputs_take_the_bfloat16_kernel(tmp_path: Path) -> None:
 
 @settings(max_examples=25)
 @given(
-    outputs=st.integers(1, 70), groups=st.integers(1, 40), tokens=st.integers(0, 20), seed=st.integers(0, 1000),
+    outputs=st.integers(1, 70),
+    groups=st.integers(1, 40),
+    tokens=st.integers(0, 20),
+    seed=st.integers(0, 1000),
     dtype=st.sampled_from(["FLOAT", "FLOAT16", "BFLOAT16"]),
-)  # fmt: skip
+)
 def test_library_and_function_body_agree(
     tmp_path_factory: pytest.TempPathFactory, outputs: int, groups: int, tokens: int, seed: int, dtype: str
 ) -> None:
@@ -159,15 +162,18 @@ def test_values_that_are_not_finite_are_refused(tmp_path: Path, value: float) ->
         ((4, 7), (4, 2), r"values must be \(N, K/2\) with K a multiple of 4, not \(4, 7\)"),
         ((4, 0), (4, 0), r"values must be \(N, K/2\)"),
     ],
-)  # fmt: skip
+)
 def test_shapes_are_checked(tmp_path: Path, values: tuple[int, int], metadata: tuple[int, int], message: str) -> None:
     graph = helper.make_graph(
-        [helper.make_node("MatMul24", ["x", "v", "m"], ["y"], domain="swiftprune", name="lin")], "graph",
+        [helper.make_node("MatMul24", ["x", "v", "m"], ["y"], domain="swiftprune", name="lin")],
+        "graph",
         [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["a", "b"])],
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["a", "c"])],
-        [numpy_helper.from_array(np.ones(values, np.float32), "v"),
-         numpy_helper.from_array(np.full(metadata, 0x44, np.uint8), "m")],
-    )  # fmt: skip
+        [
+            numpy_helper.from_array(np.ones(values, np.float32), "v"),
+            numpy_helper.from_array(np.full(metadata, 0x44, np.uint8), "m"),
+        ],
+    )
     opsets = [helper.make_opsetid("", 20), helper.make_opsetid("swiftprune", 1)]
     onnx_graphs.save(helper.make_model(graph, opset_imports=opsets, ir_version=10), tmp_path / "m.onnx")
     with pytest.raises(CheckpointError, match=message):

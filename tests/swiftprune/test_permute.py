@@ -98,8 +98,11 @@ def test_the_permuted_dense_model_is_the_same(name: str, tmp_path: Path) -> None
         assert torch.equal(tensor, permuted[key]) == stays, key
     other = tmp_path / "permuted"
     models.write_model(other, models.SUPPORTED[name], torch.float32)
-    save_file({key: value.contiguous() for key, value in permuted.items()}, other / "model.safetensors",
-              metadata={"format": "pt"})  # fmt: skip
+    save_file(
+        {key: value.contiguous() for key, value in permuted.items()},
+        other / "model.safetensors",
+        metadata={"format": "pt"},
+    )
     with torch.no_grad():
         want = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(input_ids=tokens).logits
         got = AutoModelForCausalLM.from_pretrained(other, dtype=torch.float32)(input_ids=tokens).logits
@@ -126,9 +129,14 @@ def test_an_export_with_permutations_resumes_to_the_same_model(
 ) -> None:
     model = write(tmp_path / "model", "llama-gqa-tied")
     settings = PruneSettings(
-        method="wanda", permute=True, calibration=str(text_file), samples=4, seqlen=32,
-        refine=refine, steps=3 if refine else None,
-    )  # fmt: skip
+        method="wanda",
+        permute=True,
+        calibration=str(text_file),
+        samples=4,
+        seqlen=32,
+        refine=refine,
+        steps=3 if refine else None,
+    )
     export(model, tmp_path / "whole", settings, target="dense")
 
     def stop(self: Workspace, shard: str, *arguments: Any) -> None:

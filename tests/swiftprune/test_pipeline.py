@@ -111,9 +111,13 @@ def naive_prune(model: Any, block: Any, tokens: Tensor, method: Callable[[Tensor
     ("method", "naive", "tolerance"), [("wanda", naive_wanda, 0.0), ("sparsegpt", naive_sparsegpt, 2e-3)]
 )
 def test_pipeline_equals_a_naive_run_of_the_whole_model(
-    name: str, method: str, naive: Callable[[Tensor, Tensor], Tensor], tolerance: float,
-    text_file: Path, tmp_path: Path,
-) -> None:  # fmt: skip
+    name: str,
+    method: str,
+    naive: Callable[[Tensor, Tensor], Tensor],
+    tolerance: float,
+    text_file: Path,
+    tmp_path: Path,
+) -> None:
     folder = models.write_model(tmp_path / "model", models.SUPPORTED[name], torch.float32)
     settings = PruneSettings(method=method, calibration=str(text_file), samples=6, seqlen=48, seed=4)
     tokens = calibration_data(str(text_file), Checkpoint(folder), samples=6, seqlen=48, seed=4, progress=silent).tokens
@@ -142,14 +146,26 @@ def test_pipeline_equals_a_naive_run_of_the_whole_model(
     [
         # Their blocks return a tuple, which the model takes apart.
         (GPTJConfig(vocab_size=300, n_embd=64, n_layer=2, n_head=4, rotary_dim=8), "transformer.h", []),
-        (BambaConfig(**HYBRID, num_attention_heads=4, num_key_value_heads=2, intermediate_size=128,
-                     attn_layer_indices=[1], mamba_n_heads=8, mamba_d_head=16, mamba_d_state=16, mamba_n_groups=1),
-         "model.layers", []),
+        (
+            BambaConfig(
+                **HYBRID,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                intermediate_size=128,
+                attn_layer_indices=[1],
+                mamba_n_heads=8,
+                mamba_d_head=16,
+                mamba_d_state=16,
+                mamba_n_groups=1,
+            ),
+            "model.layers",
+            [],
+        ),
         # It multiplies by the weight of dt_proj itself.
         (MambaConfig(**HYBRID, state_size=16), "backbone.layers", ["dt_proj"]),
     ],
     ids=["gptj", "bamba", "mamba"],
-)  # fmt: skip
+)
 def test_blocks_of_other_kinds_are_calibrated_and_served_alike(
     config: Any, blocks: str, dense: list[str], text_file: Path, tmp_path: Path
 ) -> None:
@@ -319,9 +335,7 @@ def test_refined_blocks_come_closer_to_the_dense_ones(
     tokens = calibration_data(str(text_file), Checkpoint(folder), samples=6, seqlen=48, seed=0, progress=silent).tokens
     errors = {}
     for refine in ((), ("blocks",)):
-        settings = PruneSettings(
-            method="wanda", refine=refine, calibration=str(text_file), samples=6, seqlen=48
-        )  # fmt: skip
+        settings = PruneSettings(method="wanda", refine=refine, calibration=str(text_file), samples=6, seqlen=48)
         dense = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         sparse = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         trained = set()
@@ -523,11 +537,22 @@ def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path, text_file: Path
 
 
 GEMMA = {
-    "vocab_size": 300, "vocab_size_per_layer_input": 300, "hidden_size": 64, "intermediate_size": 128,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "sliding_window": 32,
-    "num_hidden_layers": 4, "num_kv_shared_layers": 2, "layer_types": ["sliding_attention", "full_attention"] * 2,
-    "hidden_size_per_layer_input": 8, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1,
-}  # fmt: skip
+    "vocab_size": 300,
+    "vocab_size_per_layer_input": 300,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "sliding_window": 32,
+    "num_hidden_layers": 4,
+    "num_kv_shared_layers": 2,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "hidden_size_per_layer_input": 8,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 1,
+}
 
 
 @pytest.mark.parametrize("kind", [Gemma3nTextConfig, Gemma4TextConfig])
@@ -594,9 +619,14 @@ def test_residual_writers_are_found_in_what_a_block_does(
 ) -> None:
     """What reaches a linear that writes to the residual stream includes that stream's own drift, scaled as it adds."""
     small = {
-        "vocab_size": 300, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1,
-    }  # fmt: skip
+        "vocab_size": 300,
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "pad_token_id": 1,
+    }
     wide = small | {"intermediate_size": 128, "num_key_value_heads": 2}
     config = (
         models.SUPPORTED.get(name)
@@ -635,10 +665,12 @@ def prune_all(folder: Path, text_file: Path, **more: Any) -> dict[str, Tensor]:
 @pytest.mark.parametrize(
     "more",
     [
-        {"permute": True}, {"refine": ("distill",), "steps": 2}, {"max_perplexity_ratio": 1.05},
+        {"permute": True},
+        {"refine": ("distill",), "steps": 2},
+        {"max_perplexity_ratio": 1.05},
         {"permute": True, "refine": ("distill",), "steps": 2, "max_perplexity_ratio": 1.05},
     ],
-)  # fmt: skip
+)
 def test_prune_gives_what_an_export_writes(
     more: dict[str, Any], tiny_models: Callable[[str], Path], text_file: Path, tmp_path: Path
 ) -> None:

@@ -141,8 +141,12 @@ def test_a_folder_gives_all_of_its_files_in_order(tmp_path: Path) -> None:
         ("a.txt.gz", zipped(b"word " * 1000)[:-30], "cannot be read"),
         ("a.txt.xz", b"no xz", "cannot be read"),
         ("a.jsonl", b'{"text": "x"}\n{"text": ', "line 2 is not valid JSON"),
-        ("a.jsonl", b'{"text": "x"}\n{"prompt": "y", "answer": "z"}', r"row 2: no column `text` nor `messages`; it has "
-         r"'prompt', 'answer'"),
+        (
+            "a.jsonl",
+            b'{"text": "x"}\n{"prompt": "y", "answer": "z"}',
+            r"row 2: no column `text` nor `messages`; it has "
+            r"'prompt', 'answer'",
+        ),
         ("a.jsonl", b"[1, 2]", "row 1: is list, not an object"),
         ("a.jsonl", b'{"text": 5}', "row 1: 'text' is neither text nor a list of messages"),
         ("a.jsonl", b'{"messages": ["hello"]}', "'messages' is neither text nor a list of messages"),
@@ -156,7 +160,7 @@ def test_a_folder_gives_all_of_its_files_in_order(tmp_path: Path) -> None:
         ("a.json", b"[" * 100_000, "not valid JSON"),
         ("a.jsonl.gz", damaged(zipped(as_lines(TEXTS * 100).encode())), "cannot be read"),
     ],
-)  # fmt: skip
+)
 def test_what_is_no_text_is_refused(name: str, content: bytes, message: str, tmp_path: Path) -> None:
     path = tmp_path / name
     path.write_bytes(content)

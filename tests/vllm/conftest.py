@@ -24,9 +24,12 @@ collect_ignore_glob = [] if importlib.util.find_spec("vllm") else ["test_*.py"]
 
 # In this process, on all cores, without the network. vLLM reads them when it is imported.
 os.environ.update(
-    VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_CPU_OMP_THREADS_BIND="nobind", VLLM_CPU_KVCACHE_SPACE="1",
-    VLLM_NO_USAGE_STATS="1", HF_HUB_OFFLINE="1",
-)  # fmt: skip
+    VLLM_ENABLE_V1_MULTIPROCESSING="0",
+    VLLM_CPU_OMP_THREADS_BIND="nobind",
+    VLLM_CPU_KVCACHE_SPACE="1",
+    VLLM_NO_USAGE_STATS="1",
+    HF_HUB_OFFLINE="1",
+)
 
 # vLLM's attention for CPUs takes heads from 32 on; two key-value heads can be shared out to two devices.
 _SIZE = {"hidden_size": 256, "intermediate_size": 320, "num_attention_heads": 4, "head_dim": 64}

@@ -18,9 +18,12 @@ TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25}
 # Prompts of different lengths, more than run at once, longer than what is prefilled at once, two with a common start.
 PROMPTS = [[*range(5, 5 + length)] for length in (1, 3, 17, 40)] + [[*range(5, 45), 7, 9], [250, 3, 250, 3]]
 LIMITS: dict[str, Any] = {
-    "max_model_len": 128, "max_num_seqs": 4, "max_num_batched_tokens": 32, "enable_chunked_prefill": True,
+    "max_model_len": 128,
+    "max_num_seqs": 4,
+    "max_num_batched_tokens": 32,
+    "enable_chunked_prefill": True,
     "enable_prefix_caching": True,
-}  # fmt: skip
+}
 
 
 @dataclass
@@ -45,9 +48,11 @@ def answers(
 ) -> list[Answer]:
     sampling = SamplingParams(temperature=0, max_tokens=tokens, logprobs=2, ignore_eos=True)
     outputs = llm.generate(
-        [{"prompt_token_ids": prompt} for prompt in prompts], sampling, use_tqdm=False,
+        [{"prompt_token_ids": prompt} for prompt in prompts],
+        sampling,
+        use_tqdm=False,
         lora_request=LoRARequest(adapter.name, 1, str(adapter)) if adapter else None,
-    )  # fmt: skip
+    )
     return [
         Answer(
             list(output.outputs[0].token_ids),

@@ -21,10 +21,14 @@ def write_adapter(folder: Path, model: Path) -> Path:
     query, key_value = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     hidden, inner = config.hidden_size, config.intermediate_size
     shapes = {
-        "self_attn.q_proj": (query, hidden), "self_attn.k_proj": (key_value, hidden),
-        "self_attn.v_proj": (key_value, hidden), "self_attn.o_proj": (hidden, query),
-        "mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden), "mlp.down_proj": (hidden, inner),
-    }  # fmt: skip
+        "self_attn.q_proj": (query, hidden),
+        "self_attn.k_proj": (key_value, hidden),
+        "self_attn.v_proj": (key_value, hidden),
+        "self_attn.o_proj": (hidden, query),
+        "mlp.gate_proj": (inner, hidden),
+        "mlp.up_proj": (inner, hidden),
+        "mlp.down_proj": (hidden, inner),
+    }
     generator = torch.Generator().manual_seed(1)
     tensors = {}
     for layer in range(config.num_hidden_layers):
@@ -35,9 +39,12 @@ def write_adapter(folder: Path, model: Path) -> Path:
     folder.mkdir()
     save_file(tensors, folder / "adapter_model.safetensors")
     settings = {
-        "peft_type": "LORA", "r": RANK, "lora_alpha": RANK, "bias": "none",
+        "peft_type": "LORA",
+        "r": RANK,
+        "lora_alpha": RANK,
+        "bias": "none",
         "target_modules": [name.partition(".")[2] for name in shapes],
-    }  # fmt: skip
+    }
     (folder / "adapter_config.json").write_text(json.dumps(settings))
     return folder
 

@@ -32,10 +32,19 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[OpenAI, s
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [
-        str(Path(sys.executable).parent / "vllm"), "serve", str(folder / "model"),
-        "--host", "127.0.0.1", "--port", str(port), "--max-model-len", "512",
-        "--enforce-eager", "--served-model-name", "smollm2-2of4",
-    ]  # fmt: skip
+        str(Path(sys.executable).parent / "vllm"),
+        "serve",
+        str(folder / "model"),
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--max-model-len",
+        "512",
+        "--enforce-eager",
+        "--served-model-name",
+        "smollm2-2of4",
+    ]
     environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
     log = folder / "log"
     with open(log, "w") as out:

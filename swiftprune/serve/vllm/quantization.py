@@ -109,9 +109,13 @@ class SwiftpruneConfig(QuantizationConfig):  # type: ignore[misc]
         for (backend, dtype, on), count in self._served.items():
             slow = backend == dispatch.REFERENCE
             logger.log(
-                logging.WARNING if slow else logging.INFO, "swiftprune: %d 2:4 linears run on the backend %s%s. %s",
-                count, backend, _SLOW if slow else "", _why(dtype, on),
-            )  # fmt: skip
+                logging.WARNING if slow else logging.INFO,
+                "swiftprune: %d 2:4 linears run on the backend %s%s. %s",
+                count,
+                backend,
+                _SLOW if slow else "",
+                _why(dtype, on),
+            )
         self._served.clear()
 
     def get_name(self) -> str:
@@ -137,9 +141,17 @@ class SwiftpruneLinearMethod(LinearMethodBase):  # type: ignore[misc]
         self.prefix = prefix
 
     def create_weights(
-        self, layer: nn.Module, input_size_per_partition: int, output_partition_sizes: list[int], input_size: int,
-        output_size: int, params_dtype: torch.dtype, *, weight_loader: Callable[..., None], **_: Any,
-    ) -> None:  # fmt: skip
+        self,
+        layer: nn.Module,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        *,
+        weight_loader: Callable[..., None],
+        **_: Any,
+    ) -> None:
         rows, cols = sum(output_partition_sizes), input_size_per_partition
         if cols % GROUP or (cols != input_size and cols % (GROUP * _GROUPS_PER_BYTE)):
             raise FormatError(
@@ -220,8 +232,10 @@ def _enter_compile_key(backends: list[str]) -> None:
         before = config.additional_config.get(QUANT_METHOD, [])  # of a draft model, say
         config.additional_config[QUANT_METHOD] = sorted({*before, *backends})
     else:
-        logger.warning("swiftprune: additional_config takes no entries, so vLLM's compile cache does not know the "
-                       "backends; after changing them, start it once with VLLM_DISABLE_COMPILE_CACHE=1")  # fmt: skip
+        logger.warning(
+            "swiftprune: additional_config takes no entries, so vLLM's compile cache does not know the "
+            "backends; after changing them, start it once with VLLM_DISABLE_COMPILE_CACHE=1"
+        )
 
 
 # By name, since the decorator for it is younger (0.17) than the list.
@@ -232,10 +246,11 @@ if SwiftpruneLinearMethod.__name__ not in vllm_linear.WEIGHT_LOADER_V2_SUPPORTED
 def _names(entries: Sequence[str], module: str) -> bool:
     """Whether one of the entries names the module, its last part, or a regular expression that matches it."""
     return any(
-        re.match(entry.removeprefix("re:"), module) if entry.startswith("re:")
+        re.match(entry.removeprefix("re:"), module)
+        if entry.startswith("re:")
         else entry in (_ALL, module, module.rpartition(".")[2])
         for entry in entries
-    )  # fmt: skip
+    )
 
 
 def _is_bitmask(config: dict[str, Any]) -> bool:
