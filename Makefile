@@ -108,9 +108,9 @@ bench-kernels: setup
 # From nothing to the report of two models: build/results/report.html. Under 15 minutes on two cores.
 BENCH := $(BIN)/swiftprune-bench run --folder $(DEMO) --out $(RESULTS)/
 bench: setup
-	$(BENCH) smollm2-135m --at-once 1,8 --prompt-tokens 64,512 --rounds 8 \
+	$(BENCH) smollm2-135m --concurrency 1,8 --prompt-tokens 64,512 --rounds 8 \
 	  --text $(DEMO)/wikipedia-held-out.txt --windows 4
-	$(BENCH) llama-3.2-1b --at-once 1,8 --rounds 6
+	$(BENCH) llama-3.2-1b --concurrency 1,8 --rounds 6
 	$(BIN)/swiftprune-bench layers llama-3.2-1b --m 1,8,64,512 --threads 2 --seconds 1.5 --out $(RESULTS)/layers.json
 	$(BIN)/swiftprune-bench report $(RESULTS)/*.json --html $(RESULTS)/report.html \
 	  --markdown $(RESULTS)/summary.md --picture $(RESULTS)/speedup.png
@@ -123,7 +123,7 @@ bench-onnx: setup
 # Hours in all: vLLM's latency and throughput load the model for every run.
 bench-vllm: vllm-env
 	for model in smollm2-135m llama-3.2-1b; do for work in serve:1,8 latency:1 throughput:8; do \
-	  $(VLLM)/bin/swiftprune-bench run $$model --folder $(DEMO) --engine vllm --workload $${work%:*} --at-once $${work#*:} \
+	  $(VLLM)/bin/swiftprune-bench run $$model --folder $(DEMO) --engine vllm --workload $${work%:*} --concurrency $${work#*:} \
 	    --new-tokens 48 --rounds 5 --starts 1 --out build/results/vllm-$$model-$${work%:*}.json || exit 1; done; done
 
 clean:

@@ -29,7 +29,7 @@ from swiftprune.kernels import packing
 from swiftprune.models.load import context_length, load_whole_model, read_config
 from swiftprune.models.perplexity import dense_perplexity, perplexity
 from swiftprune.models.plan import FUSED, Block, Linear, Targets
-from swiftprune.progress import Announce, Progress, silent, unheard
+from swiftprune.progress import Notify, ProgressCallback, ignore_message, no_progress
 from swiftprune.results import Check, LayerResult, PrunedBlock
 from swiftprune.stages.check import check as check_result
 from swiftprune.stages.context import Run
@@ -124,8 +124,8 @@ def export(
     overwrite: bool = False,
     evaluate: str | Path | None = None,
     check: bool = True,
-    progress: Progress = silent,
-    announce: Announce = unheard,
+    progress: ProgressCallback = no_progress,
+    notify: Notify = ignore_message,
     revision: str | None = None,
     trust_remote_code: bool = False,
     push_to_hub: str | None = None,
@@ -138,7 +138,7 @@ def export(
     exporters.onnx.export). The output is built in `OUT.partial` and renamed at the end; after an interruption
     `resume=True` continues it and gives the same bytes. `evaluate` names a text on which perplexity is measured before
     and after, by transformers; `check` measures it in any case, on a little calibration text that was held back.
-    `announce` is told what the run will cost once a block is done. `push_to_hub` is a hub id (`owner/name`) that the
+    `notify` is told what the run will cost once a block is done. `push_to_hub` is a hub id (`owner/name`) that the
     output becomes as well. Raises the errors of swiftprune.errors.
     """
     settings = settings or PruneSettings()
@@ -146,9 +146,9 @@ def export(
     if push_to_hub:
         hub.check_repository(push_to_hub, overwrite=overwrite)
     checkpoint = Checkpoint.open(model, revision=revision, trust_remote_code=trust_remote_code)
-    workspace = Workspace(Path(out), checkpoint.folder, resume=resume, overwrite=overwrite, announce=announce)
+    workspace = Workspace(Path(out), checkpoint.folder, resume=resume, overwrite=overwrite, notify=notify)
     with workspace:
-        run = Run(checkpoint, settings, progress=progress, announce=announce)
+        run = Run(checkpoint, settings, progress=progress, notify=notify)
         settings = run.settings
         if evaluate and not run.targets.head:
             raise CheckpointError(f"{checkpoint.folder}: holds no output head, which --evaluate needs")
@@ -228,7 +228,9 @@ def _check_fused(targets: Targets) -> None:
                 )
 
 
-def _state(checkpoint: Checkpoint, settings: PruneSettings, target: Target, progress: Progress) -> dict[str, Any]:
+def _state(
+    checkpoint: Checkpoint, settings: PruneSettings, target: Target, progress: ProgressCallback
+) -> dict[str, Any]:
     packages = ("swiftprune", "torch", "transformers", "safetensors")
     return {
         "settings": settings.model_dump(),
@@ -474,7 +476,7 @@ class _ShardWriter:
             and (path.parent != folder or path.name not in _NOT_COPIED)
         ]
 
-    def write_onnx(self, report: ExportReport, repository: str | None, progress: Progress) -> ExportReport:
+    def write_onnx(self, report: ExportReport, repository: str | None, progress: ProgressCallback) -> ExportReport:
         """Turns the whole checkpoint in the workspace into the folder ONNX_FOLDER within it."""
         workspace = self._workspace
         linears = [self._checkpoint.tensors[linear.tensor] for linear in self._pruned()]
@@ -546,7 +548,7 @@ def _evaluation_of(checkpoint: Checkpoint, windows: Tensor) -> str:
 
 
 def _evaluate(
-    checkpoint: Checkpoint, out: Path, target: Target, windows: Tensor, progress: Progress
+    checkpoint: Checkpoint, out: Path, target: Target, windows: Tensor, progress: ProgressCallback
 ) -> tuple[float, float | None]:
     """Perplexity of the source and of the checkpoint in the folder `out`, each loaded as a user would load it."""
     import swiftprune.serve.transformers  # noqa: F401 - registers the packed format

@@ -357,7 +357,7 @@ def export_command(
     try:
         with sigint_as_keyboard_interrupt(), ProgressBars(Console(stderr=True)) as progress:
             if used := start.others_percent():
-                progress.announce(f"Other processes use {used:.0f}% of this machine's processors: all takes longer.")
+                progress.notify(f"Other processes use {used:.0f}% of this machine's processors: all takes longer.")
             report = export(
                 model,
                 destination,
@@ -368,7 +368,7 @@ def export_command(
                 evaluate=evaluate,
                 check=check,
                 progress=progress,
-                announce=progress.announce,
+                notify=progress.notify,
                 revision=revision,
                 trust_remote_code=trust_remote_code,
                 push_to_hub=push_to_hub,

@@ -60,7 +60,7 @@ class ProgressBars:
         if self._console.is_terminal:
             self._bars.stop()
 
-    def announce(self, text: str) -> None:
+    def notify(self, text: str) -> None:
         self._console.print(text, highlight=False)
 
     def __call__(self, stage: str, done: float, total: float) -> None:

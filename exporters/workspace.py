@@ -26,7 +26,7 @@ from torch import Tensor
 from swiftprune.calibration.data import CalibrationData
 from swiftprune.checkpoints.source import Orders
 from swiftprune.errors import OutputError, and_more, first_line
-from swiftprune.progress import Announce, unheard
+from swiftprune.progress import Notify, ignore_message
 
 MANIFEST = "swiftprune.json"
 """What an export leaves in its output: settings, results, and under `files` the names of all that it wrote."""
@@ -53,7 +53,9 @@ class Workspace:
     contains `source`, the working folder or a home.
     """
 
-    def __init__(self, out: Path, source: Path, *, resume: bool, overwrite: bool, announce: Announce = unheard) -> None:
+    def __init__(
+        self, out: Path, source: Path, *, resume: bool, overwrite: bool, notify: Notify = ignore_message
+    ) -> None:
         self.out = out
         self._place = out.resolve()  # a link is followed: what it points at is what gets replaced
         _check_place(out, self._place, source)
@@ -61,7 +63,7 @@ class Workspace:
         self._replaced = self._beside(".replaced")
         self._resume = resume
         self._overwrite = overwrite
-        self._lock = _Lock(self._beside(".lock"), out, announce)
+        self._lock = _Lock(self._beside(".lock"), out, notify)
 
     def _beside(self, suffix: str) -> Path:
         return self._place.with_name(self._place.name + suffix)
@@ -304,10 +306,10 @@ _LOCK_BEGINS = b'{"pid": '
 class _Lock:
     """`OUT.lock`: held by the operating system for as long as its process lives, and naming that process."""
 
-    def __init__(self, path: Path, out: Path, announce: Announce) -> None:
+    def __init__(self, path: Path, out: Path, notify: Notify) -> None:
         self._path = path
         self._out = out
-        self._announce = announce
+        self._notify = notify
         self._file = FileLock(path)
 
     def acquire(self) -> None:
@@ -336,7 +338,7 @@ class _Lock:
                     f"{self._out}: another export may be writing it ({_described(owner)}), which this machine cannot "
                     f"see; if that has ended, delete {self._path}"
                 )
-            self._announce(f"{self._out}: taking over from an export that was stopped ({_described(owner)}).")
+            self._notify(f"{self._out}: taking over from an export that was stopped ({_described(owner)}).")
         with disk_errors(self._path):
             self._path.write_text(
                 json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "started": time.time()}) + "\n"

@@ -13,7 +13,7 @@ from runtime_bench.quality import load_model
 from runtime_bench.results import SIDES
 from swiftprune.calibration.text import load_tokenizer
 from swiftprune.calibration.text_files import read_text
-from swiftprune.progress import Progress, silent
+from swiftprune.progress import ProgressCallback, no_progress
 
 QUESTIONS = (
     "What is the capital of France?",
@@ -41,7 +41,7 @@ def compare(
     questions: Sequence[str] = QUESTIONS,
     *,
     new_tokens: int = NEW_TOKENS,
-    progress: Progress = silent,
+    progress: ProgressCallback = no_progress,
 ) -> list[Answer]:
     """Greedy answers, float32, through the chat template where the dense side's tokenizer has one."""
     tokenizer = load_tokenizer(sides["dense"])

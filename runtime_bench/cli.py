@@ -221,7 +221,7 @@ def run_command(
             "`serve` (the default there), `latency`, `throughput`."
         ),
     ] = None,
-    at_once: Annotated[str, typer.Option(help="Sequences at once: batch sizes, or requests open at a time.")] = "1",
+    concurrency: Annotated[str, typer.Option(help="Sequences at once: batch sizes, or requests open at a time.")] = "1",
     prompt_tokens: Annotated[str, typer.Option(help="Lengths of prompts.")] = "64",
     new_tokens: Annotated[str, typer.Option(help="Lengths of answers.")] = "32",
     rounds: Annotated[int, typer.Option(min=1, help="Runs of each case on each side, in turns.")] = 10,
@@ -267,7 +267,7 @@ def run_command(
     Both sides take turns within one run, after the sparse side's answers have been checked. Ctrl-C keeps the rounds
     that are done.
 
-    For example: swiftprune-bench run ./model-2of4 --baseline ./model --at-once 1,8 --out results/
+    For example: swiftprune-bench run ./model-2of4 --baseline ./model --concurrency 1,8 --out results/
     """
     if require_gpu:
         gpu.require()
@@ -287,7 +287,7 @@ def run_command(
             shapes = [(layer.rows, layer.cols) for layer in roofline.linears(sides["sparse"]) if layer.packed]
             found: results.Result = layers.measure(
                 list(dict.fromkeys(shapes)),
-                tokens=_numbers(at_once, "--at-once"),
+                tokens=_numbers(concurrency, "--concurrency"),
                 threads=[threads or torch.get_num_threads()],
                 dtypes=[layers.short(dtype)],
                 progress=progress,
@@ -296,7 +296,7 @@ def run_command(
             settings = RunSettings(
                 engine=engine,
                 workload=workload or (VLLM_WORKLOADS[0] if engine == "vllm" else "batch"),
-                at_once=_numbers(at_once, "--at-once"),
+                concurrency=_numbers(concurrency, "--concurrency"),
                 prompt_tokens=_numbers(prompt_tokens, "--prompt-tokens"),
                 new_tokens=_numbers(new_tokens, "--new-tokens"),
                 rounds=rounds,
@@ -316,7 +316,7 @@ def run_command(
             )
             found.quality = rows
             if not rows:
-                progress.announce("quality was not measured: --text FILE adds perplexity, --task NAME a benchmark")
+                progress.notify("quality was not measured: --text FILE adds perplexity, --task NAME a benchmark")
     if out and out.suffix != ".json":
         out = out / f"{'layers' if engine == 'torch' else engine}-{name or Path(model).resolve().name}.json"
     _finish(found, report.markdown([found]), out)

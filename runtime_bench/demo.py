@@ -28,7 +28,7 @@ from runtime_bench.trade_off import RECIPES
 from swiftprune.compute import ComputeName, faster_type
 from swiftprune.config import PruneSettings
 from swiftprune.models.load import load_whole_model
-from swiftprune.progress import Progress, silent
+from swiftprune.progress import ProgressCallback, no_progress
 
 PROMPTS = ["The capital of France is", "Water boils when", "In the year 1969, astronauts"]
 NEW_TOKENS = 24
@@ -52,7 +52,7 @@ class DemoResult(BaseModel):
     """Why the tokens per second deserve less trust."""
 
 
-def run(folder: Path, method: str, progress: Progress = silent) -> DemoResult:
+def run(folder: Path, method: str, progress: ProgressCallback = no_progress) -> DemoResult:
     data = demo_data.fetch(folder, progress)
     out = folder / f"{demo_data.MODEL_NAME}-2of4-{method}"
     held_out = folder / "held-out-beginning.txt"
@@ -76,7 +76,7 @@ def run(folder: Path, method: str, progress: Progress = silent) -> DemoResult:
     )
 
 
-def _speed(model: Path, packed: Path, dtype: ComputeName, progress: Progress) -> dict[str, list[float]]:
+def _speed(model: Path, packed: Path, dtype: ComputeName, progress: ProgressCallback) -> dict[str, list[float]]:
     options = Options(dtype=dtype, threads=torch.get_num_threads())
     sides = {DENSE: transformers_engine.load(model, options), PACKED: transformers_engine.load(packed, options)}
     if onednn.takes(getattr(torch, dtype)):

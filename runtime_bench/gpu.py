@@ -49,7 +49,7 @@ from runtime_bench.results import Result
 from runtime_bench.statistics import Interval, ratio_interval, ratios, spread
 from runtime_bench.stored import Stored
 from swiftprune.errors import SettingsError
-from swiftprune.progress import Progress, silent
+from swiftprune.progress import ProgressCallback, no_progress
 
 TOKENS = (1, 16, 64, 256, 1024, 4096)
 ROUNDS = 30
@@ -277,7 +277,7 @@ def _number(text: str | None) -> float | None:
 def suite(
     device: Device | None = None,
     budget_seconds: float = 540,
-    progress: Progress = silent,
+    progress: ProgressCallback = no_progress,
     *,
     backends: Sequence[Backend] = BACKENDS,
     dtypes: Sequence[str] = tuple(DTYPES),

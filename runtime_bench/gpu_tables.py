@@ -21,7 +21,7 @@ from swiftprune.kernels.gpu import EXACT
 from swiftprune.kernels.packing import pack
 from swiftprune.kernels.plan import TABLE_VERSION
 from swiftprune.kernels.triton_linear import Config
-from swiftprune.progress import Progress, silent
+from swiftprune.progress import ProgressCallback, no_progress
 
 TUNED_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128)
 TUNED_ROUNDS = 10
@@ -79,7 +79,7 @@ def tune(
     device: Device,
     tokens: Sequence[int] = TUNED_TOKENS,
     shapes: Sequence[tuple[int, int]] = SHAPES["llama-3-8b"],
-    progress: Progress = silent,
+    progress: ProgressCallback = no_progress,
     *,
     multiply: Callable[..., Tensor] = triton_linear.linear24,
     configs: Callable[[int], Iterator[Config]] = candidates,

@@ -6,13 +6,13 @@ from pathlib import Path
 
 from runtime_bench import demo_data, synthetic
 from swiftprune.errors import SettingsError
-from swiftprune.progress import Progress, silent
+from swiftprune.progress import ProgressCallback, no_progress
 
 DEMO_MODEL = "smollm2-135m"
 NAMES = (DEMO_MODEL, *synthetic.SHAPES)
 
 
-def fetch(name: str, folder: Path, progress: Progress = silent) -> Path:
+def fetch(name: str, folder: Path, progress: ProgressCallback = no_progress) -> Path:
     """The dense checkpoint of one of `NAMES`, made under `folder` on first use. Raises SettingsError for others."""
     if name == DEMO_MODEL:
         return demo_data.fetch(folder, progress).model

@@ -29,7 +29,7 @@ from swiftprune.errors import SettingsError
 from swiftprune.kernels import dispatch, native
 from swiftprune.kernels.linear import Linear24
 from swiftprune.kernels.packing import pack
-from swiftprune.progress import Progress, silent
+from swiftprune.progress import ProgressCallback, no_progress
 
 SHAPES: dict[str, list[tuple[int, int]]] = {
     "llama-2-7b": [(4096, 4096), (11008, 4096), (4096, 11008)],
@@ -151,7 +151,7 @@ def measure(
     dtypes: Sequence[str] = ("bf16",),
     backend: str | None = None,
     seconds: float = SECONDS_PER_CELL,
-    progress: Progress = silent,
+    progress: ProgressCallback = no_progress,
 ) -> LayersResult:
     """Measures every combination. `seconds` is about what a cell may take.
 
@@ -240,7 +240,7 @@ def _cell(weights: _Weights, dtype: str, tokens: int, threads: int, memory: Tens
         backend=weights.sparse[0].backend,
         sparse=CallTime.of(times.pop("sparse"), calls),
         dense={name: CallTime.of(timing, calls) for name, timing in times.items()},
-        packed_bytes=weights.sparse[0].stream.nbytes,
+        packed_bytes=weights.sparse[0].tiled.nbytes,
         read_gb_per_s=memory.nbytes / read.quantile(0.2) / 1e9,
     )
 
@@ -265,7 +265,7 @@ def call_overhead(calls: int = 2000, rounds: int = 9) -> CallOverhead:
     x = torch.ones(1, 8, dtype=torch.bfloat16)
     contestants: dict[str, Callable[[], object]] = {
         "linear24_us": lambda: layer(x),
-        "operator_us": lambda: operator(x, layer.stream, None, 8, layer.backend),
+        "operator_us": lambda: operator(x, layer.tiled, None, 8, layer.backend),
         "nn_linear_us": lambda: dense(x),
     }
     times: dict[str, list[float]] = {name: [] for name in contestants}

@@ -18,7 +18,7 @@ from swiftprune.formats.spec import Packed24
 from swiftprune.kernels import packing
 from swiftprune.models.load import load_whole_model
 from swiftprune.models.perplexity import perplexity
-from swiftprune.progress import Progress, silent
+from swiftprune.progress import ProgressCallback, no_progress
 from swiftprune.stages.context import Run
 from swiftprune.stages.run import stream_blocks
 
@@ -53,7 +53,7 @@ def compare(
     samples: int,
     seqlen: int,
     pattern: str = "2:4",
-    progress: Progress = silent,
+    progress: ProgressCallback = no_progress,
 ) -> MethodTable:
     """Prunes the demo model with each method and seed and evaluates it on the held-out text, in fp32."""
     checkpoint = Checkpoint.open(data.model)
@@ -88,7 +88,7 @@ def _run(
     samples: int,
     seqlen: int,
     pattern: str,
-    progress: Progress,
+    progress: ProgressCallback,
 ) -> MethodResult:
     def staged(stage: str, done: float, total: float) -> None:
         progress(f"{method}: {stage}", done, total)

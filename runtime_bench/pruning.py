@@ -18,7 +18,7 @@ from swiftprune.kernels.score_factors import ScoreFactors
 from swiftprune.methods.mask import ewma
 from swiftprune.methods.scores import wanda
 from swiftprune.methods.statistics import InputStats
-from swiftprune.progress import Progress, silent
+from swiftprune.progress import ProgressCallback, no_progress
 from swiftprune.stages.context import Run
 from swiftprune.stages.run import stream_blocks
 
@@ -47,7 +47,7 @@ class PruningBench(BaseModel):
     comparisons: list[Comparison]
 
 
-def measure_all(data: DemoData | None, progress: Progress = silent) -> PruningBench:
+def measure_all(data: DemoData | None, progress: ProgressCallback = no_progress) -> PruningBench:
     comparisons = []
     dtypes: list[Literal["bfloat16", "float16", "float32"]] = ["bfloat16", "float16", "float32"]
     for index, dtype in enumerate(dtypes):
@@ -145,7 +145,7 @@ def _sq_sum(stats: InputStats) -> Tensor:
     return stats.input_sq_sum
 
 
-def _against_sparsegpt(data: DemoData, progress: Progress) -> Comparison:
+def _against_sparsegpt(data: DemoData, progress: ProgressCallback) -> Comparison:
     """Mask seconds over all linears of the demo model, same calibration tokens: selection alone, not the forwards."""
     seconds: dict[str, list[float]] = {"sparsegpt": [], "swiftprune": []}
     calibration = None

@@ -16,7 +16,7 @@ from swiftprune.calibration.text_files import read_text
 from swiftprune.errors import SettingsError
 from swiftprune.models import perplexity as evaluate
 from swiftprune.models.load import load_whole_model
-from swiftprune.progress import Progress, silent
+from swiftprune.progress import ProgressCallback, no_progress
 
 
 def perplexity(
@@ -26,7 +26,7 @@ def perplexity(
     seqlen: int = 2048,
     windows: int | None = None,
     dtype: str = "float32",
-    progress: Progress = silent,
+    progress: ProgressCallback = no_progress,
 ) -> Quality:
     """Of both sides on the UTF-8 `text`, in windows of `seqlen` tokens of the dense side's tokenizer.
 
@@ -56,7 +56,7 @@ def tasks(
     limit: int | None = None,
     include: Path | None = None,
     dtype: str = "bfloat16",
-    progress: Progress = silent,
+    progress: ProgressCallback = no_progress,
 ) -> list[Quality]:
     """lm-evaluation-harness `names` on both sides, through its Python API: a Quality for each task and metric.
 

@@ -145,7 +145,7 @@ def html(results: Sequence[Any], sources: Sequence[str]) -> str:
     charts = {
         chart.name: chart
         for chart in (
-            _speedup_chart(runs, "at_once"),
+            _speedup_chart(runs, "concurrency"),
             _speedup_chart(runs, "prompt_tokens"),
             _latency_chart(runs),
             _bound_chart(runs),
@@ -290,8 +290,8 @@ def labels(results: Sequence[Any]) -> list[str]:
 
 def headline(run: RunResult) -> Headline:
     """Nobody picks: decoding in the case with the fewest sequences at once and, of those, the shortest prompt."""
-    fewest = min((case.at_once for case in run.cases), default=0)
-    cases = sorted((case for case in run.cases if case.at_once == fewest), key=lambda case: case.prompt_tokens)
+    fewest = min((case.concurrency for case in run.cases), default=0)
+    cases = sorted((case for case in run.cases if case.concurrency == fewest), key=lambda case: case.prompt_tokens)
     for case in cases:
         if case.decoding and not case.void:
             return Headline(case, case.decoding, case.decoding.speedup())
@@ -475,9 +475,9 @@ def _cell(text: str) -> str:
 # Charts
 
 
-def _speedup_chart(runs: Sequence[View], over: Literal["at_once", "prompt_tokens"]) -> Chart:
+def _speedup_chart(runs: Sequence[View], over: Literal["concurrency", "prompt_tokens"]) -> Chart:
     title, axis, what = {
-        "at_once": ("Speedup over batch size", "sequences at once", "batch"),
+        "concurrency": ("Speedup over batch size", "sequences at once", "batch"),
         "prompt_tokens": ("Speedup over prompt length", "tokens of the prompt", "length"),
     }[over]
     chart = Chart(
@@ -497,9 +497,9 @@ def _speedup_chart(runs: Sequence[View], over: Literal["at_once", "prompt_tokens
     return chart
 
 
-def _case_line(view: View, name: str, over: Literal["at_once", "prompt_tokens"]) -> Line | None:
+def _case_line(view: View, name: str, over: Literal["concurrency", "prompt_tokens"]) -> Line | None:
     """A run's speedups along one quantity; of the cases that differ in nothing else, the largest family."""
-    other: Literal["at_once", "prompt_tokens"] = "prompt_tokens" if over == "at_once" else "at_once"
+    other: Literal["concurrency", "prompt_tokens"] = "prompt_tokens" if over == "concurrency" else "concurrency"
     families: dict[tuple[str, int, int], dict[int, Case]] = defaultdict(dict)
     for case in view.result.cases:
         if case.metric(name) and not case.void:

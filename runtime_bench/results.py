@@ -66,7 +66,7 @@ class Case(Stored):
 
     workload: Literal["batch", "serve", "latency", "throughput"]
     """`batch`: sequences decoded together in this process; the others are vLLM's bench commands."""
-    at_once: int
+    concurrency: int
     """Sequences: the batch size, or how many requests the clients keep open."""
     prompt_tokens: int
     new_tokens: int
@@ -84,7 +84,7 @@ class Case(Stored):
 
     @property
     def label(self) -> str:
-        return f"{self.workload}, {self.at_once} at once, {self.prompt_tokens} in, {self.new_tokens} out"
+        return f"{self.workload}, {self.concurrency} at once, {self.prompt_tokens} in, {self.new_tokens} out"
 
     def metric(self, name: str) -> Metric | None:
         return next((metric for metric in self.metrics if metric.name == name), None)

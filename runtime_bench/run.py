@@ -25,7 +25,7 @@ from transformers import AutoConfig
 from exporters import export
 from exporters.onnx.decoder import build_decoder
 from runtime_bench import check, conditions, demo_data, gpu, known_models, onednn, roofline
-from runtime_bench.engines import UNITS, VLLM_WORKLOADS, Contender, Engine, Job, Options, Round, Workload, contender
+from runtime_bench.engines import UNITS, VLLM_WORKLOADS, Engine, EngineSession, Job, Options, Round, Workload, contender
 from runtime_bench.engines.vllm_engine import ENVIRONMENT
 from runtime_bench.machine import PACKAGES, this_machine
 from runtime_bench.results import SIDES, Case, Check, Metric, RunResult, SideFacts
@@ -33,7 +33,7 @@ from runtime_bench.statistics import spread
 from swiftprune.config import PruneSettings
 from swiftprune.errors import SettingsError
 from swiftprune.kernels import dispatch
-from swiftprune.progress import Progress, silent
+from swiftprune.progress import ProgressCallback, no_progress
 
 _T = TypeVar("_T")
 CHECK_TOKENS = 16
@@ -43,11 +43,11 @@ DTYPES = tuple(check.TOLERANCE)
 
 @dataclass(frozen=True)
 class RunSettings:
-    """What to measure. Every combination of `at_once`, `prompt_tokens` and `new_tokens` is a case."""
+    """What to measure. Every combination of `concurrency`, `prompt_tokens` and `new_tokens` is a case."""
 
     engine: Engine = "transformers"
     workload: Workload = "batch"
-    at_once: Sequence[int] = (1,)
+    concurrency: Sequence[int] = (1,)
     prompt_tokens: Sequence[int] = (64,)
     new_tokens: Sequence[int] = (32,)
     rounds: int = 10
@@ -94,7 +94,7 @@ class RunSettings:
     def jobs(self) -> list[Job]:
         return [
             Job(self.workload, *lengths)
-            for lengths in itertools.product(self.at_once, self.prompt_tokens, self.new_tokens)
+            for lengths in itertools.product(self.concurrency, self.prompt_tokens, self.new_tokens)
         ]
 
     @property
@@ -115,7 +115,11 @@ class Found:
 
 
 def find(
-    model: str, folder: Path, engine: Engine = "transformers", dtype: str = "bfloat16", progress: Progress = silent
+    model: str,
+    folder: Path,
+    engine: Engine = "transformers",
+    dtype: str = "bfloat16",
+    progress: ProgressCallback = no_progress,
 ) -> Found:
     """Both sides of one of `known_models.NAMES`, made under `folder` on first use. Raises SettingsError for others.
 
@@ -147,7 +151,7 @@ def find(
     return Found(sides, pruned, f"{model}-{dtype}-values")
 
 
-def _export_dense(source: Path, out: Path, progress: Progress) -> None:
+def _export_dense(source: Path, out: Path, progress: ProgressCallback) -> None:
     partial = out.with_name(f"{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     build_decoder(source, partial, progress=progress)
@@ -162,7 +166,7 @@ def measure(
     name: str = "",
     work: Path | None = None,
     reference: Path | None = None,
-    progress: Progress = silent,
+    progress: ProgressCallback = no_progress,
 ) -> RunResult:
     """Measures the checkpoints `sides["dense"]` and `sides["sparse"]`.
 
@@ -218,7 +222,7 @@ class _Run:
     """Collects what one call of `measure` sees."""
 
     def __init__(
-        self, sides: dict[str, Path], settings: RunSettings, work: Path, reference: Path, progress: Progress
+        self, sides: dict[str, Path], settings: RunSettings, work: Path, reference: Path, progress: ProgressCallback
     ) -> None:
         self.engine_version = ""
         self.check: Check | None = None
@@ -259,7 +263,7 @@ class _Run:
     def _start(self, rounds: int) -> None:
         """Loads both sides, runs so many rounds, and lets go of them."""
         with ExitStack() as stack:
-            contenders: dict[str, Contender] = {}
+            contenders: dict[str, EngineSession] = {}
             for side in self._shuffled(SIDES):
                 self._progress(f"load the {side} side", 0, 1)
                 contenders[side] = stack.enter_context(
@@ -277,7 +281,7 @@ class _Run:
                 if peak := contenders[side].peak_memory_bytes():
                     self._loads["peak_memory"][side].append(peak / 1e6)
 
-    def _round(self, contenders: dict[str, Contender]) -> None:
+    def _round(self, contenders: dict[str, EngineSession]) -> None:
         jobs = self._shuffled(self._settings.jobs)
         for index, job in enumerate(jobs):
             prompts = self._prompts(job)
@@ -286,13 +290,13 @@ class _Run:
             self._progress("rounds", self.rounds + (index + 1) / len(jobs), self._settings.rounds)
         self.rounds += 1
 
-    def _warm_up(self, contenders: dict[str, Contender]) -> None:
+    def _warm_up(self, contenders: dict[str, EngineSession]) -> None:
         if self._settings.engine == "vllm":  # its commands warm up by themselves
             return
         for job, side in itertools.product(self._settings.jobs, SIDES):
-            contenders[side].run(Job(job.workload, job.at_once, job.prompt_tokens, 3), self._prompts(job))
+            contenders[side].run(Job(job.workload, job.concurrency, job.prompt_tokens, 3), self._prompts(job))
 
-    def _check(self, sparse: Contender) -> None:
+    def _check(self, sparse: EngineSession) -> None:
         self._progress("check the answers", 0, 1)
         length = min(self._settings.prompt_tokens)
         prompts = self._prompts(Job("batch", CHECK_PROMPTS, length, CHECK_TOKENS))
@@ -302,13 +306,13 @@ class _Run:
 
     def _prompts(self, job: Job) -> list[list[int]]:
         return [
-            [self._random.randrange(self._vocabulary) for _ in range(job.prompt_tokens)] for _ in range(job.at_once)
+            [self._random.randrange(self._vocabulary) for _ in range(job.prompt_tokens)] for _ in range(job.concurrency)
         ]
 
     def _shuffled(self, items: Sequence[_T]) -> list[_T]:
         return self._random.sample(items, len(items))
 
-    def _note_loaded(self, side: str, loaded: Contender) -> None:
+    def _note_loaded(self, side: str, loaded: EngineSession) -> None:
         facts = loaded.loaded
         self.engine_version = facts.engine_version
         self._loads["load"][side].append(facts.load_seconds)
@@ -358,7 +362,7 @@ class _Run:
     def _case(self, job: Job, rounds: dict[str, list[Round]]) -> Case:
         case = Case(
             workload=job.workload,
-            at_once=job.at_once,
+            concurrency=job.concurrency,
             prompt_tokens=job.prompt_tokens,
             new_tokens=job.new_tokens,
             void=self._void(),
@@ -378,14 +382,14 @@ class _Run:
             return {}
         bounds: dict[str, float] = {}
         for side in SIDES:
-            prompt = self.peaks.seconds(self._matrices[side], job.at_once * job.prompt_tokens, job.at_once)
-            step = self.peaks.seconds(self._matrices[side], job.at_once, job.at_once)
+            prompt = self.peaks.seconds(self._matrices[side], job.concurrency * job.prompt_tokens, job.concurrency)
+            step = self.peaks.seconds(self._matrices[side], job.concurrency, job.concurrency)
             whole = prompt + step * (job.new_tokens - 1)
             known = {
                 "ttft": 1e3 * prompt,
                 "tpot": 1e3 * step,
                 "latency": whole,
-                "tokens_per_s": job.at_once * job.new_tokens / whole,
+                "tokens_per_s": job.concurrency * job.new_tokens / whole,
             }
             if name in known and job.workload != "throughput":
                 bounds[side] = known[name]

@@ -26,7 +26,7 @@ from swiftprune.config import DTYPES, PruneSettings, QualityName, make_settings
 from swiftprune.errors import ResultError, SettingsError
 from swiftprune.models.load import load_whole_model
 from swiftprune.models.perplexity import perplexity
-from swiftprune.progress import Progress, silent
+from swiftprune.progress import ProgressCallback, no_progress
 from swiftprune.stages.distill import Validation
 
 SEQLEN = 2048
@@ -118,7 +118,12 @@ class TradeOff(results.Result):
 
 
 def measure(
-    data: DemoData, recipes: Sequence[str], out: Path, *, keep: Path | None = None, progress: Progress = silent
+    data: DemoData,
+    recipes: Sequence[str],
+    out: Path,
+    *,
+    keep: Path | None = None,
+    progress: ProgressCallback = no_progress,
 ) -> TradeOff:
     """Runs the recipes that `out` does not hold yet, writing it after each, and returns all it holds then.
 
@@ -158,7 +163,9 @@ def _load(out: Path, data: DemoData, windows: dict[str, torch.Tensor]) -> TradeO
     return stored
 
 
-def _run(data: DemoData, name: str, windows: dict[str, torch.Tensor], keep: Path | None, progress: Progress) -> Row:
+def _run(
+    data: DemoData, name: str, windows: dict[str, torch.Tensor], keep: Path | None, progress: ProgressCallback
+) -> Row:
     def staged(stage: str, done: float, total: float) -> None:
         progress(f"{name}: {stage}", done, total)
 
@@ -188,7 +195,7 @@ def _run(data: DemoData, name: str, windows: dict[str, torch.Tensor], keep: Path
         )
 
 
-def _perplexities(folder: Path, windows: dict[str, torch.Tensor], progress: Progress) -> dict[str, float]:
+def _perplexities(folder: Path, windows: dict[str, torch.Tensor], progress: ProgressCallback) -> dict[str, float]:
     model = load_whole_model(folder, dtype=torch.float32)
     with autocast(DTYPES[faster_type()]):
         return {

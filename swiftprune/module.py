@@ -24,7 +24,7 @@ from swiftprune.kernels.packing import prune_and_pack, unpack
 from swiftprune.methods.scores import METHODS, Method, find_method
 from swiftprune.methods.statistics import InputStats
 from swiftprune.models.ignore import Ignore, compile_ignore
-from swiftprune.progress import Progress, silent
+from swiftprune.progress import ProgressCallback, no_progress
 from swiftprune.results import kept_energy
 
 Layer = nn.Linear | nn.Conv1d | nn.Conv2d
@@ -66,7 +66,7 @@ def prune_module(
     method: str = "",
     ignore: str = IGNORE_NOTHING,
     forward: Forward | None = None,
-    progress: Progress = silent,
+    progress: ProgressCallback = no_progress,
 ) -> ModuleReport:
     """Prunes the linears and convolutions of `module` to 2:4, in place.
 
@@ -196,7 +196,7 @@ def _prune_layer(name: str, layer: Layer, method: Method, stats: InputStats) -> 
 
 @torch.no_grad()
 def _collect(
-    module: nn.Module, layers: Mapping[str, Layer], batches: Iterable[Any], forward: Forward, progress: Progress
+    module: nn.Module, layers: Mapping[str, Layer], batches: Iterable[Any], forward: Forward, progress: ProgressCallback
 ) -> dict[str, InputStats]:
     """Runs every batch and returns, by name, what entered the layers that were reached, in the order of `layers`."""
     stats = {name: InputStats(token_count=0) for name in layers}

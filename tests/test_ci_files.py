@@ -370,7 +370,7 @@ def test_settings_reach_the_commands(tmp_path: Path) -> None:
         "model": "a sparse one",
         "dense": "a dense one",
         "engine": "vllm",
-        "at-once": "2,4",
+        "concurrency": "2,4",
         "prompt-tokens": "5",
         "new-tokens": "6",
         "rounds": "7",
@@ -378,7 +378,7 @@ def test_settings_reach_the_commands(tmp_path: Path) -> None:
         "max-regression": "8%",
     }
     measure, gate, _ = Run(tmp_path, given, baselines=("the base.json",)).commands
-    for option in ("engine", "at-once", "prompt-tokens", "new-tokens", "rounds"):
+    for option in ("engine", "concurrency", "prompt-tokens", "new-tokens", "rounds"):
         assert measure[measure.index(f"--{option}") + 1] == given[option]
     assert measure[measure.index("--baseline") + 1] == "a dense one"
     assert measure[-2:] == ["--", "a sparse one"]

@@ -16,7 +16,7 @@ from torch import Tensor
 from exporters.onnx.weights import find_weights, load_graph
 from swiftprune.formats.spec import GROUP, KEPT
 from swiftprune.methods.mask import first_violation
-from swiftprune.progress import Progress, silent
+from swiftprune.progress import ProgressCallback, no_progress
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class WeightCheck:
     """Whether no pruning could make it 2:4: it has too few input channels for groups of four, or not whole ones."""
 
 
-def check_weights(path: Path, *, progress: Progress = silent) -> list[WeightCheck]:
+def check_weights(path: Path, *, progress: ProgressCallback = no_progress) -> list[WeightCheck]:
     """Every constant that a MatMul, Gemm or Conv multiplies by, read one at a time; see `weights`.
 
     Weights in layouts of quantized operators are listed too, as not checked. Raises CheckpointError for a damaged file.

@@ -24,7 +24,7 @@ from exporters.workspace import disk_errors
 from swiftprune.config import DTYPES, DtypeName
 from swiftprune.errors import CheckpointError, OutputError, first_line
 from swiftprune.models.load import load_whole_model, read_config
-from swiftprune.progress import Progress, silent
+from swiftprune.progress import ProgressCallback, no_progress
 
 FUSED_OPSET = 23
 """The first with Attention, RMSNormalization and RotaryEmbedding, which ONNX Runtime runs faster than their parts."""
@@ -46,7 +46,7 @@ def build_decoder(
     *,
     dtype: DtypeName = "float32",
     standard_ops: bool = False,
-    progress: Progress = silent,
+    progress: ProgressCallback = no_progress,
 ) -> str:
     """Writes the causal LM in the folder `checkpoint` (dense) as `out/model.onnx` and `out/model.onnx.data`.
 
@@ -88,7 +88,7 @@ def _head_width(config: PretrainedConfig) -> int:
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
-def _run_builder(checkpoint: Path, out: Path, head_width: int, progress: Progress) -> str:
+def _run_builder(checkpoint: Path, out: Path, head_width: int, progress: ProgressCallback) -> str:
     progress("build decoder", 0, 1)
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_TOKEN": ""}
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f"{out.name}.builder-") as scratch:
@@ -162,7 +162,7 @@ def _keys_and_values(cache: Any) -> list[tuple[Tensor, Tensor]]:
     return [(layer.keys, layer.values) for layer in cache.layers]
 
 
-def _trace_model(checkpoint: Path, out: Path, dtype: torch.dtype, opset: int, progress: Progress) -> str:
+def _trace_model(checkpoint: Path, out: Path, dtype: torch.dtype, opset: int, progress: ProgressCallback) -> str:
     progress("build decoder", 0, 3)
     try:
         model: nn.Module = load_whole_model(checkpoint, dtype=dtype)

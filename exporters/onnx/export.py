@@ -16,7 +16,7 @@ from exporters.workspace import disk_errors
 from swiftprune.config import DTYPES, DtypeName
 from swiftprune.errors import FormatError
 from swiftprune.models.load import load_whole_model
-from swiftprune.progress import Progress, silent
+from swiftprune.progress import ProgressCallback, no_progress
 
 CHECK_TOKENS = 16
 _PROMPT_TOKENS = 24
@@ -40,7 +40,13 @@ class DecoderReport(BaseModel):
 
 
 def write_decoder(
-    checkpoint: Path, out: Path, *, packed: bool, dtype: DtypeName, pruned_weights: int, progress: Progress = silent
+    checkpoint: Path,
+    out: Path,
+    *,
+    packed: bool,
+    dtype: DtypeName,
+    pruned_weights: int,
+    progress: ProgressCallback = no_progress,
 ) -> DecoderReport:
     """Writes the pruned dense `checkpoint` to the new folder `out` as model.onnx and what its engines want beside it.
 
@@ -100,7 +106,7 @@ def _versions(path: Path) -> tuple[int, int]:
     return next(opset.version for opset in model.opset_import if opset.domain == ""), int(model.ir_version)
 
 
-def _check(checkpoint: Path, out: Path, tolerance: float, progress: Progress) -> tuple[float, int]:
+def _check(checkpoint: Path, out: Path, tolerance: float, progress: ProgressCallback) -> tuple[float, int]:
     """Raises FormatError when the file's logits are not the checkpoint's."""
     progress("check the answers", 0, 1)
     expected, tokens = _expected(checkpoint)

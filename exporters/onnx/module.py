@@ -17,7 +17,7 @@ from exporters.onnx.pack import check_replaceable, pack_model, written_aside
 from exporters.onnx.trace import STANDARD_OPSET, trace
 from swiftprune.errors import FormatError
 from swiftprune.module import call_arguments, eval_mode
-from swiftprune.progress import Progress, silent
+from swiftprune.progress import ProgressCallback, no_progress
 
 _TOLERANCE = 1e-3  # of the largest output, in float32
 
@@ -49,7 +49,7 @@ def export_module(
     input_names: Sequence[str] | None = None,
     output_names: Sequence[str] | None = None,
     overwrite: bool = False,
-    progress: Progress = silent,
+    progress: ProgressCallback = no_progress,
 ) -> ModuleExport:
     """Writes `module` to the ONNX file `out`, its linears packed when they are 2:4, big tensors beside it.
 

@@ -22,7 +22,7 @@ from swiftprune.formats import spec
 from swiftprune.formats.spec import GROUP, KEPT, Packed24, metadata_width
 from swiftprune.kernels import packing
 from swiftprune.models.ignore import DEFAULT_IGNORE, Ignore, compile_ignore
-from swiftprune.progress import Progress, silent
+from swiftprune.progress import ProgressCallback, no_progress
 
 _OLDEST_IR = 8  # the first with functions in models
 # Each tensor on a page of its own, so that runtimes map it and the packed values are aligned.
@@ -51,7 +51,7 @@ def pack_model(
     dtype: torch.dtype | None = None,
     ignore: str | None = None,
     overwrite: bool = False,
-    progress: Progress = silent,
+    progress: ProgressCallback = no_progress,
 ) -> PackReport:
     """Writes the ONNX model `source` to `out` with its 2:4 weights packed, big tensors beside it in `out`.data.
 

@@ -1,4 +1,4 @@
-"""The engines that `run` measures. Each gives a `Contender`: one checkpoint, loaded, ready to be timed."""
+"""The engines that `run` measures. Each gives a `EngineSession`: one checkpoint, loaded, ready to be timed."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ class Options:
 
 @dataclass(frozen=True)
 class Job:
-    """One workload: `at_once` sequences, each a prompt of so many tokens and an answer of so many."""
+    """One workload: `concurrency` sequences, each a prompt of so many tokens and an answer of so many."""
 
     workload: Workload
-    at_once: int
+    concurrency: int
     prompt_tokens: int
     new_tokens: int
 
@@ -59,7 +59,7 @@ class Round:
     itl_ms: list[float] = field(default_factory=list)
 
 
-class Contender(Protocol):
+class EngineSession(Protocol):
     """A checkpoint in an engine."""
 
     loaded: Loaded
@@ -89,7 +89,7 @@ UNITS: dict[str, tuple[str, bool]] = {
 """Unit of each metric, and whether lower is better."""
 
 
-def figures(arrivals: list[float], at_once: int) -> Round:
+def figures(arrivals: list[float], concurrency: int) -> Round:
     """Of sequences decoded in step: `arrivals` are the seconds from the request to each token of theirs."""
     gaps = [1e3 * (later - earlier) for earlier, later in itertools.pairwise(arrivals)]
     return Round(
@@ -97,7 +97,7 @@ def figures(arrivals: list[float], at_once: int) -> Round:
             "ttft": 1e3 * arrivals[0],
             "tpot": 1e3 * (arrivals[-1] - arrivals[0]) / len(gaps),
             **{f"itl_p{percent}": quantile(gaps, percent / 100) for percent in (50, 95, 99)},
-            "tokens_per_s": at_once * len(arrivals) / arrivals[-1],
+            "tokens_per_s": concurrency * len(arrivals) / arrivals[-1],
         },
         [round(gap, 3) for gap in gaps],
     )
@@ -105,7 +105,7 @@ def figures(arrivals: list[float], at_once: int) -> Round:
 
 def contender(
     engine: Engine, folder: Path, options: Options, work: Path, name: str
-) -> AbstractContextManager[Contender]:
+) -> AbstractContextManager[EngineSession]:
     """Loads the checkpoint in `folder`. Logs go into `work`, under `name`.
 
     Raises SettingsError when the engine is not installed.

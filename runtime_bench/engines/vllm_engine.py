@@ -52,7 +52,7 @@ def installed() -> Path:
 
 
 class Server(AbstractContextManager["Server"]):
-    """See `engines.Contender`. The server runs until a workload comes that loads the model for itself."""
+    """See `engines.EngineSession`. The server runs until a workload comes that loads the model for itself."""
 
     loaded: Loaded
 
@@ -152,7 +152,7 @@ class Server(AbstractContextManager["Server"]):
     def run(self, job: Job, prompts: list[list[int]]) -> Round:
         """vLLM's commands make random prompts of their own."""
         shape = ["--random-input-len", str(job.prompt_tokens), "--random-output-len", str(job.new_tokens)]
-        requests = ["--dataset-name", "random", *shape, "--num-prompts", str(REQUESTS_FOR_EACH * job.at_once)]
+        requests = ["--dataset-name", "random", *shape, "--num-prompts", str(REQUESTS_FOR_EACH * job.concurrency)]
         if job.workload == "serve":
             result = self._bench(
                 "serve",
@@ -161,12 +161,12 @@ class Server(AbstractContextManager["Server"]):
                     self._url,
                     *requests,
                     "--max-concurrency",
-                    str(job.at_once),
+                    str(job.concurrency),
                     "--ignore-eos",
                     "--temperature",
                     "0",
                     "--num-warmups",
-                    str(job.at_once),
+                    str(job.concurrency),
                     "--percentile-metrics",
                     "ttft,tpot,itl",
                     "--save-result",
@@ -190,7 +190,7 @@ class Server(AbstractContextManager["Server"]):
                     "--output-len",
                     str(job.new_tokens),
                     "--batch-size",
-                    str(job.at_once),
+                    str(job.concurrency),
                     "--num-iters-warmup",
                     "1",
                     "--num-iters",
@@ -200,9 +200,11 @@ class Server(AbstractContextManager["Server"]):
             )
             return Round({"latency": float(result["avg_latency"])})
         result = self._bench(
-            "throughput", [*self._model, *requests, "--max-num-seqs", str(job.at_once)], "--output-json"
+            "throughput", [*self._model, *requests, "--max-num-seqs", str(job.concurrency)], "--output-json"
         )
-        return Round({"tokens_per_s": REQUESTS_FOR_EACH * job.at_once * job.new_tokens / float(result["elapsed_time"])})
+        return Round(
+            {"tokens_per_s": REQUESTS_FOR_EACH * job.concurrency * job.new_tokens / float(result["elapsed_time"])}
+        )
 
     def _bench(self, command: str, arguments: list[str], out: str) -> Any:
         """The JSON that `vllm bench` leaves at the option `out`."""

@@ -35,7 +35,7 @@ class Model(Protocol):
 
 
 class Worker(AbstractContextManager["Worker"]):
-    """See `engines.Contender`. The process ends with the `with` statement."""
+    """See `engines.EngineSession`. The process ends with the `with` statement."""
 
     loaded: Loaded
 
@@ -64,7 +64,7 @@ class Worker(AbstractContextManager["Worker"]):
 
     def run(self, job: Job, prompts: list[list[int]]) -> Round:
         arrivals: list[float] = self._ask("arrivals", prompts, job.new_tokens)
-        return figures(arrivals, job.at_once)
+        return figures(arrivals, job.concurrency)
 
     def peak_memory_bytes(self) -> int:
         peak: int = self._ask("peak_memory_bytes")

@@ -12,7 +12,7 @@ from swiftprune.calibration.sampling import sampled_text
 from swiftprune.calibration.text import HELD_BACK, HELD_BACK_OF, CalibrationText
 from swiftprune.calibration.text_files import DEFAULT_COLUMN
 from swiftprune.checkpoints.source import Checkpoint
-from swiftprune.progress import Progress
+from swiftprune.progress import ProgressCallback
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ def calibration_data(
     samples: int,
     seqlen: int,
     seed: int,
-    progress: Progress,
+    progress: ProgressCallback,
     compute: torch.dtype = torch.float32,
     column: str = DEFAULT_COLUMN,
 ) -> CalibrationData:

@@ -46,7 +46,7 @@ class BlockRunner:
         tokens: Tensor,
         *,
         compute: torch.dtype = torch.float32,
-        with_dense: bool = False,
+        track_dense: bool = False,
     ) -> None:
         self._model = model
         self._compute = compute
@@ -56,8 +56,10 @@ class BlockRunner:
         self._modules = {block.name: module for block, module in zip(targets.blocks, modules, strict=True)}
         self._arguments: list[_Arguments] = []
         self.hidden = self._embed(tokens)
-        self.dense_hidden = list(self.hidden) if with_dense else None
-        self._dense_arguments = [_without_shared_containers(sample) for sample in self._arguments] if with_dense else []
+        self.dense_hidden = list(self.hidden) if track_dense else None
+        self._dense_arguments = (
+            [_without_shared_containers(sample) for sample in self._arguments] if track_dense else []
+        )
         self._warned = False
 
     @torch.no_grad()

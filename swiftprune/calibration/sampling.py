@@ -27,7 +27,7 @@ from swiftprune.calibration.text import load_tokenizer
 from swiftprune.checkpoints.source import Checkpoint
 from swiftprune.errors import SettingsError, first_line
 from swiftprune.models.load import load_whole_model
-from swiftprune.progress import Progress
+from swiftprune.progress import ProgressCallback
 
 # Sequences at once: more are faster for each, and their caches larger.
 _BATCH = 96
@@ -38,7 +38,7 @@ _SPEAKS = "\N{SYMBOL FOR NULL}swiftprune\N{SYMBOL FOR NULL}"
 
 
 def sampled_text(
-    checkpoint: Checkpoint, *, samples: int, seqlen: int, seed: int, compute: torch.dtype, progress: Progress
+    checkpoint: Checkpoint, *, samples: int, seqlen: int, seed: int, compute: torch.dtype, progress: ProgressCallback
 ) -> Tensor:
     """(samples, seqlen) int64: text that the dense model samples, at temperature 1 and from its start token.
 
@@ -56,7 +56,7 @@ def sampled_text(
 
 
 def sampled_conversations(
-    checkpoint: Checkpoint, *, samples: int, seqlen: int, seed: int, compute: torch.dtype, progress: Progress
+    checkpoint: Checkpoint, *, samples: int, seqlen: int, seed: int, compute: torch.dtype, progress: ProgressCallback
 ) -> Tensor:
     """(samples, seqlen) int64: conversations that the dense model samples, the questions included.
 
@@ -104,7 +104,14 @@ def _load(checkpoint: Checkpoint, compute: torch.dtype) -> Any:
 
 
 def _sample(
-    model: Any, begin: Tensor, samples: int, seqlen: int, seed: int, temperature: float, stage: str, progress: Progress
+    model: Any,
+    begin: Tensor,
+    samples: int,
+    seqlen: int,
+    seed: int,
+    temperature: float,
+    stage: str,
+    progress: ProgressCallback,
 ) -> Tensor:
     """(samples, seqlen) int64: what `model` samples after `begin`, past any end of text."""
     model.generation_config.eos_token_id = None
@@ -168,7 +175,7 @@ AttentionMaskInterface.register(_ATTENTION, sdpa_mask)
 class _Tick(StoppingCriteria):  # type: ignore[misc]
     """Reports each sampled token; never stops."""
 
-    def __init__(self, stage: str, progress: Progress, done: int, samples: int, seqlen: int) -> None:
+    def __init__(self, stage: str, progress: ProgressCallback, done: int, samples: int, seqlen: int) -> None:
         self.stage, self.progress, self.done, self.samples, self.seqlen = stage, progress, done, samples, seqlen
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from swiftprune.errors import CheckpointError, SettingsError, first_line
-from swiftprune.progress import Progress, silent
+from swiftprune.progress import ProgressCallback, no_progress
 
 logger = logging.getLogger(__name__)
 
@@ -137,7 +137,7 @@ class Checkpoint:
     def parameter_count(self) -> int:
         return sum(torch.Size(entry.shape).numel() for entry in self.tensors.values())
 
-    def fingerprint(self, progress: Progress = silent) -> dict[str, str]:
+    def fingerprint(self, progress: ProgressCallback = no_progress) -> dict[str, str]:
         """Shard name -> SHA-256 of its bytes, in hex. Reads every shard once."""
         hashes: dict[str, str] = {}
         for index, shard in enumerate(self.shards):

@@ -29,7 +29,7 @@ class Linear24(nn.Linear):
 
     weight: nn.Parameter
     weight_meta: nn.Parameter
-    stream: Tensor
+    tiled: Tensor
 
     def __init__(
         self, in_features: int, out_features: int, *, bias: bool, dtype: torch.dtype, device: torch.device | str = "cpu"
@@ -81,7 +81,7 @@ class Linear24(nn.Linear):
                 packed = packing.pack(found.cpu())
                 return Packed24(packed.values.to(found.device), packed.metadata.to(found.device))
             return Packed24(*found)
-        return Packed24(*native.from_stream(self.stream, self.dtype, self.out_features, self.in_features))
+        return Packed24(*native.from_tiled(self.tiled, self.dtype, self.out_features, self.in_features))
 
     def use_backend(self, backend: str | None = None, name: str = "weight") -> Linear24:
         """Repacks the weight for `backend`, by default the fastest on this machine. Returns the layer itself.
@@ -98,10 +98,10 @@ class Linear24(nn.Linear):
             self.backend = backend  # all native ones have one layout
             return self
         packed = self.packed
-        if native_next and (stream := native.to_stream(packed.values, packed.metadata)) is None:
+        if native_next and (tiled := native.to_tiled(packed.values, packed.metadata)) is None:
             spec.validate(packed, name)
             raise AssertionError(f"{name}: the native check and the slow one disagree")
-        for held in ("weight", "weight_meta", "stream", *self._laid_out):
+        for held in ("weight", "weight_meta", "tiled", *self._laid_out):
             if held in self._parameters or held in self._buffers:
                 delattr(self, held)
         self._laid_out = ()
@@ -109,7 +109,7 @@ class Linear24(nn.Linear):
         if backend == dispatch.REFERENCE:
             self._hold_pair(packed)
         elif backend in dispatch.BACKENDS:
-            self.register_buffer("stream", stream, persistent=False)
+            self.register_buffer("tiled", tiled, persistent=False)
         else:
             tensors = gpu.lay_out(Plan.parse(backend).backends, packed.values.detach(), packed.metadata.detach())
             for held, tensor in tensors.items():
@@ -142,10 +142,10 @@ class Linear24(nn.Linear):
             return product
         # Dispatch costs as much as a small layer, so it is paid only where something needs it.
         if torch.compiler.is_compiling() or (x.requires_grad and torch.is_grad_enabled()):
-            y: Tensor = torch.ops.swiftprune.linear24(x, self.stream, bias, self.out_features, self.backend)
+            y: Tensor = torch.ops.swiftprune.linear24(x, self.tiled, bias, self.out_features, self.backend)
             return y
-        stream: Any = self._buffers["stream"]  # nn.Module.__getattr__ is slow
-        return native.linear24(self.backend, x, stream, bias, self.out_features)
+        tiled: Any = self._buffers["tiled"]  # nn.Module.__getattr__ is slow
+        return native.linear24(self.backend, x, tiled, bias, self.out_features)
 
     def extra_repr(self) -> str:
         return (
@@ -158,7 +158,7 @@ class Linear24(nn.Linear):
         self.weight_meta = nn.Parameter(packed.metadata, requires_grad=False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """A change of dtype or device goes through the canonical pair: the stream is laid out for both."""
+        """A change of dtype or device goes through the canonical pair: the tiled layout is for both."""
         before = torch.empty(0, dtype=self.dtype, device=self._held().device)
         after = fn(before)
         if (after.dtype, after.device) == (before.dtype, before.device):
@@ -175,7 +175,7 @@ class Linear24(nn.Linear):
     def _held(self) -> Tensor:
         if self._laid_out:
             return self.get_buffer(self._laid_out[0])
-        return self.weight if self.backend == dispatch.REFERENCE else self.stream
+        return self.weight if self.backend == dispatch.REFERENCE else self.tiled
 
     def _gpu_tensors(self) -> dict[str, Tensor]:
         return {name: self.get_buffer(name) for name in self._laid_out}
@@ -197,10 +197,10 @@ class Linear24(nn.Linear):
 # The same products as operators, for torch.compile and autograd. The library must live as long as the process.
 _library = torch.library.Library("swiftprune", "DEF")  # type: ignore[no-untyped-call]
 _library.define("unpack24(Tensor values, Tensor metadata) -> Tensor")  # type: ignore[no-untyped-call]
-_library.define("linear24(Tensor x, Tensor stream, Tensor? bias, int out_features, str backend) -> Tensor")  # type: ignore[no-untyped-call]
+_library.define("linear24(Tensor x, Tensor tiled, Tensor? bias, int out_features, str backend) -> Tensor")  # type: ignore[no-untyped-call]
 _library.define("linear24_gpu(Tensor x, Tensor[] held, Tensor? bias, int out_features, str plan) -> Tensor")  # type: ignore[no-untyped-call]
 _library.define("unpack24_gpu(Tensor[] held, int rows, int cols, str plan) -> Tensor")  # type: ignore[no-untyped-call]
-_library.define("unpack24_stream(Tensor stream, ScalarType dtype, int rows, int cols) -> Tensor")  # type: ignore[no-untyped-call]
+_library.define("unpack24_tiled(Tensor tiled, ScalarType dtype, int rows, int cols) -> Tensor")  # type: ignore[no-untyped-call]
 
 
 @torch.library.impl(_library, "unpack24", "CPU")
@@ -220,12 +220,12 @@ def _unpack24_fake(values: Tensor, metadata: Tensor) -> Tensor:
 
 
 @torch.library.impl(_library, "linear24", "CPU")
-def _linear24(x: Tensor, stream: Tensor, bias: Tensor | None, out_features: int, backend: str) -> Tensor:
-    return native.linear24(backend, x, stream, bias, out_features)
+def _linear24(x: Tensor, tiled: Tensor, bias: Tensor | None, out_features: int, backend: str) -> Tensor:
+    return native.linear24(backend, x, tiled, bias, out_features)
 
 
 @torch.library.register_fake("swiftprune::linear24")  # type: ignore[untyped-decorator]
-def _linear24_fake(x: Tensor, stream: Tensor, bias: Tensor | None, out_features: int, backend: str) -> Tensor:
+def _linear24_fake(x: Tensor, tiled: Tensor, bias: Tensor | None, out_features: int, backend: str) -> Tensor:
     return x.new_empty((*x.shape[:-1], out_features))
 
 
@@ -264,14 +264,14 @@ def _unpack24_gpu_fake(held: list[Tensor], rows: int, cols: int, plan: str) -> T
     return held[0].new_empty(rows, cols)
 
 
-@torch.library.impl(_library, "unpack24_stream", "CPU")
-def _unpack24_stream(stream: Tensor, dtype: torch.dtype, rows: int, cols: int) -> Tensor:
-    return packing.unpack(Packed24(*native.from_stream(stream, dtype, rows, cols)))
+@torch.library.impl(_library, "unpack24_tiled", "CPU")
+def _unpack24_tiled(tiled: Tensor, dtype: torch.dtype, rows: int, cols: int) -> Tensor:
+    return packing.unpack(Packed24(*native.from_tiled(tiled, dtype, rows, cols)))
 
 
-@torch.library.register_fake("swiftprune::unpack24_stream")  # type: ignore[untyped-decorator]
-def _unpack24_stream_fake(stream: Tensor, dtype: torch.dtype, rows: int, cols: int) -> Tensor:
-    return stream.new_empty(rows, cols, dtype=dtype)
+@torch.library.register_fake("swiftprune::unpack24_tiled")  # type: ignore[untyped-decorator]
+def _unpack24_tiled_fake(tiled: Tensor, dtype: torch.dtype, rows: int, cols: int) -> Tensor:
+    return tiled.new_empty(rows, cols, dtype=dtype)
 
 
 def _remember(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None, int, str], output: Tensor) -> None:
@@ -280,8 +280,8 @@ def _remember(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None, int, str], 
 
 
 def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    (stream,) = ctx.saved_tensors
-    weight = torch.ops.swiftprune.unpack24_stream(stream, gradient.dtype, gradient.shape[-1], ctx.in_features)
+    (tiled,) = ctx.saved_tensors
+    weight = torch.ops.swiftprune.unpack24_tiled(tiled, gradient.dtype, gradient.shape[-1], ctx.in_features)
     return gradient @ weight, None, None, None, None
 
 

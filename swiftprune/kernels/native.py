@@ -109,13 +109,13 @@ class NativeKernels:
             raise reference.bad_metadata(name, row, group, int(metadata[row, group // 2]) >> group % 2 * 4 & 15)
         return weight
 
-    def surprise(self, score: Tensor, mean: Tensor, deviation: Tensor, gains: EwmaGains) -> Tensor:
+    def ewma_zscore(self, score: Tensor, mean: Tensor, deviation: Tensor, gains: EwmaGains) -> Tensor:
         score, mean, deviation = (_on_cpu(tensor).float() for tensor in (score, mean, deviation))
         rows, cols = score.shape
         if mean.shape != (rows,) or deviation.shape != (rows,):
             raise ValueError(f"mean {tuple(mean.shape)} and deviation {tuple(deviation.shape)} must be ({rows},)")
         out = torch.empty_like(score)
-        _native.surprise(
+        _native.ewma_zscore(
             self.isa,
             score.data_ptr(),
             rows,
@@ -130,11 +130,11 @@ class NativeKernels:
         )
         return out
 
-    def ranked_value(self, values: Tensor, rank: int) -> float:
+    def kth_value(self, values: Tensor, rank: int) -> float:
         values = _on_cpu(values).float()
         if not 0 <= rank < values.numel():
             raise ValueError(f"rank {rank} of {values.numel()} values")
-        return float(_native.ranked_value(values.data_ptr(), values.numel(), rank, self._threads()))
+        return float(_native.kth_value(values.data_ptr(), values.numel(), rank, self._threads()))
 
 
 def linear_isas(dtype: torch.dtype) -> list[str]:
@@ -148,24 +148,24 @@ def linear_kernel(isa: str, dtype: torch.dtype) -> int:
     return int(_native.linear24_for(isa, _DTYPES[dtype]))
 
 
-def to_stream(values: Tensor, metadata: Tensor) -> Tensor | None:
-    """The packed pair of tensors in the layout of the linear kernels (csrc/stream.h): uint8, 1-D.
+def to_tiled(values: Tensor, metadata: Tensor) -> Tensor | None:
+    """The packed pair of tensors in the layout of the linear kernels (csrc/tiled.h): uint8, 1-D.
 
     None when the pair breaks the format: `format.validate` says where.
     """
     values, metadata = _pair(values, metadata)
     rows, half = values.shape
-    stream = torch.empty(stream_bytes(values.dtype, rows, 2 * half), dtype=torch.uint8)
-    valid = _native.to_stream(
+    tiled = torch.empty(tiled_bytes(values.dtype, rows, 2 * half), dtype=torch.uint8)
+    valid = _native.to_tiled(
         _DTYPES[values.dtype],
         values.data_ptr(),
         metadata.data_ptr(),
         rows,
         2 * half,
-        stream.data_ptr(),
+        tiled.data_ptr(),
         torch.get_num_threads(),
     )
-    return stream if valid else None
+    return tiled if valid else None
 
 
 class MappedFiles:
@@ -202,27 +202,27 @@ def _ranges_of_files() -> list[tuple[int, int]]:
     return ranges
 
 
-def from_stream(stream: Tensor, dtype: torch.dtype, rows: int, cols: int) -> tuple[Tensor, Tensor]:
+def from_tiled(tiled: Tensor, dtype: torch.dtype, rows: int, cols: int) -> tuple[Tensor, Tensor]:
     """(values, metadata) again, bit for bit."""
-    _check_stream(stream, dtype, rows, cols)
+    _check_tiled(tiled, dtype, rows, cols)
     values, metadata = _empty_packed(rows, cols, dtype)
-    _native.from_stream(
-        _DTYPES[dtype], stream.data_ptr(), rows, cols, values.data_ptr(), metadata.data_ptr(), torch.get_num_threads()
+    _native.from_tiled(
+        _DTYPES[dtype], tiled.data_ptr(), rows, cols, values.data_ptr(), metadata.data_ptr(), torch.get_num_threads()
     )
     return values, metadata
 
 
 @functools.cache
-def stream_bytes(dtype: torch.dtype, rows: int, cols: int) -> int:
-    return int(_native.stream_bytes(_DTYPES[dtype], rows, cols))
+def tiled_bytes(dtype: torch.dtype, rows: int, cols: int) -> int:
+    return int(_native.tiled_bytes(_DTYPES[dtype], rows, cols))
 
 
 def linear24(
-    isa: str, x: Tensor, stream: Tensor, bias: Tensor | None, rows: int, out_dtype: torch.dtype | None = None
+    isa: str, x: Tensor, tiled: Tensor, bias: Tensor | None, rows: int, out_dtype: torch.dtype | None = None
 ) -> Tensor:
-    """y (..., N) = x (..., K) W^T + bias (N), W the weight in `stream`, sums in fp32, rounded once to `out_dtype`.
+    """y (..., N) = x (..., K) W^T + bias (N), W the weight in `tiled`, sums in fp32, rounded once to `out_dtype`.
 
-    x, the stream's values and bias are of one dtype and on the CPU; `out_dtype` is that or float32. Raises ValueError
+    x, the tiled values and bias are of one dtype and on the CPU; `out_dtype` is that or float32. Raises ValueError
     otherwise. Costs no dispatch: 210 of these make a token of a 30-layer model.
     """
     dtype = x.dtype
@@ -233,7 +233,7 @@ def linear24(
         raise ValueError(f"the {isa!r} linear kernel cannot run on {dtype} here; those that can: {linear_isas(dtype)}")
     if not x.is_cpu:
         raise ValueError(f"x is on {x.device}, the weight on the CPU; move the layer or x")
-    _check_stream(stream, dtype, rows, cols)
+    _check_tiled(tiled, dtype, rows, cols)
     if bias is not None:
         if bias.dtype is not dtype or bias.shape != (rows,) or not bias.is_cpu:
             raise ValueError(
@@ -256,13 +256,13 @@ def linear24(
     tokens = x.numel() // cols
     threads = torch.get_num_threads()
     if threads > 1:
-        threads = min(threads, 1 + tokens * stream.numel() // _BYTES_PER_THREAD)
+        threads = min(threads, 1 + tokens * tiled.numel() // _BYTES_PER_THREAD)
     if tokens:
         _native.linear24(
             kernel,
             _DTYPES[dtype],
             _DTYPES[out_dtype],
-            stream.data_ptr(),
+            tiled.data_ptr(),
             0 if bias is None else bias.data_ptr(),
             x.data_ptr(),
             stride,
@@ -306,11 +306,11 @@ def _pair(values: Tensor, metadata: Tensor) -> tuple[Tensor, Tensor]:
     return values, metadata
 
 
-def _check_stream(stream: Tensor, dtype: torch.dtype, rows: int, cols: int) -> None:
-    if not stream.is_cpu or stream.dtype is not torch.uint8 or not stream.is_contiguous():
-        raise ValueError(f"a stream is uint8, contiguous and on the CPU, not {stream.dtype} on {stream.device}")
-    if stream.numel() != stream_bytes(dtype, rows, cols):
-        raise ValueError(f"a weight ({rows}, {cols}) {dtype} does not fit a stream of {stream.numel()} bytes")
+def _check_tiled(tiled: Tensor, dtype: torch.dtype, rows: int, cols: int) -> None:
+    if not tiled.is_cpu or tiled.dtype is not torch.uint8 or not tiled.is_contiguous():
+        raise ValueError(f"a tiled weight is uint8, contiguous and on the CPU, not {tiled.dtype} on {tiled.device}")
+    if tiled.numel() != tiled_bytes(dtype, rows, cols):
+        raise ValueError(f"a weight ({rows}, {cols}) {dtype} does not fit a tiled weight of {tiled.numel()} bytes")
 
 
 def _empty_packed(rows: int, cols: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -58,7 +58,7 @@ class ReferenceKernels:
             raise bad_metadata(name, row, group, int(metadata[row, group // 2]) >> group % 2 * 4 & 15)
         return scatter(values, positions)
 
-    def surprise(self, score: Tensor, mean: Tensor, deviation: Tensor, gains: EwmaGains) -> Tensor:
+    def ewma_zscore(self, score: Tensor, mean: Tensor, deviation: Tensor, gains: EwmaGains) -> Tensor:
         columns = []
         for now in score.T:
             distance = now - mean
@@ -67,7 +67,7 @@ class ReferenceKernels:
             mean = mean + gains.mean * distance
         return torch.stack(columns, dim=1)
 
-    def ranked_value(self, values: Tensor, rank: int) -> float:
+    def kth_value(self, values: Tensor, rank: int) -> float:
         return float(values.flatten().kthvalue(rank + 1).values)
 
 

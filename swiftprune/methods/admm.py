@@ -13,7 +13,7 @@ from swiftprune.errors import CheckpointError
 from swiftprune.formats import spec
 from swiftprune.kernels import packing
 from swiftprune.kernels.score_factors import ScoreFactors
-from swiftprune.methods.least_squares import Normal
+from swiftprune.methods.least_squares import NormalEquations
 from swiftprune.methods.mask import Pattern, select
 
 # Penalties, one a step, of the split between the weight that fits and the one that is sparse, in units of a channel's
@@ -23,22 +23,22 @@ PENALTIES = (0.1, 0.153, 0.235, 0.361, 0.554, 0.85, 1.3, 2.0)
 
 
 def admm(weight: Tensor, gram: Tensor, drift: Tensor | None, pattern: Pattern, name: str = "weight") -> Tensor:
-    """Prunes `weight` (N, K) under the arguments of `least_squares.Normal.of`; returns the pruned fp32 weight.
+    """Prunes `weight` (N, K) under the arguments of `least_squares.NormalEquations.of`; returns the pruned fp32 weight.
 
     In turn: V fits the targets but is pulled towards Z, V = (B + rho (Z - U)) (A + rho)^-1; Z is V + U with all but
-    the largest weights of each group set to zero; U sums up by how much the two differ. In the coordinates of `Normal`
-    the largest weights are those of the highest Wanda score, so that is where the mask starts.
+    the largest weights of each group set to zero; U is the scaled dual variable. In the coordinates of
+    `NormalEquations` the largest weights are those of the highest Wanda score, so that is where the mask starts.
     """
-    normal = Normal.of(weight.float(), gram, drift)
+    normal = NormalEquations.of(weight.float(), gram, drift)
     sparse = _largest(normal.start, pattern)
-    gap = torch.zeros_like(sparse)
+    dual = torch.zeros_like(sparse)
     before = PENALTIES[0]
     for penalty in PENALTIES:
-        gap *= before / penalty  # the dual variable is penalty x gap, and it is what carries over
+        dual *= before / penalty  # what carries over is the unscaled dual, penalty x dual
         before = penalty
-        wish = _solve(normal.matrix, penalty, normal.target + penalty * (sparse - gap), name) + gap
-        sparse = _largest(wish, pattern)
-        gap = wish - sparse
+        v_plus_u = _solve(normal.matrix, penalty, normal.target + penalty * (sparse - dual), name) + dual
+        sparse = _largest(v_plus_u, pattern)
+        dual = v_plus_u - sparse
     return normal.solve(sparse != 0, sparse) / normal.scale
 
 

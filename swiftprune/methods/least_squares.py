@@ -2,7 +2,7 @@
 
 With X (T, K) what enters a linear of the pruned model, W (N, K) its dense weight and Y (T, N) what it should give, the
 pruned weight V minimises ||X V^T - Y||^2 over the weights that its mask keeps. Y is X W^T, moved by `DRIFT_SHARE` of
-the way to what the dense model gives there: see `Normal.of`.
+the way to what the dense model gives there: see `NormalEquations.of`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ ITERATIONS = 6
 
 
 @dataclass(frozen=True)
-class Normal:
+class NormalEquations:
     """The normal equations V A = B in coordinates where every input channel has unit energy.
 
     There V is the weight times `scale`, |V| is Wanda's score, and the diagonal of A is 1 + DAMPING, which is the whole
@@ -38,7 +38,7 @@ class Normal:
     """(K,) fp32: ||X_k||, 1 where that is 0."""
 
     @classmethod
-    def of(cls, weight: Tensor, gram: Tensor, drift: Tensor | None) -> Normal:
+    def of(cls, weight: Tensor, gram: Tensor, drift: Tensor | None) -> NormalEquations:
         """From `weight` (N, K), `gram` = X^T X (K, K) and `drift` = (Y_dense - X W^T)^T X (N, K), all fp32.
 
         `drift` of None stands for zero: targets are then the layer's own dense outputs on the inputs it has.
@@ -77,7 +77,7 @@ class Normal:
 def refine_weights(weight: Tensor, keep_mask: Tensor, gram: Tensor, drift: Tensor | None) -> Tensor:
     """The (N, K) fp32 weight with zeros where `keep_mask` is False and least-squares values elsewhere.
 
-    `weight` (N, K) is the dense one; `gram` and `drift` are as in `Normal.of`.
+    `weight` (N, K) is the dense one; `gram` and `drift` are as in `NormalEquations.of`.
     """
-    normal = Normal.of(weight.float(), gram, drift)
+    normal = NormalEquations.of(weight.float(), gram, drift)
     return normal.solve(keep_mask, normal.start) / normal.scale

@@ -97,5 +97,5 @@ def ewma(score: Tensor, sparsity: float) -> Tensor:
     mean = score.mean(1)
     floor = float(mean.mean()) * 1e-3 + torch.finfo(torch.float32).tiny
     kernels = dispatch.kernels(score.device)
-    surprise = kernels.surprise(score, mean, mean / 2, EwmaGains(EWMA_MEAN_GAIN, EWMA_DEVIATION_GAIN, floor))
-    return surprise >= kernels.ranked_value(surprise, int(sparsity * surprise.numel()))
+    ewma_zscore = kernels.ewma_zscore(score, mean, mean / 2, EwmaGains(EWMA_MEAN_GAIN, EWMA_DEVIATION_GAIN, floor))
+    return ewma_zscore >= kernels.kth_value(ewma_zscore, int(sparsity * ewma_zscore.numel()))

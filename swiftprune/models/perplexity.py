@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 from swiftprune.errors import CheckpointError
-from swiftprune.progress import Progress, silent
+from swiftprune.progress import ProgressCallback, no_progress
 
 
 @torch.no_grad()
-def perplexity(model: Any, windows: Tensor, *, stage: str = "evaluate", progress: Progress = silent) -> float:
+def perplexity(
+    model: Any, windows: Tensor, *, stage: str = "evaluate", progress: ProgressCallback = no_progress
+) -> float:
     """exp of the mean negative log-likelihood of every token but the first of each of `windows` (W, T) int64.
 
     Windows do not see each other, as usual for these tables (GPTQ, SparseGPT, Wanda).
@@ -27,7 +29,9 @@ def perplexity(model: Any, windows: Tensor, *, stage: str = "evaluate", progress
     return math.exp(mean) if mean < 700 else math.inf
 
 
-def dense_perplexity(model: Any, windows: Tensor, *, stage: str = "evaluate", progress: Progress = silent) -> float:
+def dense_perplexity(
+    model: Any, windows: Tensor, *, stage: str = "evaluate", progress: ProgressCallback = no_progress
+) -> float:
     """`perplexity` of the model before pruning, which others are compared with.
 
     Raises CheckpointError when it is not finite: then nothing can be said about the pruned model.

@@ -26,15 +26,13 @@ def check(run: Run, store: BlockStore) -> Check | None:
         return None
     held_back = run.data.held_back
     if not len(held_back):
-        run.announce("Not checked: there is too little calibration text to hold any back.")
+        run.notify("Not checked: there is too little calibration text to hold any back.")
         return None
     count = run.checkpoint.parameter_count
     dtype = torch.float32 if count <= FP32_PARAMETERS else torch.bfloat16
     needed, free = dtype.itemsize * count, memory.available_bytes()
     if needed > free:
-        run.announce(
-            f"Not checked: that needs the whole model, {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free."
-        )
+        run.notify(f"Not checked: that needs the whole model, {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free.")
         return None
     with run.clock("check"), autocast(run.compute):
         model = run.load_whole(dtype)
@@ -44,7 +42,7 @@ def check(run: Run, store: BlockStore) -> Check | None:
     windows, seqlen = held_back.shape
     found = Check(windows=windows, seqlen=seqlen, dense=round(dense, 3), pruned=round(pruned, 3))
     if not found.ratio <= POOR_RATIO:
-        run.announce(
+        run.notify(
             f"Perplexity on held-back text is {found.ratio:.1f} times the dense model's, so expect poor text. "
             f"Next: {_next_step(run)}."
         )

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from swiftprune.progress import Progress
+from swiftprune.progress import ProgressCallback
 
 
 @dataclass
@@ -29,7 +29,7 @@ class StageClock:
 class Tick:
     """Counts forwards of one block into the progress of the whole run."""
 
-    def __init__(self, progress: Progress, start: int, total: int, stage: str = "prune") -> None:
+    def __init__(self, progress: ProgressCallback, start: int, total: int, stage: str = "prune") -> None:
         self._progress, self._done, self._total, self._stage = progress, start, total, stage
 
     def __call__(self) -> None:

@@ -21,7 +21,7 @@ from swiftprune.methods.scores import KEEP, find_method
 from swiftprune.methods.statistics import Needs
 from swiftprune.models.load import load_whole_model
 from swiftprune.models.plan import Block, Linear, Targets, empty_model, find_targets
-from swiftprune.progress import Announce, Progress, silent, unheard
+from swiftprune.progress import Notify, ProgressCallback, ignore_message, no_progress
 from swiftprune.results import PrunedBlock, PrunedWeight
 from swiftprune.stages import prepare
 from swiftprune.stages.clock import StageClock
@@ -43,19 +43,19 @@ class Run:
         settings: PruneSettings,
         *,
         data: CalibrationData | None = None,
-        progress: Progress = silent,
-        announce: Announce = unheard,
+        progress: ProgressCallback = no_progress,
+        notify: Notify = ignore_message,
     ) -> None:
         checkpoint.refuse_quantized()
         self.checkpoint = checkpoint
         """The source; a permuted view of it once `permute` is done."""
-        self.announce = announce
+        self.notify = notify
         self.progress = progress
         self.model = empty_model(checkpoint)
         """On the meta device; blocks are filled in one at a time."""
         self.places = frozenset(self.model.state_dict())
-        kept = prepare.with_keep(checkpoint, settings, announce)
-        self.settings = prepare.with_what_can_be_had(self.model, kept, announce).resolved()
+        kept = prepare.with_keep(checkpoint, settings, notify)
+        self.settings = prepare.with_what_can_be_had(self.model, kept, notify).resolved()
         self.pattern = Pattern.parse(self.settings.pattern)
         self.method = find_method(self.settings.method)
         assert self.settings.compute != "auto"

@@ -24,7 +24,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from swiftprune.compute import autocast
 from swiftprune.errors import CheckpointError, SettingsError, first_line
 from swiftprune.models.plan import Block
-from swiftprune.progress import Progress, silent
+from swiftprune.progress import ProgressCallback, no_progress
 from swiftprune.results import PrunedBlock, PrunedWeight, layer_result
 from swiftprune.stages.text import windows_to_train_and_to_judge
 
@@ -34,17 +34,17 @@ if TYPE_CHECKING:
 
 STAGE = "distill"
 LEARNING_RATE = 3e-4
-WARMUP = 0.05
-LAST_RATE = 0.01  # of the learning rate, at the end
+WARMUP_RATIO = 0.05
+MIN_LR_RATIO = 0.01  # of the learning rate, at the end
 BETAS = (0.9, 0.95)
-LARGEST_GRADIENT = 1.0
+MAX_GRAD_NORM = 1.0
 BATCH_TOKENS = 512
 # Of the windows, the last ones, held back; at most so many.
 VALIDATION_SHARE = 0.03
 VALIDATION_WINDOWS = 8
 VALIDATIONS = 10
 # One takes about as long as a step, so a short run has fewer of them.
-STEPS_BETWEEN = 8
+MIN_STEPS_BETWEEN_EVALS = 8
 # Validations in a row without a new lowest divergence, after which it stops.
 PATIENCE = 3
 # Logits in memory at a time: 16 MiB in fp32, which caches hold, and the same again for the teacher's.
@@ -215,7 +215,7 @@ class Distillation:
         compute: torch.dtype = torch.float32,
         seed: int = 0,
         store: TrainingStore | None = None,
-        progress: Progress = silent,
+        progress: ProgressCallback = no_progress,
     ) -> None:
         if len(tokens) < 2:
             raise SettingsError(f"distillation needs at least two windows of {tokens.shape[1]} tokens; give more text")
@@ -253,7 +253,7 @@ class Distillation:
             self._validate()
         batches = self._batches()
         used = budget.share(self._minutes, self._steps)
-        while used < 1 and not self._stagnates():
+        while used < 1 and not self._should_stop_early():
             self._progress(STAGE, round(used * 1000), 1000)
             begun = time.monotonic()
             self._step(next(batches), _learning_rate(used))
@@ -263,7 +263,7 @@ class Distillation:
             # Another step must fit into the minutes, and so must the validation after it.
             used = budget.share(self._minutes + 2 * pace, self._steps)
             due = used * VALIDATIONS >= len(self.validations)
-            if used == 1 or (due and self._steps - self.validations[-1].step >= STEPS_BETWEEN):
+            if used == 1 or (due and self._steps - self.validations[-1].step >= MIN_STEPS_BETWEEN_EVALS):
                 self._validate()
             if self._store and time.monotonic() - saved > _SAVE_SECONDS:
                 self.save()
@@ -274,7 +274,7 @@ class Distillation:
                 self._trained[name].copy_(best)
         return self.validations
 
-    def _stagnates(self) -> bool:
+    def _should_stop_early(self) -> bool:
         lowest = min(range(len(self.validations)), key=lambda index: self.validations[index].divergence)
         return len(self.validations) - 1 - lowest >= PATIENCE
 
@@ -296,7 +296,7 @@ class Distillation:
                 "for very large weights in the checkpoint"
             )
         hidden.backward(gradient)  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(self._trained.values(), LARGEST_GRADIENT)
+        nn.utils.clip_grad_norm_(self._trained.values(), MAX_GRAD_NORM)
         for group in self._adam.param_groups:
             group["lr"] = learning_rate
         self._adam.step()
@@ -406,7 +406,7 @@ class Distillation:
 
 
 def _learning_rate(used: float) -> float:
-    """A linear start, then a cosine down to LAST_RATE; `used` is the share of the budget."""
-    if used < WARMUP:
-        return LEARNING_RATE * max(used / WARMUP, LAST_RATE)
-    return LEARNING_RATE * max(LAST_RATE, (1 + math.cos(math.pi * used)) / 2)
+    """A linear start, then a cosine down to MIN_LR_RATIO; `used` is the share of the budget."""
+    if used < WARMUP_RATIO:
+        return LEARNING_RATE * max(used / WARMUP_RATIO, MIN_LR_RATIO)
+    return LEARNING_RATE * max(MIN_LR_RATIO, (1 + math.cos(math.pi * used)) / 2)

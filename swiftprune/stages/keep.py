@@ -21,7 +21,7 @@ from swiftprune.checkpoints.source import Checkpoint
 from swiftprune.errors import SettingsError, and_more, first_line
 from swiftprune.methods.mask import Pattern, violation
 from swiftprune.models.plan import Linear
-from swiftprune.progress import Progress
+from swiftprune.progress import ProgressCallback
 
 _SUFFIXES = ("", ".mask", "_mask")
 _WEIGHT = ".weight"
@@ -76,7 +76,11 @@ class KeepMasks:
 
 
 def violations(
-    checkpoint: Checkpoint, linears: Iterable[Linear], pattern: Pattern, masks: KeepMasks | None, progress: Progress
+    checkpoint: Checkpoint,
+    linears: Iterable[Linear],
+    pattern: Pattern,
+    masks: KeepMasks | None,
+    progress: ProgressCallback,
 ) -> Iterator[tuple[str, str]]:
     """Name of each linear that neither fits `pattern` nor has a mask, and why. Reads one weight at a time."""
     todo = list(linears)

@@ -19,7 +19,7 @@ from swiftprune.compute import autocast
 from swiftprune.errors import SettingsError
 from swiftprune.models.perplexity import dense_perplexity, perplexity
 from swiftprune.models.plan import Block, fused_sets
-from swiftprune.progress import Progress, silent
+from swiftprune.progress import ProgressCallback, no_progress
 from swiftprune.results import PrunedBlock, PrunedWeight, layer_result
 from swiftprune.stages.text import windows_to_train_and_to_judge
 
@@ -52,7 +52,7 @@ def _dense_linears(run: Run, store: BlockStore) -> list[str]:
         model = run.load_whole(torch.float32)
         dense = dense_perplexity(model, windows)
         run.put_pruned(model, store)
-        return find_dense(
+        return select_dense(
             model,
             lambda name: run.checkpoint.read([linears[name]])[linears[name]].float(),
             fused_sets(linears),
@@ -78,7 +78,7 @@ def _with_dense(run: Run, block: Block, finished: Mapping[str, Tensor], names: C
     return PrunedBlock(block, weights, results)
 
 
-def find_dense(
+def select_dense(
     model: Any,
     dense: Callable[[str], Tensor],
     sets: Sequence[Sequence[str]],
@@ -86,7 +86,7 @@ def find_dense(
     *,
     dense_perplexity: float,
     max_ratio: float,
-    progress: Progress = silent,
+    progress: ProgressCallback = no_progress,
 ) -> list[str]:
     """The linears to restore, of `sets` of names that engines run as one layer, none of which may be split.
 
@@ -96,9 +96,9 @@ def find_dense(
     """
     limit = max_ratio * dense_perplexity
     pruned = {name: model.get_submodule(name).weight for names in sets for name in names}
-    promise = _promises(model, dense, pruned, windows[:GRADIENT_WINDOWS])
+    gains = _first_order_gains(model, dense, pruned, windows[:GRADIENT_WINDOWS])
     rated = sorted(
-        sets, key=lambda names: sum(promise[name] for name in names) / sum(pruned[name].numel() for name in names)
+        sets, key=lambda names: sum(gains[name] for name in names) / sum(pruned[name].numel() for name in names)
     )
     before = {name: weight.detach().clone() for name, weight in pruned.items()}
     rounds = math.ceil(math.log2(len(rated) + 1)) + 1
@@ -138,7 +138,7 @@ def find_dense(
     return [name for names in rated[:high] for name in names]
 
 
-def _promises(
+def _first_order_gains(
     model: Any, dense: Callable[[str], Tensor], pruned: Mapping[str, nn.Parameter], windows: Tensor
 ) -> dict[str, float]:
     """By name, <dL/dV, D - V>: the lower, the more perplexity falls when the layer is restored."""
@@ -148,10 +148,10 @@ def _promises(
     for window in windows:
         logits = model(input_ids=window[None].to(model.device), use_cache=False).logits[0, :-1].float()
         F.cross_entropy(logits, window[1:].to(model.device)).backward()  # type: ignore[no-untyped-call]
-    promises = {}
+    gains = {}
     with torch.no_grad():
         for name, weight in pruned.items():
             assert weight.grad is not None
-            promises[name] = float((weight.grad * (dense(name).to(weight.device) - weight)).sum())
+            gains[name] = float((weight.grad * (dense(name).to(weight.device) - weight)).sum())
             weight.requires_grad_(False).grad = None
-    return promises
+    return gains

@@ -41,7 +41,7 @@ STEPS = 16
 # Bounds for large models: rows looked at, of all weights that read the hidden dimension together, and groups among
 # which channels are handed out at a time.
 HIDDEN_ROWS = 16384
-GROUPS_AT_ONCE = 512
+GROUPS_CONCURRENCY = 512
 TOLERANCE = 0.02  # of the hidden states behind the last block, permuted against not, in whatever type is computed in
 
 
@@ -82,7 +82,7 @@ _FAMILIES = (
 _HEAD_NORMS = {"q_norm", "k_norm"}
 
 
-def best_order(scores: Tensor) -> Tensor:
+def search_permutation(scores: Tensor) -> Tensor:
     """The order (K,) int64 of the columns of `scores` (N, K), fp32 and not negative, that 2:4 keeps the most of.
 
     Kept is the sum, over rows and groups of four consecutive columns, of the two highest scores. Never worse than the
@@ -99,8 +99,8 @@ def best_order(scores: Tensor) -> Tensor:
         stays = torch.arange(GROUP) != leaving[:, None]
         staying, put_up = members[stays].view(count, GROUP - 1), members[~stays]
         order = torch.randperm(count, generator=generator)
-        for start in range(0, count, GROUPS_AT_ONCE):
-            some = order[start : start + GROUPS_AT_ONCE]
+        for start in range(0, count, GROUPS_CONCURRENCY):
+            some = order[start : start + GROUPS_CONCURRENCY]
             gain = _gain(columns, staying[some], put_up[some])
             groups, channels = linear_sum_assignment(gain.numpy(), maximize=True)
             members[some[groups]] = torch.cat((staying[some[groups]], put_up[some[channels]][:, None]), dim=1)
@@ -140,10 +140,10 @@ def _orders(run: Run) -> Orders:
     with run.clock("permute"):
         tokens = tokens[: max(1, _ORDER_TOKENS // tokens.shape[1])]
         tick = Tick(run.progress, 0, len(run.targets.blocks) * len(tokens), "permute")
-        return find_orders(run.model, run.checkpoint, run.targets, tokens, compute=run.compute, tick=tick)
+        return find_permutations(run.model, run.checkpoint, run.targets, tokens, compute=run.compute, tick=tick)
 
 
-def find_orders(
+def find_permutations(
     model: nn.Module,
     checkpoint: Checkpoint,
     targets: Targets,
@@ -223,7 +223,7 @@ class _Search:
 
         family = self._family
         if (out := scores(family.mlp_out)) is not None:
-            order = best_order(out)
+            order = search_permutation(out)
             self._put(linears[family.mlp_out], 1, order)
             for kind in family.mlp_in:
                 self._put(linears[kind], 0, order)
@@ -244,7 +244,7 @@ class _Search:
         per_head = scores.view(len(scores), key_values, -1, size)
         inside, rows = [], torch.arange(value.out_features)
         for head in range(key_values):
-            order = best_order(per_head[:, head].reshape(-1, size))
+            order = search_permutation(per_head[:, head].reshape(-1, size))
             sharing = per_head.shape[2]
             inside += [(head * sharing + index) * size + order for index in range(sharing)]
             start = (3 * head + 2) * size if self._family.fused_qkv else head * size
@@ -261,7 +261,7 @@ class _Search:
         """Adds the order of the hidden dimension to every parameter that has one, and returns it."""
         model: Any = self._model
         width = model.get_input_embeddings().embedding_dim
-        order = best_order(torch.cat(self._hidden_scores)) if self._hidden_scores else torch.arange(width)
+        order = search_permutation(torch.cat(self._hidden_scores)) if self._hidden_scores else torch.arange(width)
         ends = {id(model.get_input_embeddings()), id(model.get_output_embeddings())}
         for name, module in model.named_modules():
             kind = name.rpartition(".")[2]

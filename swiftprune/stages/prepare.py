@@ -20,7 +20,7 @@ from swiftprune.methods.scores import KEEP, Method
 from swiftprune.methods.statistics import Needs
 from swiftprune.models.load import context_length
 from swiftprune.models.plan import Targets, fused_sets
-from swiftprune.progress import Announce
+from swiftprune.progress import Notify
 from swiftprune.stages import distill, memory, permute
 from swiftprune.stages.keep import violations
 
@@ -28,32 +28,32 @@ if TYPE_CHECKING:
     from swiftprune.stages.context import Run
 
 
-def with_keep(checkpoint: Checkpoint, settings: PruneSettings, announce: Announce) -> PruneSettings:
+def with_keep(checkpoint: Checkpoint, settings: PruneSettings, notify: Notify) -> PruneSettings:
     """Weights that are said to have the pattern already are kept, where no method was asked for."""
     chosen = settings.method and "method" not in settings.from_preset
     if chosen or settings.mask or checkpoint.declared_pattern != settings.pattern:
         return settings
-    announce(
+    notify(
         f"The checkpoint says that its weights are {settings.pattern} already, so --method {KEEP} leaves them as "
         "they are; to prune them anew, name another method."
     )
     return settings.model_copy(update={"method": KEEP, "permute": False})
 
 
-def with_what_can_be_had(model: nn.Module, settings: PruneSettings, announce: Announce) -> PruneSettings:
+def with_what_can_be_had(model: nn.Module, settings: PruneSettings, notify: Notify) -> PruneSettings:
     """Settings without those stages of a preset that the architecture does not allow; others are refused."""
     changes: dict[str, Any] = {}
     if settings.permute:
         try:
             permute.check_supported(model)
         except SettingsError as error:
-            _leave_out("permute", settings, error, announce)
+            _leave_out("permute", settings, error, notify)
             changes["permute"] = False
     if "distill" in settings.refine:
         try:
             distill.check_supported(model)
         except SettingsError as error:
-            _leave_out("refine", settings, error, announce)
+            _leave_out("refine", settings, error, notify)
             changes |= _without_distill(settings)
     return settings.model_copy(update=changes)
 
@@ -62,53 +62,53 @@ def with_conversations(run: Run) -> PruneSettings:
     """Settings with the number of conversations decided: where none was given, a quarter as many as there is text."""
     s, checkpoint = run.settings, run.checkpoint
     if s.conversations is not None:
-        return s if _can_be_sampled(checkpoint, s, run.announce) else s.model_copy(update={"conversations": 0})
+        return s if _can_be_sampled(checkpoint, s, run.notify) else s.model_copy(update={"conversations": 0})
     count = 0
     if s.calibration not in ("none", "self") and run.targets.head and s.samples >= 4 and has_conversations(checkpoint):
-        count = _that_can_be_had(s.samples // 4, checkpoint, s, run.announce)
+        count = _that_can_be_had(s.samples // 4, checkpoint, s, run.notify)
     return s.model_copy(update={"conversations": count})
 
 
-def _can_be_sampled(checkpoint: Checkpoint, settings: PruneSettings, announce: Announce) -> bool:
+def _can_be_sampled(checkpoint: Checkpoint, settings: PruneSettings, notify: Notify) -> bool:
     """Whether the conversations that were asked for can be had; those of a preset are left out where they cannot."""
     if not settings.conversations:
         return True
     if not has_conversations(checkpoint):
-        announce("The model has no chat template, so no conversations are sampled.")
+        notify("The model has no chat template, so no conversations are sampled.")
         return False
     try:
         conversation_start(checkpoint, settings.seqlen)
     except SettingsError as error:
-        _leave_out("conversations", settings, error, announce)
+        _leave_out("conversations", settings, error, notify)
         return False
     return True
 
 
-def _that_can_be_had(count: int, checkpoint: Checkpoint, settings: PruneSettings, announce: Announce) -> int:
+def _that_can_be_had(count: int, checkpoint: Checkpoint, settings: PruneSettings, notify: Notify) -> int:
     """`count`, or 0, and why is said, where the template or the memory does not allow conversations."""
     try:
         conversation_start(checkpoint, settings.seqlen)
     except SettingsError as error:
-        announce(f"No conversations are sampled: {error}.")
+        notify(f"No conversations are sampled: {error}.")
         return 0
     needed, free = 4 * checkpoint.parameter_count, memory.available_bytes()
     if needed > free:
-        announce(
+        notify(
             f"No conversations are sampled: that needs the whole model, {needed / 1e9:.1f} GB, and "
             f"{free / 1e9:.1f} GB are free, so a chat model may forget its format."
         )
         return 0
-    announce(
+    notify(
         f"The model has a chat template: it samples {count} conversations to calibrate on beside the text, so "
         "that it can still hold them (--conversations 0 leaves them out)."
     )
     return count
 
 
-def _leave_out(field: str, settings: PruneSettings, error: SettingsError, announce: Announce) -> None:
+def _leave_out(field: str, settings: PruneSettings, error: SettingsError, notify: Notify) -> None:
     if field not in settings.from_preset:
         raise error
-    announce(f"Left out of --quality: {error}.")
+    notify(f"Left out of --quality: {error}.")
 
 
 def check_head(run: Run) -> None:
@@ -124,7 +124,7 @@ def check_head(run: Run) -> None:
     ):
         if needed:
             raise CheckpointError(f"{run.checkpoint.folder}: holds no output head, which {what} needs")
-    run.announce("The checkpoint holds no output head; its body is pruned, and the output has none either.")
+    run.notify("The checkpoint holds no output head; its body is pruned, and the output has none either.")
 
 
 def check_text(run: Run) -> None:
@@ -155,7 +155,7 @@ def check_memory(run: Run) -> None:
         return
     what, needed = max(needs.items(), key=lambda item: item[1])
     free = memory.available_bytes()
-    run.announce(f"{what} needs about {needed / 1e9:.1f} GB of memory, of which {free / 1e9:.1f} GB are free.")
+    run.notify(f"{what} needs about {needed / 1e9:.1f} GB of memory, of which {free / 1e9:.1f} GB are free.")
     if needed <= free:
         return
     error = SettingsError(
@@ -163,7 +163,7 @@ def check_memory(run: Run) -> None:
         "leave it out, or use a machine with more"
     )
     if what == "--refine distill":
-        _leave_out("refine", s, error, run.announce)
+        _leave_out("refine", s, error, run.notify)
         run.settings = s.model_copy(update=_without_distill(s))
         return
     raise error
@@ -184,7 +184,7 @@ def without_violations(run: Run) -> Targets:
     if len(found) == len(linears):
         raise SettingsError(f"--method {KEEP}: no linear of the decoder can stay as it is: {_first_of(found)}")
     if found:
-        run.announce(f"{len(found)} of {len(linears)} linears stay dense, first {_first_of(found)}.")
+        run.notify(f"{len(found)} of {len(linears)} linears stay dense, first {_first_of(found)}.")
     blocks = [
         dataclasses.replace(block, linears=[linear for linear in block.linears if linear.name not in found])
         for block in run.targets.blocks
@@ -199,7 +199,7 @@ def note_sparse_weights(run: Run) -> None:
     first = next(linear for block in run.targets.blocks for linear in block.linears)
     weight = run.checkpoint.read([first.tensor])[first.tensor]
     if weight.any() and first_violation(weight, run.pattern.kept, run.pattern.group) is None:
-        run.announce(
+        run.notify(
             f"{first.name} is {run.pattern.name} already: if all are, --method {KEEP} packs them as they are, "
             "without calibration."
         )

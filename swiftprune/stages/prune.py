@@ -86,7 +86,7 @@ def _runner(run: Run) -> BlockRunner | None:
             run.targets,
             tokens,
             compute=run.compute,
-            with_dense=run.needs == "drift" or "blocks" in run.settings.refine,
+            track_dense=run.needs == "drift" or "blocks" in run.settings.refine,
         )
 
 
@@ -112,7 +112,7 @@ def _too_many_samples(run: Run, seconds: float, samples: int) -> int | None:
     fewer = max(_LEAST_SAMPLES, int(samples * room / whole))
     if fewer >= samples:
         return None
-    run.announce(
+    run.notify(
         f"One block took {seconds:.1f} s, so all on {samples} calibration sequences would take too much of "
         f"{minutes:g} minutes: {fewer} are used instead. To use more, give --samples or more --minutes."
     )
@@ -130,7 +130,7 @@ def _announce_cost(run: Run, seconds: float, blocks: int) -> None:
             text += ": there will be no time left for it, so give more --minutes, or fewer --samples"
     elif run.settings.steps:
         text += f", and {run.settings.steps} steps of distillation follow"
-    run.announce(f"{text}.")
+    run.notify(f"{text}.")
 
 
 def _forward_finished(

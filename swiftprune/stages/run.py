@@ -9,7 +9,7 @@ from pathlib import Path
 from swiftprune.checkpoints.source import Checkpoint
 from swiftprune.config import PruneSettings
 from swiftprune.models.plan import Block
-from swiftprune.progress import Progress, silent
+from swiftprune.progress import ProgressCallback, no_progress
 from swiftprune.results import PrunedBlock
 from swiftprune.stages.context import Run
 from swiftprune.stages.distill import distill
@@ -38,7 +38,7 @@ def stream_blocks(run: Run, store: BlockStore | None = None) -> Iterator[PrunedB
 
 
 def prune(
-    model: str | Path, settings: PruneSettings | None = None, *, progress: Progress = silent
+    model: str | Path, settings: PruneSettings | None = None, *, progress: ProgressCallback = no_progress
 ) -> Iterator[PrunedBlock]:
     """Prunes a checkpoint without writing anything.
 

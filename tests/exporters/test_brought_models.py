@@ -152,7 +152,7 @@ def test_a_checkpoint_without_a_head(tiny_models: Callable[[str], Path], text_fi
     models.write_tokenizer(folder)
     said: list[str] = []
     given = PruneSettings(method="wanda", calibration=str(text_file), samples=2, seqlen=32)
-    export(folder, tmp_path / "out", given, announce=said.append)
+    export(folder, tmp_path / "out", given, notify=said.append)
     assert any("holds no output head" in text for text in said)
     AutoModel.from_pretrained(tmp_path / "out")
     for settings in (PruneSettings(), given.model_copy(update={"refine": ("distill",), "steps": 2})):
@@ -266,7 +266,7 @@ def test_presets_leave_out_what_cannot_be_had_and_say_so(text_file: Path, tmp_pa
         tmp_path / "out",
         make_settings("balanced", given),
         target="dense",
-        announce=said.append,
+        notify=said.append,
         progress=lambda stage, *_: stages.add(stage),
     )
     assert (report.settings.method, report.settings.refine, report.settings.minutes) == ("admm", (), None)
@@ -274,7 +274,7 @@ def test_presets_leave_out_what_cannot_be_had_and_say_so(text_file: Path, tmp_pa
     assert any("no chat template" in text for text in said)
     assert "prune" in stages
     lfm = models.write_model(tmp_path / "lfm", Lfm2Config(**SMALL, layer_types=["conv", "full_attention"]))
-    left = Run(Checkpoint(lfm), make_settings("best", given), announce=said.append)
+    left = Run(Checkpoint(lfm), make_settings("best", given), notify=said.append)
     assert not left.settings.permute
     assert left.settings.refine == ("distill",)
     for folder, asked, message in (
@@ -378,7 +378,7 @@ def test_a_stage_that_does_not_fit_into_memory_is_refused_before_any_work(
     monkeypatch.setattr(memory, "available_bytes", lambda: 100_000_000)
     with pytest.raises(SettingsError, match=r"--refine distill needs about 0\.8 GB of memory, and 0\.1 GB are free"):
         Run(Checkpoint(folder), PruneSettings(method="wanda", refine=("distill",), steps=2, **given))
-    left = Run(Checkpoint(folder), make_settings("balanced", given), announce=said.append)
+    left = Run(Checkpoint(folder), make_settings("balanced", given), notify=said.append)
     assert (left.settings.refine, left.settings.minutes) == ((), None)
     assert any("Left out of --quality" in text and "0.1 GB are free" in text for text in said)
 

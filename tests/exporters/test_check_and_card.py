@@ -22,7 +22,7 @@ from swiftprune import PruneSettings
 from swiftprune.calibration.data import calibration_data
 from swiftprune.checkpoints.source import Checkpoint
 from swiftprune.models.load import load_whole_model
-from swiftprune.progress import silent
+from swiftprune.progress import no_progress
 from swiftprune.stages import memory
 
 SAMPLES, SEQLEN = 8, 48
@@ -57,7 +57,7 @@ def test_the_check_is_the_perplexity_of_both_models_on_windows_held_back(
     model = tiny_models("llama-gqa-tied")
     report = export(model, tmp_path / "out", settings, target=target)
     held_back = calibration_data(
-        settings.calibration, Checkpoint(model), samples=SAMPLES, seqlen=SEQLEN, seed=0, progress=silent
+        settings.calibration, Checkpoint(model), samples=SAMPLES, seqlen=SEQLEN, seed=0, progress=no_progress
     ).held_back
     assert len(held_back) > 1
     assert report.check is not None
@@ -107,10 +107,10 @@ def test_what_cannot_be_checked_is_said(
     short = tmp_path / "short.txt"
     short.write_text(" ".join(Path(settings.calibration).read_text().split()[:150]))
     few = settings.model_copy(update={"calibration": str(short)})
-    assert export(model, tmp_path / "few", few, announce=said.append).check is None
+    assert export(model, tmp_path / "few", few, notify=said.append).check is None
     assert "Not checked: there is too little calibration text to hold any back." in said
     monkeypatch.setattr(memory, "available_bytes", lambda: 1000)
-    assert export(model, tmp_path / "small", settings, announce=said.append).check is None
+    assert export(model, tmp_path / "small", settings, notify=said.append).check is None
     assert "Not checked: that needs the whole model" in said[-1]
 
 
@@ -125,7 +125,7 @@ def test_a_poor_result_is_said_with_what_to_do_next(
     ):
         said: list[str] = []
         tried = settings.model_copy(update={"method": method, "calibration": calibration})
-        report = export(tiny_models("llama-gqa-tied"), tmp_path / "out", tried, overwrite=True, announce=said.append)
+        report = export(tiny_models("llama-gqa-tied"), tmp_path / "out", tried, overwrite=True, notify=said.append)
         assert report.check is not None
         assert f"is {report.check.ratio:.1f} times the dense model's" in said[-1]
         assert advice in said[-1]

@@ -142,7 +142,7 @@ def test_a_place_that_another_process_writes_is_left_to_it(project: Path) -> Non
             export(model, "out", NO_DATA, overwrite=overwrite, resume=resume)
     other.send_signal(signal.SIGKILL)
     other.communicate()
-    export(model, "out", NO_DATA, announce=said.append)
+    export(model, "out", NO_DATA, notify=said.append)
     assert any(f"taking over from an export that was stopped (process {other.pid} on" in text for text in said)
     assert sorted(path.name for path in project.iterdir()) == ["models", "out"]
 

@@ -20,7 +20,7 @@ from exporters import export
 from exporters.workspace import Workspace
 from swiftprune.config import PruneSettings
 from swiftprune.errors import OutputError
-from swiftprune.progress import Progress
+from swiftprune.progress import ProgressCallback
 from swiftprune.stages import distill, refine_blocks
 from tests import models
 
@@ -72,7 +72,7 @@ def test_killed_twice_and_resumed_gives_the_same_bytes(
     assert not (tmp_path / "out.partial").exists()
 
 
-def stop_at(what: str, share: float) -> Progress:
+def stop_at(what: str, share: float) -> ProgressCallback:
     def progress(stage: str, done: float, total: float) -> None:
         if stage == what and done / total > share:
             raise KeyboardInterrupt

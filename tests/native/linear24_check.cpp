@@ -10,7 +10,7 @@
 
 #include "group.h"
 #include "linear24.h"
-#include "stream.h"
+#include "tiled.h"
 
 using namespace swiftprune;
 
@@ -48,21 +48,21 @@ bool check(const char* isa, Dtype dtype, int64_t rows, int64_t cols, int64_t tok
     for (int64_t g = 0; g < cols / 4; ++g)
       metadata[r * stride + g / 2] |= static_cast<uint8_t>(kNibbles[random_bits() % 6] << (g % 2 * 4));
 
-  // new char[] is aligned to 16 bytes only, as a stream in a foreign allocation may be.
-  Buffer<char> stream(stream_bytes(dtype, rows, cols));
+  // new char[] is aligned to 16 bytes only, as a tiled weight in a foreign allocation may be.
+  Buffer<char> tiled(tiled_bytes(dtype, rows, cols));
   const int64_t blocks = blocks_of(rows), middle = blocks / 2;
-  to_stream(dtype, values.data.get(), metadata.data.get(), rows, cols, stream.data.get(), 0, middle);
-  to_stream(dtype, values.data.get(), metadata.data.get(), rows, cols, stream.data.get(), middle, blocks);
-  from_stream(dtype, stream.data.get(), rows, cols, back.data.get(), metadata_back.data.get(), 0, blocks);
+  to_tiled(dtype, values.data.get(), metadata.data.get(), rows, cols, tiled.data.get(), 0, middle);
+  to_tiled(dtype, values.data.get(), metadata.data.get(), rows, cols, tiled.data.get(), middle, blocks);
+  from_tiled(dtype, tiled.data.get(), rows, cols, back.data.get(), metadata_back.data.get(), 0, blocks);
   if (std::memcmp(back.data.get(), values.data.get(), values.size * sizeof(Bits)) != 0 ||
       std::memcmp(metadata_back.data.get(), metadata.data.get(), metadata.size) != 0) {
-    std::printf("%s: the stream of %lldx%lld does not give the weight back\n", isa, (long long)rows, (long long)cols);
+    std::printf("%s: the tiled %lldx%lld does not give the weight back\n", isa, (long long)rows, (long long)cols);
     return false;
   }
 
   const auto run = linear24_for(isa, dtype, dtype);
   if (!run) return true;
-  swiftprune_linear24_args args{static_cast<int>(dtype), static_cast<int>(dtype), static_cast<int>(Dtype::kFloat32), stream.data.get(),
+  swiftprune_linear24_args args{static_cast<int>(dtype), static_cast<int>(dtype), static_cast<int>(Dtype::kFloat32), tiled.data.get(),
                                 with_bias ? bias.data.get() : nullptr, x.data.get(), x_stride, sums.data.get(), rows,
                                 tokens, rows, cols};
   std::fill_n(sums.data.get(), sums.size, std::nanf(""));

@@ -46,7 +46,7 @@ def test_the_neon_kernel_in_an_emulator(tmp_path: Path) -> None:
     pytest.importorskip("unicorn", reason="make test-neon installs it")
     from tests.native import emulator
 
-    sources = ["stream", "dispatch", "prefetch", "prune_pack_generic", "linear24_generic", "linear24_neon"]
+    sources = ["tiled", "dispatch", "prefetch", "prune_pack_generic", "linear24_generic", "linear24_neon"]
     program = tmp_path / "linear24_check"
     compiler = [sys.executable, "-m", "ziglang", "c++", "--target=aarch64-linux-musl", "-static", "-std=c++17", "-O2"]
     command = [

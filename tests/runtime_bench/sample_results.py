@@ -63,7 +63,7 @@ def metric(
 
 
 def case(
-    at_once: int = 1,
+    concurrency: int = 1,
     prompt_tokens: int = 64,
     *,
     tpot: float = 110.0,
@@ -73,10 +73,12 @@ def case(
     seed: int = 0,
 ) -> Case:
     """A case of `ROUNDS` rounds whose dense side takes about `tpot` ms per token, and whose sparse side is faster."""
-    empty = Case(workload="batch", at_once=at_once, prompt_tokens=prompt_tokens, new_tokens=new_tokens, void=void)
+    empty = Case(
+        workload="batch", concurrency=concurrency, prompt_tokens=prompt_tokens, new_tokens=new_tokens, void=void
+    )
     if void:
         return empty
-    noise = np.random.default_rng([seed, at_once, prompt_tokens])
+    noise = np.random.default_rng([seed, concurrency, prompt_tokens])
 
     def rounds(median: float) -> list[float]:
         return [round(float(x), 4) for x in median * noise.lognormal(0, 0.03, ROUNDS)]
@@ -99,10 +101,10 @@ def case(
         ),
         metric(
             "tokens_per_s",
-            *([1e3 * at_once / x for x in side] for side in (dense, sparse)),
+            *([1e3 * concurrency / x for x in side] for side in (dense, sparse)),
             unit="tok/s",
             lower_is_better=False,
-            bound={side: 1e3 * at_once / value for side, value in best.items()},
+            bound={side: 1e3 * concurrency / value for side, value in best.items()},
         ),
     ]
     return empty.model_copy(update={"metrics": metrics, "itl_ms": itl})

@@ -24,7 +24,7 @@ from swiftprune.errors import SettingsError
 from swiftprune.formats.spec import QUANT_METHOD
 from swiftprune.kernels import native
 from swiftprune.models.perplexity import perplexity
-from swiftprune.progress import Progress
+from swiftprune.progress import ProgressCallback
 from tests import models
 
 
@@ -53,12 +53,12 @@ def test_several_who_want_the_demo_data_get_it_once(tmp_path: Path, monkeypatch:
     def download(wheel: str, member: str, destination: Path) -> Path:
         return slowly(destination)
 
-    def write_model(folder: Path, temporary: Path, progress: Progress) -> None:
+    def write_model(folder: Path, temporary: Path, progress: ProgressCallback) -> None:
         (temporary / "model").mkdir()
         slowly(temporary / "model" / "config.json")
         (temporary / "model").rename(folder)
 
-    def write_texts(data: DemoData, temporary: Path, progress: Progress) -> None:
+    def write_texts(data: DemoData, temporary: Path, progress: ProgressCallback) -> None:
         slowly(data.calibration)
         slowly(data.held_out)
 
@@ -290,7 +290,7 @@ def test_the_layer_sweep_answers_mistakes(arguments: list[str], message: str) ->
 
 @pytest.mark.usefixtures("small_sweep")
 def test_a_wrong_product_is_never_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "linear24", lambda isa, x, stream, bias, rows: x.new_zeros(len(x), rows))
+    monkeypatch.setattr(native, "linear24", lambda isa, x, tiled, bias, rows: x.new_zeros(len(x), rows))
     with pytest.raises(RuntimeError, match="sparse computes something else"):
         layers.measure([(16, 64)], tokens=[1], threads=[1], seconds=0)
 

@@ -31,9 +31,12 @@ def of_speedups(*cases: np.ndarray) -> RunResult:
     found = run_result()
     found.cases = [
         found.cases[0].model_copy(
-            update={"at_once": at_once, "metrics": [metric("tpot", [DENSE] * len(each), (DENSE / each).tolist())]}
+            update={
+                "concurrency": concurrency,
+                "metrics": [metric("tpot", [DENSE] * len(each), (DENSE / each).tolist())],
+            }
         )
-        for at_once, each in enumerate(cases)
+        for concurrency, each in enumerate(cases)
     ]
     return found
 
@@ -148,7 +151,7 @@ def test_one_regression_among_passes_is_a_regression() -> None:
     old, new = result(1.7), result(1.7)
     for found, side in ((old, 0), (new, 1)):
         found.cases = [
-            result(pair[side], seed=side).cases[0].model_copy(update={"at_once": index})
+            result(pair[side], seed=side).cases[0].model_copy(update={"concurrency": index})
             for index, pair in enumerate(pairs)
         ]
     rows = gate.judge(new, [old])

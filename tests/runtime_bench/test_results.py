@@ -44,7 +44,10 @@ def test_speedups_survive(tmp_path: Path) -> None:
         (lambda data: data.update(schema_version=99), "schema version 99, but this swiftprune reads up to 1"),
         (lambda data: data.update(kind="other"), "kind"),
         (lambda data: data.pop("engine"), "run.engine: Field required"),
-        (lambda data: data["cases"][0].update(at_once="many"), "run.cases.0.at_once: Input should be a valid integer"),
+        (
+            lambda data: data["cases"][0].update(concurrency="many"),
+            "run.cases.0.concurrency: Input should be a valid integer",
+        ),
         (lambda data: data["cases"][0]["metrics"][0]["dense"].pop(), "9 dense and 10 sparse values are no pairs"),
         (lambda data: data["cases"][0]["metrics"][0].update(dense=[], sparse=[]), "0 dense and 0 sparse"),
         (

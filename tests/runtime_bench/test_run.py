@@ -41,7 +41,7 @@ def test_transformers_end_to_end(sides: dict[str, Path], tmp_path: Path, dense_l
         str(sides["sparse"]),
         "--baseline",
         str(sides["dense"]),
-        "--at-once",
+        "--concurrency",
         "1,2",
         "--prompt-tokens",
         "8",
@@ -60,7 +60,7 @@ def test_transformers_end_to_end(sides: dict[str, Path], tmp_path: Path, dense_l
     assert found.check
     assert found.check.passed
     assert found.check.tokens == 2 * 16
-    assert [(case.at_once, case.prompt_tokens, case.new_tokens, case.void) for case in found.cases] == [
+    assert [(case.concurrency, case.prompt_tokens, case.new_tokens, case.void) for case in found.cases] == [
         (1, 8, 4, None),
         (2, 8, 4, None),
     ]
@@ -88,7 +88,7 @@ def test_onnxruntime_end_to_end(
         "runtime_bench.known_models.fetch", lambda name, folder, progress: tiny_models("llama-gqa-tied")
     )
     command = ["run", "llama-3.2-1b", "--engine", "onnxruntime", "--folder", str(tmp_path), "--out", str(tmp_path)]
-    options = ["--at-once", "1,2", "--prompt-tokens", "8", "--new-tokens", "4", "--rounds", "2", "--threads", "1"]
+    options = ["--concurrency", "1,2", "--prompt-tokens", "8", "--new-tokens", "4", "--rounds", "2", "--threads", "1"]
     outcome = CliRunner().invoke(cli.app, [*command, *options])
     assert outcome.exit_code == 0, outcome.output
     found = results.load(tmp_path / "onnxruntime-llama-3.2-1b-bfloat16-values.json")
@@ -180,10 +180,10 @@ class MadeUp:
         return [[1] * new_tokens for _ in prompts]
 
     def run(self, job: Job, prompts: list[list[int]]) -> Round:
-        assert [len(prompt) for prompt in prompts] == [job.prompt_tokens] * job.at_once
-        self.calls.append(("run", self.side, job.at_once))
-        step = (2.0 if self.side == "dense" else 1.0) * job.at_once
-        return engines.figures([step * (index + 3) for index in range(job.new_tokens)], job.at_once)
+        assert [len(prompt) for prompt in prompts] == [job.prompt_tokens] * job.concurrency
+        self.calls.append(("run", self.side, job.concurrency))
+        step = (2.0 if self.side == "dense" else 1.0) * job.concurrency
+        return engines.figures([step * (index + 3) for index in range(job.new_tokens)], job.concurrency)
 
     def peak_memory_bytes(self) -> int:
         return 1_000_000
@@ -219,7 +219,7 @@ def made_up(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[tuple[str, st
 
 def test_sides_take_turns_in_fresh_order(sides: dict[str, Path], made_up: Callable[..., list[Any]]) -> None:
     calls = made_up()
-    found = run.measure(sides, RunSettings(at_once=[1, 2], new_tokens=[4], rounds=12, starts=3))
+    found = run.measure(sides, RunSettings(concurrency=[1, 2], new_tokens=[4], rounds=12, starts=3))
     assert [call[0] for call in calls].count("load") == 2 * 3
     assert calls.index(("tokens", "sparse", run.CHECK_PROMPTS)) < calls.index(next(c for c in calls if c[0] == "run"))
     timed = [call for call in calls if call[0] == "run"]
@@ -233,7 +233,7 @@ def test_sides_take_turns_in_fresh_order(sides: dict[str, Path], made_up: Callab
     for case in found.cases:
         assert case.decoding
         assert case.decoding.speedups == [2.0] * 12
-        assert case.metric("ttft").dense == [6000.0 * case.at_once] * 12  # type: ignore[union-attr]
+        assert case.metric("ttft").dense == [6000.0 * case.concurrency] * 12  # type: ignore[union-attr]
         assert case.metric("tokens_per_s").sparse == [4 / 6] * 12  # type: ignore[union-attr]
     headline = report.headline(found)
     assert headline.case is found.cases[0]
@@ -366,7 +366,7 @@ def test_a_worker_gives_back_its_errors(sides: dict[str, Path], tmp_path: Path) 
             ["--engine", "onnxruntime", "--dense-linears", "onednn"],
             "--dense-linears onednn is for --engine transformers",
         ),
-        (["--at-once", "0"], "--at-once takes positive numbers"),
+        (["--concurrency", "0"], "--concurrency takes positive numbers"),
     ],
 )
 def test_mistakes_are_answered(options: list[str], message: str, sides: dict[str, Path]) -> None:
@@ -423,7 +423,16 @@ def test_engine_torch_sweeps_the_models_own_linears(sides: dict[str, Path], monk
         raise SettingsError("seen")
 
     monkeypatch.setattr(layers, "measure", measure)
-    command = ["run", str(sides["sparse"]), "--baseline", str(sides["dense"]), "--engine", "torch", "--at-once", "1,8"]
+    command = [
+        "run",
+        str(sides["sparse"]),
+        "--baseline",
+        str(sides["dense"]),
+        "--engine",
+        "torch",
+        "--concurrency",
+        "1,8",
+    ]
     outcome = CliRunner().invoke(cli.app, command)
     assert str(outcome.exception) == "seen"
     assert asked["shapes"] == [(64, 64), (32, 64), (160, 64), (64, 160)]

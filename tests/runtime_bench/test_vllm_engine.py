@@ -98,7 +98,7 @@ def _measure(folder: Path, tiny_models: Callable[[str], Path], workload: str) ->
     for side in ("dense", "sparse"):
         sides[side] = folder / side
         sides[side].symlink_to(tiny_models("qwen2"))
-    settings = RunSettings(engine="vllm", workload=workload, at_once=[1, 4], rounds=4, starts=1)  # type: ignore[arg-type]
+    settings = RunSettings(engine="vllm", workload=workload, concurrency=[1, 4], rounds=4, starts=1)  # type: ignore[arg-type]
     return run.measure(sides, settings, work=folder / "logs")
 
 
@@ -147,8 +147,8 @@ def test_offline_commands(
         (only,) = case.metrics
         assert only.name == metric
         assert only.speedups == [2] * 4
-        assert only.dense == [dense or 4 * case.at_once * 32 / 16] * 4
-        assert only.sparse == [sparse or 4 * case.at_once * 32 / 8] * 4
+        assert only.dense == [dense or 4 * case.concurrency * 32 / 16] * 4
+        assert only.sparse == [sparse or 4 * case.concurrency * 32 / 8] * 4
     assert {call[1] for call in _calls(folder) if call[0] == "bench"} == {workload}
 
 
@@ -189,6 +189,6 @@ def test_vllm_must_be_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_jobs_are_every_combination() -> None:
-    settings = RunSettings(at_once=[1, 8], prompt_tokens=[16, 64], new_tokens=[4])
+    settings = RunSettings(concurrency=[1, 8], prompt_tokens=[16, 64], new_tokens=[4])
     assert settings.jobs == [Job("batch", a, p, 4) for a in (1, 8) for p in (16, 64)]
     assert settings.options.longest == 68

@@ -15,7 +15,7 @@ from swiftprune.calibration.text import CalibrationText, load_tokenizer
 from swiftprune.checkpoints.source import Checkpoint
 from swiftprune.errors import TextError
 from swiftprune.models.load import load_whole_model
-from swiftprune.progress import silent
+from swiftprune.progress import no_progress
 from tests import models
 
 
@@ -25,14 +25,14 @@ def model(tiny_models: Callable[[str], Path]) -> Checkpoint:
 
 
 def test_windows_of_a_text(model: Checkpoint, text_file: Path) -> None:
-    tokens = calibration_data(str(text_file), model, samples=8, seqlen=32, seed=1, progress=silent).tokens
+    tokens = calibration_data(str(text_file), model, samples=8, seqlen=32, seed=1, progress=no_progress).tokens
     ids = load_tokenizer(model.folder)(text_file.read_text()).input_ids
     windows = [ids[i : i + 32] for i in range(0, len(ids) - 31, 32)]
     assert tokens.shape == (8, 32)
     drawn = [windows.index(row) for row in tokens.tolist()]
     assert len(set(drawn)) == 8
-    again = calibration_data(str(text_file), model, samples=8, seqlen=32, seed=1, progress=silent).tokens
-    other = calibration_data(str(text_file), model, samples=8, seqlen=32, seed=2, progress=silent).tokens
+    again = calibration_data(str(text_file), model, samples=8, seqlen=32, seed=1, progress=no_progress).tokens
+    other = calibration_data(str(text_file), model, samples=8, seqlen=32, seed=2, progress=no_progress).tokens
     assert torch.equal(tokens, again)
     assert not torch.equal(tokens, other)
 
@@ -40,7 +40,7 @@ def test_windows_of_a_text(model: Checkpoint, text_file: Path) -> None:
 def test_a_short_text_gives_what_it_has(model: Checkpoint, text_file: Path, caplog: pytest.LogCaptureFixture) -> None:
     short = text_file.parent / "short.txt"
     short.write_text(text_file.read_text()[:1000])
-    tokens = calibration_data(str(short), model, samples=1000, seqlen=32, seed=0, progress=silent).tokens
+    tokens = calibration_data(str(short), model, samples=1000, seqlen=32, seed=0, progress=no_progress).tokens
     assert 1 <= len(tokens) < 1000
     assert f"gives {len(tokens)} windows of 32 tokens, not the 1000 asked for" in caplog.text
 
@@ -58,7 +58,7 @@ def test_unusable_texts(content: bytes, message: str, model: Checkpoint, tmp_pat
     path = tmp_path / "text.txt"
     path.write_bytes(content)
     with pytest.raises(TextError, match=message):
-        calibration_data(str(path), model, samples=1, seqlen=64, seed=0, progress=silent)
+        calibration_data(str(path), model, samples=1, seqlen=64, seed=0, progress=no_progress)
 
 
 def test_a_data_set(model: Checkpoint, text_file: Path, tmp_path: Path) -> None:
@@ -66,11 +66,11 @@ def test_a_data_set(model: Checkpoint, text_file: Path, tmp_path: Path) -> None:
     paragraphs = [{"text": line} for line in text_file.read_text().split(". ")]
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "train.jsonl").write_text("\n".join(map(json.dumps, paragraphs)))
-    tokens = calibration_data(str(tmp_path / "set"), model, samples=4, seqlen=64, seed=0, progress=silent).tokens
+    tokens = calibration_data(str(tmp_path / "set"), model, samples=4, seqlen=64, seed=0, progress=no_progress).tokens
     assert tokens.shape == (4, 64)
     (tmp_path / "set" / "train.jsonl").write_text('{"content": "x"}\n')
     with pytest.raises(TextError, match="no column `text`"):
-        calibration_data(str(tmp_path / "set"), model, samples=4, seqlen=64, seed=0, progress=silent)
+        calibration_data(str(tmp_path / "set"), model, samples=4, seqlen=64, seed=0, progress=no_progress)
 
 
 def test_a_source_that_does_not_exist(model: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,7 +78,7 @@ def test_a_source_that_does_not_exist(model: Checkpoint, monkeypatch: pytest.Mon
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     with pytest.raises(TextError, match="no such file, nor a readable data set"):
-        calibration_data("./missing.txt", model, samples=1, seqlen=8, seed=0, progress=silent)
+        calibration_data("./missing.txt", model, samples=1, seqlen=8, seed=0, progress=no_progress)
 
 
 def test_the_model_samples_its_own(model: Checkpoint) -> None:
@@ -106,7 +106,7 @@ def test_samples_follow_the_models_own_distribution(tiny_models: Callable[[str],
     """Of every second token, over many sequences: how often it came against the probability that the model gives it."""
     for name in ("llama-gqa-tied", "gpt-neox"):  # heads that share keys and values, and heads that do not
         checkpoint = Checkpoint(tiny_models(name))
-        tokens = calibration_data("self", checkpoint, samples=2000, seqlen=3, seed=0, progress=silent).tokens
+        tokens = calibration_data("self", checkpoint, samples=2000, seqlen=3, seed=0, progress=no_progress).tokens
         logits = load_whole_model(checkpoint.folder, checkpoint.parameter_count)(tokens[:, :2]).logits.detach().float()
         for position in (0, 1):
             expected = logits[:, position].softmax(-1).sum(0)
@@ -125,7 +125,7 @@ def test_cached_attention_gives_what_the_model_gives_without_a_cache(tiny_models
         for _ in range(20):
             greedy = torch.cat([greedy, plain(greedy, use_cache=False).logits[:, -1].argmax(-1, keepdim=True)], 1)
         model = sampling._load(checkpoint, torch.float32)
-        assert torch.equal(sampling._sample(model, start[0], 1, 21, 0, 1e-6, "", silent), greedy)
+        assert torch.equal(sampling._sample(model, start[0], 1, 21, 0, 1e-6, "", no_progress), greedy)
 
 
 @pytest.mark.parametrize(("seqlen", "other"), [(64, 64), (64, 48), (32, 100)])

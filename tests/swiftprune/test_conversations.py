@@ -18,7 +18,7 @@ from swiftprune.calibration.text import load_tokenizer
 from swiftprune.checkpoints.source import Checkpoint
 from swiftprune.config import PruneSettings, make_settings
 from swiftprune.errors import SettingsError
-from swiftprune.progress import silent
+from swiftprune.progress import no_progress
 from swiftprune.stages.context import Run
 from swiftprune.stages.distill import Distillation
 from swiftprune.stages.text import calibration_tokens
@@ -49,7 +49,7 @@ def are_conversations(windows: Tensor, begin: Tensor) -> Tensor:
 def test_they_begin_as_the_template_does_and_go_on_after_an_end(chatty: Path) -> None:
     begin = begins(chatty)
     tokens = sampled_conversations(
-        Checkpoint(chatty), samples=40, seqlen=64, seed=0, compute=torch.float32, progress=silent
+        Checkpoint(chatty), samples=40, seqlen=64, seed=0, compute=torch.float32, progress=no_progress
     )
     assert tokens.shape == (40, 64)
     assert are_conversations(tokens, begin).all()
@@ -59,7 +59,9 @@ def test_they_begin_as_the_template_does_and_go_on_after_an_end(chatty: Path) ->
     after = tokens[ends[:, 0], ends[:, 1] + len(begin) + 1]
     assert len(set(after.tolist())) > 1  # no padding
     with pytest.raises(SettingsError, match=f"the chat template takes {len(begin)} tokens, and --seqlen is 3"):
-        sampled_conversations(Checkpoint(chatty), samples=1, seqlen=3, seed=0, compute=torch.float32, progress=silent)
+        sampled_conversations(
+            Checkpoint(chatty), samples=1, seqlen=3, seed=0, compute=torch.float32, progress=no_progress
+        )
 
 
 @pytest.mark.parametrize(
@@ -81,7 +83,7 @@ def test_a_template_that_takes_no_message_is_named_before_any_work(
     with pytest.raises(SettingsError, match=f"--conversations: .*{message}"):
         Run(Checkpoint(chatty), PruneSettings(**given, conversations=2))
     said: list[str] = []
-    pipeline = Run(Checkpoint(chatty), make_settings("balanced", given | {"steps": 1}), announce=said.append)
+    pipeline = Run(Checkpoint(chatty), make_settings("balanced", given | {"steps": 1}), notify=said.append)
     assert pipeline.settings.conversations == 0
     assert any(re.search(f"Left out of --quality: .*{message}", text) for text in said)
 
@@ -128,14 +130,14 @@ def test_a_model_without_a_chat_template_has_none(
 ) -> None:
     said: list[str] = []
 
-    def announce(text: str) -> None:
+    def notify(text: str) -> None:
         said.append(text)
 
     plain = PruneSettings(method="wanda", calibration=str(text_file), samples=4, seqlen=32)
     asked = plain.model_copy(update={"conversations": 2})
     model = tiny_models("llama-gqa-tied")
     export(model, tmp_path / "plain", plain)
-    export(model, tmp_path / "asked", asked, announce=announce)
+    export(model, tmp_path / "asked", asked, notify=notify)
     assert "The model has no chat template, so no conversations are sampled." in said
     for path in (tmp_path / "plain").glob("*.safetensors"):
         assert path.read_bytes() == (tmp_path / "asked" / path.name).read_bytes()
@@ -149,7 +151,7 @@ def test_text_alone_gets_conversations_beside_it(
     settings = PruneSettings(method="wanda", calibration=str(text_file), samples=8, seqlen=32)
 
     def decided(folder: Path, **changes: Any) -> int | None:
-        return Run(Checkpoint(folder), settings.model_copy(update=changes), announce=said.append).settings.conversations
+        return Run(Checkpoint(folder), settings.model_copy(update=changes), notify=said.append).settings.conversations
 
     run = Run(Checkpoint(chatty), settings)
     tokens = calibration_tokens(run)

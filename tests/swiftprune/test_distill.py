@@ -65,7 +65,7 @@ def test_a_step_is_one_of_a_plain_loop(name: str, tiny_models: Callable[[str], P
         loss.backward()
         for key, mask in masks.items():
             trained[key].grad *= mask
-        torch.nn.utils.clip_grad_norm_(trained.values(), distill.LARGEST_GRADIENT)
+        torch.nn.utils.clip_grad_norm_(trained.values(), distill.MAX_GRAD_NORM)
         adam.param_groups[0]["lr"] = distill._learning_rate(step / 3)
         adam.step()
     assert min(validations, key=lambda point: point.divergence) == validations[-1]

@@ -80,7 +80,7 @@ def test_what_is_sparse_is_kept_bit_for_bit(sparse: Path, tmp_path: Path) -> Non
 def test_pruning_again_drops_nothing_either(sparse: Path, tmp_path: Path) -> None:
     """And it says that there is a better way."""
     said: list[str] = []
-    export(sparse, tmp_path / "out", PruneSettings(calibration="none"), target="dense", announce=said.append)
+    export(sparse, tmp_path / "out", PruneSettings(calibration="none"), target="dense", notify=said.append)
     after = tensors_of(tmp_path / "out")
     assert all(torch.equal(tensor, after[name]) for name, tensor in tensors_of(sparse).items())
     assert any("is 2:4 already" in text and "--method keep" in text for text in said)
@@ -93,7 +93,7 @@ def test_it_is_chosen_where_the_checkpoint_says_so(sparse: Path, tmp_path: Path,
         declare(sparse, DECLARED)
     else:
         (sparse / "swiftprune.json").write_text(json.dumps({"settings": {"pattern": "2:4"}}))
-    report = export(sparse, tmp_path / "out", PruneSettings(), announce=said.append)
+    report = export(sparse, tmp_path / "out", PruneSettings(), notify=said.append)
     assert (report.settings.method, report.settings.calibration) == ("keep", "none")
     assert any("leaves them as they are" in text for text in said)
     config = json.loads((tmp_path / "out" / "config.json").read_text())

@@ -22,7 +22,7 @@ from swiftprune.models.perplexity import dense_perplexity, perplexity
 from swiftprune.models.plan import fused_sets
 from swiftprune.stages import keep_dense
 from swiftprune.stages.distill import Distillation
-from swiftprune.stages.keep_dense import find_dense
+from swiftprune.stages.keep_dense import select_dense
 
 
 def windows(model: Any) -> Tensor:
@@ -76,7 +76,7 @@ def test_the_budget_is_met_with_few_bytes(share: float, tiny_models: Callable[[s
     assert worst > 1.5 * before
     ratio = 1 + share * (worst / before - 1)
     sets = fused_sets(names)
-    kept = find_dense(
+    kept = select_dense(
         pruned,
         lambda name: dense.get_submodule(name).weight.detach(),
         sets,
@@ -108,7 +108,7 @@ def test_a_budget_that_cannot_be_met(tiny_models: Callable[[str], Path]) -> None
     dense, pruned, names = dense_and_pruned(tiny_models("llama-mha-untied"))
     tokens = windows(dense)
     with pytest.raises(SettingsError, match=r"with every linear dense perplexity still is 1\.\d+ times"):
-        find_dense(
+        select_dense(
             pruned,
             lambda name: dense.get_submodule(name).weight.detach(),
             fused_sets(names),
@@ -123,7 +123,7 @@ def test_a_budget_that_leaves_nothing_pruned(tiny_models: Callable[[str], Path])
     dense, pruned, names = dense_and_pruned(tiny_models("llama-mha-untied"))
     tokens = windows(dense)
     with pytest.raises(SettingsError, match=r"--max-perplexity-ratio 1: only with every linear dense"):
-        find_dense(
+        select_dense(
             pruned,
             lambda name: dense.get_submodule(name).weight.detach(),
             fused_sets(names),
@@ -212,7 +212,7 @@ def test_what_the_budget_is_measured_on_is_not_learnt_from(
         return []
 
     monkeypatch.setattr(Distillation, "_step", noting)
-    monkeypatch.setattr(keep_dense, "find_dense", stop)
+    monkeypatch.setattr(keep_dense, "select_dense", stop)
     settings = PruneSettings(
         method="magnitude",
         calibration="self",

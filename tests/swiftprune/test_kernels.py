@@ -122,15 +122,15 @@ def test_strided_weights_are_read_right(isa: str) -> None:
 def test_surprise_equals_the_reference(isa: str, rows: int, cols: int, seed: int) -> None:
     score = torch.rand(rows, cols, generator=torch.Generator().manual_seed(seed)) ** 3
     mean, gains = score.mean(1), EwmaGains(1 / 8, 1 / 4, 1e-4)
-    got = NativeKernels(isa, threads=3).surprise(score, mean, mean / 2, gains)
-    assert torch.equal(got, REFERENCE.surprise(score, mean, mean / 2, gains))
+    got = NativeKernels(isa, threads=3).ewma_zscore(score, mean, mean / 2, gains)
+    assert torch.equal(got, REFERENCE.ewma_zscore(score, mean, mean / 2, gains))
 
 
 @pytest.mark.parametrize("isa", ISAS[:1])
 @given(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1, max_size=300), st.data())
 def test_ranked_value_is_the_order_statistic(isa: str, numbers: list[float], data: st.DataObject) -> None:
     rank = data.draw(st.integers(0, len(numbers) - 1))
-    got = NativeKernels(isa, threads=data.draw(st.integers(1, 4))).ranked_value(torch.tensor(numbers), rank)
+    got = NativeKernels(isa, threads=data.draw(st.integers(1, 4))).kth_value(torch.tensor(numbers), rank)
     assert got == sorted(numbers)[rank]
 
 

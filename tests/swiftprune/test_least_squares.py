@@ -13,7 +13,7 @@ from torch import Tensor
 from swiftprune.errors import CheckpointError
 from swiftprune.methods import least_squares
 from swiftprune.methods.admm import admm
-from swiftprune.methods.least_squares import DAMPING, DRIFT_SHARE, Normal, refine_weights
+from swiftprune.methods.least_squares import DAMPING, DRIFT_SHARE, NormalEquations, refine_weights
 from swiftprune.methods.mask import Pattern, n_of_m
 from swiftprune.methods.sparsegpt import sparsegpt
 
@@ -53,7 +53,7 @@ def test_kept_weights_are_those_of_a_dense_solver(seed: int, n: int, groups: int
     weight, inputs, dense = problem(seed, n, 4 * groups)
     mask = n_of_m(torch.rand(weight.shape, generator=torch.Generator().manual_seed(seed)), 2, 4)
     drift = (dense - inputs @ weight.T).T @ inputs if drifting else None
-    normal = Normal.of(weight, inputs.T @ inputs, drift)
+    normal = NormalEquations.of(weight, inputs.T @ inputs, drift)
     got = normal.solve(mask, normal.start, iterations=4 * weight.shape[1]) / normal.scale
     own = inputs @ weight.T
     target = own + DRIFT_SHARE * (dense - own) if drifting else own
@@ -136,7 +136,7 @@ def test_drift_moves_targets_by_its_share(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(least_squares, "DAMPING", 0.0)
     monkeypatch.setattr(least_squares, "DRIFT_SHARE", 1.0)
     weight, inputs, dense = problem(4, 6, 12)
-    normal = Normal.of(weight, inputs.T @ inputs, (dense - inputs @ weight.T).T @ inputs)
+    normal = NormalEquations.of(weight, inputs.T @ inputs, (dense - inputs @ weight.T).T @ inputs)
     got = normal.solve(torch.ones(6, 12, dtype=torch.bool), normal.start, iterations=100) / normal.scale
     want = torch.linalg.lstsq(inputs.double(), dense.double()).solution.T
     torch.testing.assert_close(got.double(), want, rtol=1e-2, atol=1e-2)

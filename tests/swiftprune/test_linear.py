@@ -91,13 +91,13 @@ def test_sums_are_kept_in_float32(backend: str, dtype: torch.dtype, tokens: int,
     generator = torch.Generator().manual_seed(seed)
     packed = random_packed(24, 4 * groups, dtype, generator)
     x = torch.randn(tokens, 4 * groups, generator=generator).to(dtype)
-    stream = native.to_stream(packed.values, packed.metadata)
-    assert stream is not None
-    sums = native.linear24(backend, x, stream, None, 24, out_dtype=torch.float32)
+    tiled = native.to_tiled(packed.values, packed.metadata)
+    assert tiled is not None
+    sums = native.linear24(backend, x, tiled, None, 24, out_dtype=torch.float32)
     assert sums.dtype == torch.float32
     assert relative_error(sums, product(x, packed, None), x, packed) < SUM_ERROR
     if dtype != torch.float32:  # the output is those sums, rounded once, to nearest and ties to even, as torch does
-        assert torch.equal(native.linear24(backend, x, stream, None, 24), sums.to(dtype))
+        assert torch.equal(native.linear24(backend, x, tiled, None, 24), sums.to(dtype))
 
 
 @pytest.mark.parametrize(("backend", "dtype"), FAST, ids=FAST_IDS)
@@ -109,12 +109,12 @@ def test_which_values_meet_which_inputs(backend: str, dtype: torch.dtype, tokens
     packed = prune_and_pack(weight, ScoreFactors.of_magnitude(332))
     x = torch.randint(-2, 3, (tokens, 332), generator=generator).to(dtype)
     want = product(x, packed, None).float()
-    stream = native.to_stream(packed.values, packed.metadata)
-    assert stream is not None
+    tiled = native.to_tiled(packed.values, packed.metadata)
+    assert tiled is not None
     poison = torch.full((10, tokens, 19), float("nan"))  # freed at once: the next allocations get this memory
     del poison
     for _ in range(5):
-        assert torch.equal(native.linear24(backend, x, stream, None, 19, out_dtype=torch.float32), want)
+        assert torch.equal(native.linear24(backend, x, tiled, None, 19, out_dtype=torch.float32), want)
 
 
 @pytest.mark.parametrize(("backend", "dtype"), ANY, ids=IDS)
@@ -203,37 +203,37 @@ def test_under_autocast_inputs_may_have_another_type(dtype: torch.dtype, compile
 
 def test_kernels_refuse_what_does_not_fit() -> None:
     packed = random_packed(5, 12, torch.float32, torch.Generator())
-    stream = native.to_stream(packed.values, packed.metadata)
-    assert stream is not None
-    with pytest.raises(ValueError, match="does not fit a stream"):
-        native.linear24("generic", torch.ones(1, 128), stream, None, 5)
+    tiled = native.to_tiled(packed.values, packed.metadata)
+    assert tiled is not None
+    with pytest.raises(ValueError, match="does not fit a tiled weight"):
+        native.linear24("generic", torch.ones(1, 128), tiled, None, 5)
     if "avx512_bf16" in native.linear_isas(torch.bfloat16):
         with pytest.raises(ValueError, match=r"avx512_bf16.*float32.*generic"):
-            native.linear24("avx512_bf16", torch.ones(1, 12), stream, None, 5)
+            native.linear24("avx512_bf16", torch.ones(1, 12), tiled, None, 5)
 
 
-def test_the_stream_in_bits() -> None:
-    """A hand-worked chunk (csrc/stream.h): rows 2 and 3 are pair 1; group 9 is group 1 of the second half."""
+def test_the_tiled_layout_in_bits() -> None:
+    """A hand-worked chunk (csrc/tiled.h): rows 2 and 3 are pair 1; group 9 is group 1 of the second half."""
     values, metadata = torch.zeros(4, 32, dtype=torch.bfloat16), torch.full((4, 8), 0x44, dtype=torch.uint8)
     values[2, 18], values[2, 19], values[3, 18] = 1.0, -2.0, 3.0  # 0x3F80, 0xC000, 0x4040
     metadata[2, 4] = 0b1101_0100  # group 9: positions 1 and 3
     metadata[3, 4] = 0b1110_0100  # group 9: positions 2 and 3
-    stream = native.to_stream(values, metadata)
-    assert stream is not None
-    assert stream.numel() == 576
-    words = stream[:64].view(torch.int16).view(2, 4, 4)
+    tiled = native.to_tiled(values, metadata)
+    assert tiled is not None
+    assert tiled.numel() == 576
+    words = tiled[:64].view(torch.int16).view(2, 4, 4)
     second = 0b01_01_01_01_01_01_01_01  # position 1 for all eight groups
     assert words[0].tolist() == [[0, second] * 2] * 2 + [[0, 0] * 2] * 2  # rows 4..7 do not exist
     changed = second & ~0b1100 | 0b1100
     assert words[1, 1].tolist() == [0b01_00, changed, 0b10_00, changed]
-    lanes = stream[64:].view(torch.int16).view(2, 4, 8, 4)
+    lanes = tiled[64:].view(torch.int16).view(2, 4, 8, 4)
     assert lanes[1, 1, 1].tolist() == [0x3F80, 0xC000 - 2**16, 0x4040, 0]
     assert lanes.count_nonzero() == 3
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @given(rows=st.integers(1, 40), groups=st.integers(1, 70), seed=st.integers(0, 2**32 - 1))
-def test_the_stream_gives_the_pair_back(dtype: torch.dtype, rows: int, groups: int, seed: int) -> None:
+def test_the_tiled_layout_gives_the_pair_back(dtype: torch.dtype, rows: int, groups: int, seed: int) -> None:
     packed = random_packed(rows, 4 * groups, dtype, torch.Generator().manual_seed(seed))
     layer = Linear24.from_packed(packed)
     assert layer.backend != dispatch.REFERENCE
@@ -279,11 +279,11 @@ def test_compiled_layers_give_the_same(backend: str, dtype: torch.dtype) -> None
 
 def test_the_operators_follow_the_rules_of_torch() -> None:
     packed = random_packed(12, 64, torch.float32, torch.Generator().manual_seed(4))
-    stream = native.to_stream(packed.values, packed.metadata)
-    assert stream is not None
+    tiled = native.to_tiled(packed.values, packed.metadata)
+    assert tiled is not None
     x = torch.randn(3, 64, requires_grad=True)
     torch.library.opcheck(torch.ops.swiftprune.unpack24, (packed.values, packed.metadata))
-    torch.library.opcheck(torch.ops.swiftprune.linear24, (x, stream, torch.ones(12), 12, "generic"))
+    torch.library.opcheck(torch.ops.swiftprune.linear24, (x, tiled, torch.ones(12), 12, "generic"))
 
 
 @pytest.mark.parametrize(("backend", "dtype"), ANY, ids=IDS)
@@ -352,12 +352,12 @@ def test_what_does_not_fit_is_refused_before_it_reaches_the_kernels(dtype: torch
         (lambda: layer.multiply(x, torch.zeros(255, dtype=dtype)), "bias is"),
         (lambda: layer.multiply(x, torch.zeros(256, 1, dtype=dtype)), "bias is"),
         (lambda: layer.multiply(x, torch.zeros(256, dtype=dtype, device="meta")), "bias is"),
-        (lambda: native.linear24(layer.backend, x, layer.stream[:-1], None, 256), "does not fit a stream"),
-        (lambda: native.linear24(layer.backend, x, layer.stream.to("meta"), None, 256), "a stream is"),
-        (lambda: native.linear24(layer.backend, x, layer.stream, None, 256, torch.float64), "output can be"),
-        (lambda: native.from_stream(layer.stream, dtype, 256, 128), "does not fit a stream"),
-        (lambda: native.to_stream(torch.zeros(4, 8, dtype=dtype), torch.zeros(4, 3, dtype=torch.uint8)), "belong"),
-        (lambda: native.to_stream(torch.zeros(4, 8, dtype=dtype), torch.zeros(4, 2)), "belong"),
+        (lambda: native.linear24(layer.backend, x, layer.tiled[:-1], None, 256), "does not fit a tiled weight"),
+        (lambda: native.linear24(layer.backend, x, layer.tiled.to("meta"), None, 256), "a tiled weight is"),
+        (lambda: native.linear24(layer.backend, x, layer.tiled, None, 256, torch.float64), "output can be"),
+        (lambda: native.from_tiled(layer.tiled, dtype, 256, 128), "does not fit a tiled weight"),
+        (lambda: native.to_tiled(torch.zeros(4, 8, dtype=dtype), torch.zeros(4, 3, dtype=torch.uint8)), "belong"),
+        (lambda: native.to_tiled(torch.zeros(4, 8, dtype=dtype), torch.zeros(4, 2)), "belong"),
     ):
         with pytest.raises(ValueError, match=why):
             bad()
@@ -402,13 +402,13 @@ def test_what_is_laid_out_is_checked_as_the_specification_says(
     try:
         validate(Packed24(values, metadata))
     except FormatError:
-        assert native.to_stream(values, metadata) is None
+        assert native.to_tiled(values, metadata) is None
         with pytest.raises(FormatError, match=r"^w: "):
             Linear24.from_packed(Packed24(values, metadata), name="w")
     else:
         assert spoil == "nothing" or (spoil == "padding" and groups % 2 == 0)
-        stream = native.to_stream(values, metadata)
-        assert stream is not None
-        back = native.from_stream(stream, dtype, rows, 4 * groups)
+        tiled = native.to_tiled(values, metadata)
+        assert tiled is not None
+        back = native.from_tiled(tiled, dtype, rows, 4 * groups)
         assert torch.equal(back[0], values)
         assert torch.equal(back[1], metadata)

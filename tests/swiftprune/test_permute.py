@@ -23,7 +23,7 @@ from swiftprune.errors import CheckpointError, SettingsError
 from swiftprune.models.plan import empty_model, find_targets
 from swiftprune.stages import permute
 from swiftprune.stages.context import Run
-from swiftprune.stages.permute import best_order, find_orders
+from swiftprune.stages.permute import find_permutations, search_permutation
 from swiftprune.stages.run import stream_blocks
 from tests import models
 
@@ -37,7 +37,7 @@ def test_the_order_comes_close_to_the_best_of_all() -> None:
     found = best = before = 0.0
     for seed in range(20):
         scores = torch.rand(6, 8, generator=torch.Generator().manual_seed(seed)).pow(4)
-        order = best_order(scores)
+        order = search_permutation(scores)
         assert sorted(order.tolist()) == list(range(8))
         found += kept(scores[:, order])
         before += kept(scores)
@@ -53,16 +53,16 @@ def test_an_order_is_never_worse_than_none(seed: int, n: int, groups: int, alike
     scores = torch.rand(n, 4 * groups, generator=torch.Generator().manual_seed(seed)).pow(3)
     if alike:
         scores = scores.round(decimals=1)
-    order = best_order(scores)
+    order = search_permutation(scores)
     assert sorted(order.tolist()) == list(range(4 * groups))
     assert kept(scores[:, order]) >= kept(scores) * (1 - 1e-6)
 
 
 def test_partitions_of_a_large_layer_are_still_better(monkeypatch: pytest.MonkeyPatch) -> None:
     scores = torch.rand(32, 256, generator=torch.Generator().manual_seed(0)).pow(4)
-    whole = kept(scores[:, best_order(scores)])
-    monkeypatch.setattr(permute, "GROUPS_AT_ONCE", 10)
-    assert kept(scores) < kept(scores[:, best_order(scores)])
+    whole = kept(scores[:, search_permutation(scores)])
+    monkeypatch.setattr(permute, "GROUPS_CONCURRENCY", 10)
+    assert kept(scores) < kept(scores[:, search_permutation(scores)])
     assert kept(scores) * 1.02 < whole
 
 
@@ -90,7 +90,7 @@ def test_the_permuted_dense_model_is_the_same(name: str, tmp_path: Path) -> None
     targets = find_targets(model, checkpoint, ignore="lm_head|embed", group=4)
     tokens = torch.randint(0, models.VOCABULARY, (4, 30), generator=torch.Generator().manual_seed(0))
     ticks: list[None] = []
-    orders = find_orders(model, checkpoint, targets, tokens, tick=lambda: ticks.append(None))
+    orders = find_permutations(model, checkpoint, targets, tokens, tick=lambda: ticks.append(None))
     assert len(ticks) == 4 * len(targets.blocks)
     permuted = checkpoint.permuted(orders).read(checkpoint.tensors)
     for key, tensor in checkpoint.read(checkpoint.tensors).items():

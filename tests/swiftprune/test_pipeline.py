@@ -43,7 +43,7 @@ from swiftprune.methods.pairs import keep_pairs
 from swiftprune.methods.sparsegpt import sparsegpt
 from swiftprune.methods.statistics import Needs
 from swiftprune.models.plan import empty_model, find_targets
-from swiftprune.progress import silent
+from swiftprune.progress import no_progress
 from swiftprune.stages import distill, refine_blocks
 from swiftprune.stages import prune as prune_stage
 from swiftprune.stages.context import Run
@@ -120,7 +120,9 @@ def test_pipeline_equals_a_naive_run_of_the_whole_model(
 ) -> None:
     folder = models.write_model(tmp_path / "model", models.SUPPORTED[name], torch.float32)
     settings = PruneSettings(method=method, calibration=str(text_file), samples=6, seqlen=48, seed=4)
-    tokens = calibration_data(str(text_file), Checkpoint(folder), samples=6, seqlen=48, seed=4, progress=silent).tokens
+    tokens = calibration_data(
+        str(text_file), Checkpoint(folder), samples=6, seqlen=48, seed=4, progress=no_progress
+    ).tokens
     reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     blocks = reference.get_submodule(BLOCK_LISTS.get(name, "model.layers"))
 
@@ -172,7 +174,9 @@ def test_blocks_of_other_kinds_are_calibrated_and_served_alike(
     folder = models.write_model(tmp_path / "model", config, torch.float32)
     settings = PruneSettings(method="wanda", calibration=str(text_file), samples=4, seqlen=48)
     report = export(folder, tmp_path / "out", settings)
-    tokens = calibration_data(str(text_file), Checkpoint(folder), samples=4, seqlen=48, seed=0, progress=silent).tokens
+    tokens = calibration_data(
+        str(text_file), Checkpoint(folder), samples=4, seqlen=48, seed=0, progress=no_progress
+    ).tokens
     reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     for block in reference.get_submodule(blocks):
         naive_prune(reference, block, tokens, naive_wanda)
@@ -238,7 +242,9 @@ def test_weights_are_solved_for_against_the_dense_model(
     """Whole models side by side; given the mask, the kept weights must be near the least-squares optimum."""
     folder = models.write_model(tmp_path / "model", models.SUPPORTED[name], torch.float32)
     common: dict[str, Any] = {"calibration": str(text_file), "samples": 6, "seqlen": 48}
-    tokens = calibration_data(str(text_file), Checkpoint(folder), samples=6, seqlen=48, seed=0, progress=silent).tokens
+    tokens = calibration_data(
+        str(text_file), Checkpoint(folder), samples=6, seqlen=48, seed=0, progress=no_progress
+    ).tokens
     dense = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     sparse = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     blocks = BLOCK_LISTS.get(name, "model.layers")
@@ -272,10 +278,10 @@ def test_statistics_are_float32_whatever_multiplies(
 ) -> None:
     """Every token is in the sample here, so the sums are known; sums in bfloat16 would be off by a percent."""
     checkpoint = Checkpoint(tiny_models("llama-gqa-tied"))
-    tokens = calibration_data(str(text_file), checkpoint, samples=4, seqlen=64, seed=0, progress=silent).tokens
+    tokens = calibration_data(str(text_file), checkpoint, samples=4, seqlen=64, seed=0, progress=no_progress).tokens
     model = empty_model(checkpoint)
     targets = find_targets(model, checkpoint, ignore="lm_head", group=4)
-    runner = BlockRunner(model, checkpoint, targets, tokens, compute=compute, with_dense=True)
+    runner = BlockRunner(model, checkpoint, targets, tokens, compute=compute, track_dense=True)
     block = targets.blocks[0]
     needs: list[Needs] = ["input_sq_sum", "group_gram", "gram", "drift"]
     for need in needs:
@@ -298,7 +304,9 @@ def test_statistics_are_float32_whatever_multiplies(
 def test_one_pass_calibrates_on_the_dense_model(text_file: Path, tmp_path: Path) -> None:
     folder = models.write_model(tmp_path / "model", models.SUPPORTED["llama-gqa-tied"], torch.float32)
     settings = PruneSettings(method="wanda", calibration=str(text_file), samples=6, seqlen=48, one_pass=True)
-    tokens = calibration_data(str(text_file), Checkpoint(folder), samples=6, seqlen=48, seed=0, progress=silent).tokens
+    tokens = calibration_data(
+        str(text_file), Checkpoint(folder), samples=6, seqlen=48, seed=0, progress=no_progress
+    ).tokens
     dense = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     for index, done in enumerate(stream_blocks(Run(Checkpoint(folder), settings))):
         inputs, _, _ = record_inputs(dense, dense.get_submodule(f"model.layers.{index}"), tokens)
@@ -312,7 +320,9 @@ def test_one_pass_calibrates_on_the_dense_model(text_file: Path, tmp_path: Path)
 def test_pairs_see_how_inputs_go_together(text_file: Path, tmp_path: Path) -> None:
     folder = models.write_model(tmp_path / "model", models.SUPPORTED["llama-gqa-tied"], torch.float32)
     settings = PruneSettings(method="swiftprune-pairs", calibration=str(text_file), samples=6, seqlen=48, one_pass=True)
-    tokens = calibration_data(str(text_file), Checkpoint(folder), samples=6, seqlen=48, seed=0, progress=silent).tokens
+    tokens = calibration_data(
+        str(text_file), Checkpoint(folder), samples=6, seqlen=48, seed=0, progress=no_progress
+    ).tokens
     dense = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     done = next(stream_blocks(Run(Checkpoint(folder), settings)))
     inputs, _, _ = record_inputs(dense, dense.get_submodule("model.layers.0"), tokens)
@@ -332,7 +342,9 @@ def test_refined_blocks_come_closer_to_the_dense_ones(
 ) -> None:
     monkeypatch.setattr(refine_blocks, "STEPS", 60)
     folder = models.write_model(tmp_path / "model", models.SUPPORTED[name], torch.float32)
-    tokens = calibration_data(str(text_file), Checkpoint(folder), samples=6, seqlen=48, seed=0, progress=silent).tokens
+    tokens = calibration_data(
+        str(text_file), Checkpoint(folder), samples=6, seqlen=48, seed=0, progress=no_progress
+    ).tokens
     errors = {}
     for refine in ((), ("blocks",)):
         settings = PruneSettings(method="wanda", refine=refine, calibration=str(text_file), samples=6, seqlen=48)
@@ -401,7 +413,9 @@ def test_output_error_is_the_error_of_the_output(tiny_models: Callable[[str], Pa
     settings = PruneSettings(method="magnitude", calibration=str(text_file), samples=4, seqlen=64)
     assert next(prune(folder, settings)).results[0].output_error is None  # data-free methods run without calibration
     done = next(prune(folder, settings.model_copy(update={"method": "wanda"})))
-    tokens = calibration_data(str(text_file), Checkpoint(folder), samples=4, seqlen=64, seed=0, progress=silent).tokens
+    tokens = calibration_data(
+        str(text_file), Checkpoint(folder), samples=4, seqlen=64, seed=0, progress=no_progress
+    ).tokens
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     inputs: list[Tensor] = []
     linear = model.get_submodule(done.results[-1].name)
@@ -570,7 +584,7 @@ def test_blocks_get_what_the_model_hands_to_them_for_each_sample(kind: Any, tmp_
     checkpoint = Checkpoint(folder)
     model = empty_model(checkpoint)
     targets = find_targets(model, checkpoint, ignore="lm_head", group=4)
-    runner = BlockRunner(model, checkpoint, targets, tokens, with_dense=True)
+    runner = BlockRunner(model, checkpoint, targets, tokens, track_dense=True)
     generator = torch.Generator().manual_seed(2)
     for index, block in enumerate(targets.blocks):
         spoiled = {}
@@ -641,7 +655,7 @@ def test_residual_writers_are_found_in_what_a_block_does(
     model = empty_model(checkpoint)
     targets = find_targets(model, checkpoint, ignore="lm_head", group=4)
     tokens = torch.randint(2, 300, (1, 24), generator=torch.Generator().manual_seed(1))
-    runner = BlockRunner(model, checkpoint, targets, tokens, with_dense=True)
+    runner = BlockRunner(model, checkpoint, targets, tokens, track_dense=True)
     lack = torch.randn(runner.hidden[0].shape, generator=torch.Generator().manual_seed(2))
     runner.hidden[0] = runner.hidden[0] - lack
     block = targets.blocks[0]
@@ -717,8 +731,8 @@ def test_a_preset_fits_itself_to_its_minutes(
     given = {"calibration": str(text_file), "seqlen": 32, "compute": "float32", "minutes": 0.06}
     settings = make_settings("balanced", given).model_copy(update={"samples": 24})
     with pytest.raises(KeyboardInterrupt):
-        export(folder, tmp_path / "out", settings, announce=said.append, progress=stop_after_block_one)
-    report = export(folder, tmp_path / "out", settings, announce=said.append, resume=True)
+        export(folder, tmp_path / "out", settings, notify=said.append, progress=stop_after_block_one)
+    report = export(folder, tmp_path / "out", settings, notify=said.append, resume=True)
     assert report.fitted_samples is not None
     assert 4 <= report.fitted_samples < 24
     assert seen[0] == 24

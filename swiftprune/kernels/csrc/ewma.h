@@ -14,7 +14,7 @@ namespace {
 constexpr int64_t kLanes = 16;
 
 inline void surprise_rows(const float* score, int64_t cols, const float* mean0, const float* deviation0,
-                          const EwmaGains& gains, float* surprise, int64_t begin, int64_t end) {
+                          const EwmaGains& gains, float* ewma_zscore, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; row += kLanes) {
     const int64_t lanes = std::min(kLanes, end - row);
     float mean[kLanes] = {}, deviation[kLanes] = {};
@@ -34,7 +34,7 @@ inline void surprise_rows(const float* score, int64_t cols, const float* mean0, 
         }
       }
       for (int64_t r = 0; r < lanes; ++r)
-        for (int64_t i = 0; i < width; ++i) surprise[(row + r) * cols + k + i] = tile[i][r];
+        for (int64_t i = 0; i < width; ++i) ewma_zscore[(row + r) * cols + k + i] = tile[i][r];
     }
   }
 }

@@ -1,4 +1,4 @@
-// y = x W^T + b over the stream of a packed 2:4 weight (stream.h): a plain C interface on raw pointers, so that every
+// y = x W^T + b over the tiled of a packed 2:4 weight (tiled.h): a plain C interface on raw pointers, so that every
 // host (Python, ONNX Runtime's custom ops) can call it.
 #pragma once
 
@@ -7,10 +7,10 @@
 extern "C" {
 
 struct swiftprune_linear24_args {
-  int dtype;    // swiftprune::Dtype of the stream's values and of bias
+  int dtype;    // swiftprune::Dtype of the tiled values and of bias
   int x_dtype;  // the same, or kFloat32 for inputs that are not rounded to it
   int y_dtype;  // the same, or kFloat32 for the unrounded sums
-  const void* stream;
+  const void* tiled;
   const void* bias;  // (rows) or null
   const void* x;     // (tokens, cols), rows x_stride elements apart
   int64_t x_stride;
@@ -38,7 +38,7 @@ void swiftprune_linear24_neon(const swiftprune_linear24_args*, int64_t first, in
 
 namespace swiftprune {
 
-// Of the stream; below, waking another thread costs more than it saves.
+// Of the tiled weight; below, waking another thread costs more than it saves.
 constexpr int64_t kBytesPerThread = 32 << 10;
 
 // Instruction sets that may have a linear kernel, fastest first.

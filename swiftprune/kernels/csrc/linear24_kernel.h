@@ -1,9 +1,9 @@
-// The matrix product over a stream, written once; each per-ISA file supplies the vector operations as a class V:
+// The matrix product over a tiled weight, written once; each per-ISA file supplies the vector operations as a class V:
 //
-//   Storage          Float32 | Float16 | BFloat16 of the stream and of bias; x is of it too, or of Float32
+//   Storage          Float32 | Float16 | BFloat16 of the tiled values and of bias; x is of it too, or of Float32
 //   Input            what x is turned into before the product: uint16_t (bf16 bits) or float
 //   kInPlace         Input is Storage, so that values can be used where they lie
-//   kInputs          inputs that one step covers, for two rows at once: kInputs values of the stream
+//   kInputs          inputs that one step covers, for two rows at once: kInputs tiled values
 //   kTokens          most tokens that go through in one pass; 4 pairs of rows x kTokens sums in registers
 //   kTileTokens      most tokens of a tile of the many-token path, which keeps x in registers as well
 //   Sum, Index, Values   registers
@@ -27,14 +27,14 @@
 #include "group.h"
 #include "linear24.h"
 #include "prefetch.h"
-#include "stream.h"
+#include "tiled.h"
 
 namespace swiftprune {
 namespace {
 
-// Bytes of one token's x in an inner part: its unpacked weights (8 rows) and a tile's x share the first-level cache.
+// Bytes of one token's x in an inner part: its unpacked weights (8 rows) and a tile's x share the L1.
 constexpr int64_t kInnerBytes = 2048;
-// What an outer part takes of the second-level cache: x of so many tokens and bytes, sums of so many row blocks.
+// What an outer part takes of the L2: x of so many tokens and bytes, sums of so many row blocks.
 constexpr int64_t kOuterTokens = 128;
 constexpr int64_t kOuterBytes = 512 << 10;
 constexpr int64_t kOuterBlocks = 128;
@@ -76,8 +76,8 @@ template <class V>
 struct Linear24 {
   using Bits = typename V::Storage::Bits;
   using Input = typename V::Input;
-  using Stream = Chunk<Bits>;
-  // What is kept of a step for many tokens; values that need no conversion are read from the stream each time.
+  using Tiled = Chunk<Bits>;
+  // What is kept of a step for many tokens; values that need no conversion are read from the tiled weight each time.
   struct Both {
     typename V::Index index;
     typename V::Values values;
@@ -89,13 +89,13 @@ struct Linear24 {
   static constexpr int64_t kInnerChunks = kInnerBytes / static_cast<int64_t>(kChunkInputs * sizeof(Input));
   static constexpr int kHalfSteps = kHalfInputs / V::kInputs;
   static constexpr int kChunkSteps = 2 * kHalfSteps;
-  static constexpr int64_t kLines = sizeof(Stream) / kCacheLine;
+  static constexpr int64_t kLines = sizeof(Tiled) / kCacheLine;
 
   struct Job {
     const swiftprune_linear24_args& a;
     int64_t chunks = chunks_of(a.cols);
     Prefetch prefetch = prefetch_for(a.tokens);
-    const Stream* block(int64_t b) const { return static_cast<const Stream*>(a.stream) + b * chunks; }
+    const Tiled* block(int64_t b) const { return static_cast<const Tiled*>(a.tiled) + b * chunks; }
     template <class T>
     const T* x(int64_t token) const { return static_cast<const T*>(a.x) + token * a.x_stride; }
     // Whether x is Input already.
@@ -151,14 +151,14 @@ struct Linear24 {
 
   // Asks for a part (one of 2 kRowPairs) of the chunk so far ahead. A whole chunk at once would fill the buffers that
   // misses wait in, and hold up the loads behind it.
-  [[gnu::always_inline]] static void prefetch_part(Prefetch ahead, const Stream* chunk, int part) {
+  [[gnu::always_inline]] static void prefetch_part(Prefetch ahead, const Tiled* chunk, int part) {
     const int64_t begin = kLines * part / (2 * kRowPairs), lines = kLines * (part + 1) / (2 * kRowPairs) - begin;
     const char* from = reinterpret_cast<const char*>(chunk) + begin * kCacheLine;
     if (ahead.second_level) prefetch_lines<kSecondLevel>(from + ahead.second_level, lines);
     if (ahead.first_level) prefetch_lines<kFirstLevel>(from + ahead.first_level, lines);
   }
 
-  // Few tokens: one pass over the stream, all sums of a block in registers.
+  // Few tokens: one pass over the tiled weight, all sums of a block in registers.
   template <int T>
   static void one_tile(const Job& job, const Input* x, int64_t first, int64_t last) {
     const Prefetch prefetch = job.prefetch;
@@ -166,7 +166,7 @@ struct Linear24 {
       typename V::Sum sum[T][kRowPairs];
       for (int t = 0; t < T; ++t)
         for (int p = 0; p < kRowPairs; ++p) sum[t][p] = V::zero();
-      const Stream* chunk = job.block(b);
+      const Tiled* chunk = job.block(b);
       const Input* at = x;
       for (int64_t c = 0; c < job.chunks; ++c, ++chunk) {
         for (int half = 0; half < 2; ++half, at += kHalfInputs * T)
@@ -192,8 +192,8 @@ struct Linear24 {
     }
   }
 
-  // Many tokens: a block's chunks are unpacked once into the first-level cache and used for tile after tile.
-  static void unpack(const Stream* chunk, int64_t chunks, Saved* out) {
+  // Many tokens: a block's chunks are unpacked once into the L1 and used for tile after tile.
+  static void unpack(const Tiled* chunk, int64_t chunks, Saved* out) {
     for (int64_t c = 0; c < chunks; ++c, ++chunk)
       for (int half = 0; half < 2; ++half)
         for (int p = 0; p < kRowPairs; ++p) {
@@ -206,16 +206,16 @@ struct Linear24 {
         }
   }
 
-  static typename V::Values values_of(const Saved& saved, const Bits* in_stream) {
+  static typename V::Values values_of(const Saved& saved, const Bits* tiled) {
     if constexpr (V::kInPlace)
-      return V::load(in_stream);
+      return V::load(tiled);
     else
       return saved.values;
   }
 
-  // sums[t][8] (+)= the product of `steps` steps; lines of the stream to come are asked for on the way.
+  // sums[t][8] (+)= the product of `steps` steps; lines of the weight to come are prefetched on the way.
   template <int T>
-  static void tile(const Job& job, const Stream* chunk, const Saved* saved, const Input* x, int64_t chunks, float* sums,
+  static void tile(const Job& job, const Tiled* chunk, const Saved* saved, const Input* x, int64_t chunks, float* sums,
                    bool add, const char* next, int64_t lines) {
     typename V::Sum sum[T][kRowPairs];
     for (int t = 0; t < T; ++t)
@@ -277,7 +277,7 @@ struct Linear24 {
     const int64_t inners = ceil_div(job.chunks, kInnerChunks);
     const int64_t inner_inputs = ceil_div(job.chunks, inners) * kChunkInputs;
     const int64_t outer_room = kOuterBytes / (inner_inputs * static_cast<int64_t>(sizeof(Input)));
-    // All of x when it fits, so that the stream is read in order; else some of the tokens and some of the inputs.
+    // All of x when it fits, so that the weight is read in order; else some of the tokens and some of the inputs.
     const bool whole = inners * job.a.tokens <= outer_room;
     const int64_t outer_tokens = whole ? job.a.tokens : std::min(job.a.tokens, kOuterTokens);
     const int64_t outer_inners = whole ? inners : std::max<int64_t>(1, outer_room / outer_tokens);
@@ -307,7 +307,7 @@ struct Linear24 {
             for (int64_t i = inner; i < end_inner; ++i) {
               const int64_t begin = i * inner_inputs / kChunkInputs;
               const int64_t chunks = std::min(inner_inputs / kChunkInputs, job.chunks - begin);
-              const Stream* chunk = job.block(b) + begin;
+              const Tiled* chunk = job.block(b) + begin;
               unpack(chunk, chunks, saved);
               // Where x does not fit, a block is left before its end, and the next one begins elsewhere.
               const char* next = reinterpret_cast<const char*>(

@@ -11,7 +11,7 @@
 #include "ewma.h"
 #include "linear24.h"
 #include "sparse24.h"
-#include "stream.h"
+#include "tiled.h"
 #include "threads.h"
 
 namespace nb = nanobind;
@@ -42,7 +42,7 @@ std::pair<int, int64_t> over_rows(int64_t rows, int threads, F work) {
 }
 
 // The float with exactly `rank` of the `count` values below it, ties aside: two rounds of counting, no sort.
-float ranked_value(const float* values, int64_t count, int64_t rank, int threads) {
+float kth_value(const float* values, int64_t count, int64_t rank, int threads) {
   constexpr int64_t kBins = 1 << 16;
   int64_t prefix = -1;
   uint32_t key = 0;
@@ -125,20 +125,20 @@ NB_MODULE(_native, m) {
     });
   });
 
-  m.def("surprise", [](const std::string& isa, uintptr_t score, int64_t rows, int64_t cols, uintptr_t mean0,
-                       uintptr_t deviation0, float mean_gain, float deviation_gain, float floor, uintptr_t surprise,
+  m.def("ewma_zscore", [](const std::string& isa, uintptr_t score, int64_t rows, int64_t cols, uintptr_t mean0,
+                       uintptr_t deviation0, float mean_gain, float deviation_gain, float floor, uintptr_t ewma_zscore,
                        int threads) {
     const Kernels& kernels = kernels_or_throw(isa);
     over_rows(rows, threads, [&](int64_t begin, int64_t end) {
-      kernels.surprise(at<const float*>(score), cols, at<const float*>(mean0), at<const float*>(deviation0),
-                       EwmaGains{mean_gain, deviation_gain, floor}, at<float*>(surprise), begin, end);
+      kernels.ewma_zscore(at<const float*>(score), cols, at<const float*>(mean0), at<const float*>(deviation0),
+                       EwmaGains{mean_gain, deviation_gain, floor}, at<float*>(ewma_zscore), begin, end);
       return Status{};
     });
   });
 
-  m.def("ranked_value", [](uintptr_t values, int64_t count, int64_t rank, int threads) {
+  m.def("kth_value", [](uintptr_t values, int64_t count, int64_t rank, int threads) {
     nb::gil_scoped_release release;
-    return ranked_value(at<const float*>(values), count, rank, threads);
+    return kth_value(at<const float*>(values), count, rank, threads);
   });
 
   m.def("use_openmp_of", [](const std::string& library) { return use_openmp_of(library.c_str()); });
@@ -154,16 +154,16 @@ NB_MODULE(_native, m) {
     return reinterpret_cast<uintptr_t>(linear24_for(isa.c_str(), of, of));
   });
 
-  m.def("stream_bytes", [](int dtype, int64_t rows, int64_t cols) {
-    return stream_bytes(static_cast<Dtype>(dtype), rows, cols);
+  m.def("tiled_bytes", [](int dtype, int64_t rows, int64_t cols) {
+    return tiled_bytes(static_cast<Dtype>(dtype), rows, cols);
   });
 
-  m.def("to_stream", [](int dtype, uintptr_t values, uintptr_t metadata, int64_t rows, int64_t cols, uintptr_t stream,
+  m.def("to_tiled", [](int dtype, uintptr_t values, uintptr_t metadata, int64_t rows, int64_t cols, uintptr_t tiled,
                         int threads) {
-    advise_huge_pages(at<void*>(stream), stream_bytes(static_cast<Dtype>(dtype), rows, cols));
+    advise_huge_pages(at<void*>(tiled), tiled_bytes(static_cast<Dtype>(dtype), rows, cols));
     const auto found = over_rows(blocks_of(rows), threads, [&](int64_t first, int64_t last) {
-      const bool valid = to_stream(static_cast<Dtype>(dtype), at<const void*>(values), at<const uint8_t*>(metadata),
-                                   rows, cols, at<void*>(stream), first, last);
+      const bool valid = to_tiled(static_cast<Dtype>(dtype), at<const void*>(values), at<const uint8_t*>(metadata),
+                                   rows, cols, at<void*>(tiled), first, last);
       return valid ? Status{} : Status{Fault::kBadMetadata, first};
     });
     return static_cast<Fault>(std::get<0>(found)) == Fault::kNone;
@@ -171,18 +171,18 @@ NB_MODULE(_native, m) {
 
   m.def("drop_pages", [](uintptr_t begin, int64_t bytes) { drop_pages(begin, bytes); });
 
-  m.def("from_stream", [](int dtype, uintptr_t stream, int64_t rows, int64_t cols, uintptr_t values,
+  m.def("from_tiled", [](int dtype, uintptr_t tiled, int64_t rows, int64_t cols, uintptr_t values,
                           uintptr_t metadata, int threads) {
     over_rows(blocks_of(rows), threads, [&](int64_t first, int64_t last) {
-      from_stream(static_cast<Dtype>(dtype), at<const void*>(stream), rows, cols, at<void*>(values),
+      from_tiled(static_cast<Dtype>(dtype), at<const void*>(tiled), rows, cols, at<void*>(values),
                   at<uint8_t*>(metadata), first, last);
       return Status{};
     });
   });
 
-  m.def("linear24", [](uintptr_t kernel, int dtype, int y_dtype, uintptr_t stream, uintptr_t bias, uintptr_t x,
+  m.def("linear24", [](uintptr_t kernel, int dtype, int y_dtype, uintptr_t tiled, uintptr_t bias, uintptr_t x,
                        int64_t x_stride, uintptr_t y, int64_t tokens, int64_t rows, int64_t cols, int threads) {
-    const swiftprune_linear24_args args{dtype, dtype, y_dtype, at<const void*>(stream), at<const void*>(bias),
+    const swiftprune_linear24_args args{dtype, dtype, y_dtype, at<const void*>(tiled), at<const void*>(bias),
                                         at<const void*>(x), x_stride, at<void*>(y), rows, tokens, rows, cols};
     const auto run = at<swiftprune_linear24_fn>(kernel);
     const int64_t blocks = blocks_of(rows);

@@ -2,7 +2,7 @@
 // the specification (swiftprune/formats/spec.py). A library of its own, registered with a session by
 // `register_custom_ops_library`; it takes the place of the model-local function of the same name.
 //
-// values and metadata are initializers. They are checked and laid out as a stream when the session is made; after that
+// values and metadata are initializers. They are checked and tiled when the session is made; after that
 // their memory is not read again. x is of the type of the values, or fp32 beside 16-bit values; sums are in fp32.
 #ifdef __linux__
 #include <sys/mman.h>
@@ -24,7 +24,7 @@
 #include "linear24.h"
 #include "onnxruntime_abi.h"
 #include "sparse24.h"
-#include "stream.h"
+#include "tiled.h"
 #include "threads.h"
 
 namespace swiftprune {
@@ -146,14 +146,14 @@ class Kernel {
 
     const size_t isa = choose_isa(dtype, x_dtype);
     run_ = linear24_for(kLinearIsas[isa], dtype, x_dtype);
-    bytes_ = stream_bytes(dtype, rows_, cols_);
-    stream_.reset(std::aligned_alloc(kCacheLine, ceil_div(bytes_, kCacheLine) * kCacheLine));
-    if (!stream_) throw std::bad_alloc();
-    advise_huge_pages(stream_.get(), bytes_);
+    bytes_ = tiled_bytes(dtype, rows_, cols_);
+    tiled_.reset(std::aligned_alloc(kCacheLine, ceil_div(bytes_, kCacheLine) * kCacheLine));
+    if (!tiled_) throw std::bad_alloc();
+    advise_huge_pages(tiled_.get(), bytes_);
     const int64_t blocks = blocks_of(rows_), parts = parts_of(bytes_);
     std::atomic<bool> valid{true};
     in_parallel(static_cast<int>(parts), [&](int i) {
-      if (!to_stream(dtype, values.data, static_cast<const uint8_t*>(metadata.data), rows_, cols_, stream_.get(),
+      if (!to_tiled(dtype, values.data, static_cast<const uint8_t*>(metadata.data), rows_, cols_, tiled_.get(),
                      blocks * i / parts, blocks * (i + 1) / parts))
         valid = false;
     });
@@ -184,7 +184,7 @@ class Kernel {
     if (tokens == 0) return;
 
     const int x_dtype = static_cast<int>(x_dtype_);
-    const swiftprune_linear24_args args{static_cast<int>(dtype_), x_dtype, x_dtype, stream_.get(), nullptr, x.data, cols_,
+    const swiftprune_linear24_args args{static_cast<int>(dtype_), x_dtype, x_dtype, tiled_.get(), nullptr, x.data, cols_,
                                         y, rows_, tokens, rows_, cols_};
     Call call{args, run_, blocks_of(rows_), parts_of(tokens * bytes_)};
     if (call.parts == 1) return run_(&args, 0, call.blocks);
@@ -223,7 +223,7 @@ class Kernel {
   std::string name_;
   int64_t rows_ = 0, cols_ = 0, bytes_ = 0;
   swiftprune_linear24_fn run_ = nullptr;
-  std::unique_ptr<void, FreeMemory> stream_;
+  std::unique_ptr<void, FreeMemory> tiled_;
 };
 
 std::string node_name(const ort::Api& api, const ort::KernelInfo* info) {

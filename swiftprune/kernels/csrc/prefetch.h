@@ -1,4 +1,4 @@
-// How far ahead of its loads a linear kernel asks for the stream: hardware prefetchers start late and stop at pages.
+// How far ahead of its loads a linear kernel prefetches the tiled weight: hardware prefetchers start late and stop at pages.
 #pragma once
 
 #include <cstdint>
@@ -6,8 +6,8 @@
 namespace swiftprune {
 
 struct Prefetch {
-  int64_t first_level;   // bytes ahead into the first-level cache; 0 for never
-  int64_t second_level;  // and into the second-level cache
+  int64_t first_level;   // bytes ahead into the L1; 0 for never
+  int64_t second_level;  // and into the L2
 };
 
 // What was measured to be best on this CPU (docs/kernels.md); it changes no result.

@@ -50,9 +50,9 @@ struct Kernels {
   Status (*pack)(Dtype, const void* weight, int64_t cols, void* values, uint8_t* metadata, int64_t begin, int64_t end);
   Status (*unpack)(Dtype, const void* values, const uint8_t* metadata, int64_t cols, void* weight, int64_t begin,
                    int64_t end);
-  // surprise[n, k] = (score - m) / (d + floor), m and d the running mean and deviation of row n before column k.
-  void (*surprise)(const float* score, int64_t cols, const float* mean0, const float* deviation0, const EwmaGains&,
-                   float* surprise, int64_t begin, int64_t end);
+  // ewma_zscore[n, k] = (score - m) / (d + floor), m and d the running mean and deviation of row n before column k.
+  void (*ewma_zscore)(const float* score, int64_t cols, const float* mean0, const float* deviation0, const EwmaGains&,
+                   float* ewma_zscore, int64_t begin, int64_t end);
 };
 
 extern const Kernels kGenericKernels;

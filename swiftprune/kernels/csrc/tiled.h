@@ -1,4 +1,4 @@
-// The stream: a packed 2:4 weight as the CPU linear kernels read it, front to back, every byte once per call.
+// The tiled layout: a packed 2:4 weight as the CPU linear kernels read it, front to back, every byte once per call.
 //
 // Rows are taken eight at a time (a block) and inputs 64 at a time (a chunk); chunk (b, c) of the weight stands at
 // b * chunks + c. Rows and inputs are filled up with zeros. A block's four pairs of rows (A, B) share registers:
@@ -41,8 +41,8 @@ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t blocks_of(int64_t rows) { return ceil_div(rows, kBlockRows); }
 constexpr int64_t chunks_of(int64_t cols) { return ceil_div(cols, kChunkInputs); }
 
-// Bytes of the stream of a (rows, cols) weight.
-int64_t stream_bytes(Dtype, int64_t rows, int64_t cols);
+// Bytes of the tiled of a (rows, cols) weight.
+int64_t tiled_bytes(Dtype, int64_t rows, int64_t cols);
 
 // Asks for huge pages under memory that is about to be written; a hint, without effect where it is not understood.
 void advise_huge_pages(void* begin, int64_t bytes);
@@ -50,12 +50,12 @@ void advise_huge_pages(void* begin, int64_t bytes);
 // Lets go of the whole pages within, which are read from their file again if need be; only for mapped files.
 void drop_pages(uintptr_t begin, int64_t bytes);
 
-// Blocks [first, last) of the stream from the canonical pair of tensors (sparse24.h), and back; exact inverses.
+// Blocks [first, last) of the tiled from the canonical pair of tensors (sparse24.h), and back; exact inverses.
 // The pair comes from a file, so it is checked on the way: false when a nibble, an unused one or a value breaks the
 // format. Which one that is, is for the slow check to say.
-bool to_stream(Dtype, const void* values, const uint8_t* metadata, int64_t rows, int64_t cols, void* stream,
+bool to_tiled(Dtype, const void* values, const uint8_t* metadata, int64_t rows, int64_t cols, void* tiled,
                int64_t first, int64_t last);
-void from_stream(Dtype, const void* stream, int64_t rows, int64_t cols, void* values, uint8_t* metadata, int64_t first,
+void from_tiled(Dtype, const void* tiled, int64_t rows, int64_t cols, void* values, uint8_t* metadata, int64_t first,
                  int64_t last);
 
 }  // namespace swiftprune

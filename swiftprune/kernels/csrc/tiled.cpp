@@ -1,4 +1,4 @@
-#include "stream.h"
+#include "tiled.h"
 
 #ifdef __linux__
 #include <sys/mman.h>
@@ -17,10 +17,10 @@ constexpr int64_t kHalfGroups = kHalfInputs / kGroup;
 // Calls visit(chunk, half, pair, lane0, row, group) for every group of `rows` x `cols` in the blocks: lane0 is 0 for
 // the first row of a pair and 2 for the second.
 template <class ChunkPointer, class F>
-void each_group(ChunkPointer stream, int64_t rows, int64_t cols, int64_t first, int64_t last, F visit) {
+void each_group(ChunkPointer tiled, int64_t rows, int64_t cols, int64_t first, int64_t last, F visit) {
   const int64_t chunks = chunks_of(cols), groups = cols / kGroup;
   for (int64_t row = first * kBlockRows; row < std::min(rows, last * kBlockRows); ++row) {
-    ChunkPointer chunk = stream + row / kBlockRows * chunks;
+    ChunkPointer chunk = tiled + row / kBlockRows * chunks;
     const int64_t pair = row % kBlockRows / 2, lane0 = row % 2 * kKept;
     for (int64_t g = 0; g < groups; ++g)
       visit(chunk[g / (2 * kHalfGroups)], g / kHalfGroups % 2, pair, lane0, row, g);
@@ -103,14 +103,14 @@ void interleave(const HalfRow<Bits>& a, const HalfRow<Bits>& b, Bits* out) {
 }
 
 template <class Bits>
-bool to_stream_as(const void* values, const uint8_t* metadata, int64_t rows, int64_t cols, void* out, int64_t first,
+bool to_tiled_as(const void* values, const uint8_t* metadata, int64_t rows, int64_t cols, void* out, int64_t first,
                   int64_t last, Bits exponent) {
-  auto* stream = static_cast<Chunk<Bits>*>(out);
+  auto* tiled = static_cast<Chunk<Bits>*>(out);
   const int64_t stride = metadata_stride(cols), groups = cols / kGroup, halves = ceil_div(groups, kHalfGroups);
   bool valid = true;
   uint64_t unfinite = 0;
   for (int64_t block = first; block < last; ++block) {
-    Chunk<Bits>* chunks = stream + block * chunks_of(cols);
+    Chunk<Bits>* chunks = tiled + block * chunks_of(cols);
     if (halves % 2) chunks[chunks_of(cols) - 1] = {};  // of which the second half is not written
     for (int64_t half = 0; half < halves; ++half) {
       const int64_t g = half * kHalfGroups, count = std::min(kHalfGroups, groups - g);
@@ -134,7 +134,7 @@ bool to_stream_as(const void* values, const uint8_t* metadata, int64_t rows, int
 }
 
 template <class Bits>
-void from_stream_as(const void* in, int64_t rows, int64_t cols, void* values, uint8_t* metadata, int64_t first,
+void from_tiled_as(const void* in, int64_t rows, int64_t cols, void* values, uint8_t* metadata, int64_t first,
                     int64_t last) {
   const int64_t stride = metadata_stride(cols);
   const int64_t begin = first * kBlockRows, end = std::min(rows, last * kBlockRows);
@@ -154,7 +154,7 @@ void from_stream_as(const void* in, int64_t rows, int64_t cols, void* values, ui
 
 }  // namespace
 
-int64_t stream_bytes(Dtype dtype, int64_t rows, int64_t cols) {
+int64_t tiled_bytes(Dtype dtype, int64_t rows, int64_t cols) {
   const int64_t chunk = dtype == Dtype::kFloat32 ? sizeof(Chunk<uint32_t>) : sizeof(Chunk<uint16_t>);
   return blocks_of(rows) * chunks_of(cols) * chunk;
 }
@@ -176,20 +176,20 @@ void drop_pages([[maybe_unused]] uintptr_t begin, [[maybe_unused]] int64_t bytes
 #endif
 }
 
-bool to_stream(Dtype dtype, const void* values, const uint8_t* metadata, int64_t rows, int64_t cols, void* stream,
+bool to_tiled(Dtype dtype, const void* values, const uint8_t* metadata, int64_t rows, int64_t cols, void* tiled,
                int64_t first, int64_t last) {
   switch (dtype) {
-    case Dtype::kFloat32: return to_stream_as<uint32_t>(values, metadata, rows, cols, stream, first, last, 0x7f800000u);
-    case Dtype::kFloat16: return to_stream_as<uint16_t>(values, metadata, rows, cols, stream, first, last, 0x7c00u);
-    case Dtype::kBFloat16: return to_stream_as<uint16_t>(values, metadata, rows, cols, stream, first, last, 0x7f80u);
+    case Dtype::kFloat32: return to_tiled_as<uint32_t>(values, metadata, rows, cols, tiled, first, last, 0x7f800000u);
+    case Dtype::kFloat16: return to_tiled_as<uint16_t>(values, metadata, rows, cols, tiled, first, last, 0x7c00u);
+    case Dtype::kBFloat16: return to_tiled_as<uint16_t>(values, metadata, rows, cols, tiled, first, last, 0x7f80u);
   }
   return false;
 }
 
-void from_stream(Dtype dtype, const void* stream, int64_t rows, int64_t cols, void* values, uint8_t* metadata,
+void from_tiled(Dtype dtype, const void* tiled, int64_t rows, int64_t cols, void* values, uint8_t* metadata,
                  int64_t first, int64_t last) {
-  const auto run = dtype == Dtype::kFloat32 ? from_stream_as<uint32_t> : from_stream_as<uint16_t>;
-  run(stream, rows, cols, values, metadata, first, last);
+  const auto run = dtype == Dtype::kFloat32 ? from_tiled_as<uint32_t> : from_tiled_as<uint16_t>;
+  run(tiled, rows, cols, values, metadata, first, last);
 }
 
 }  // namespace swiftprune
