@@ -24,13 +24,13 @@ from swiftprune.checkpoints.source import INDEX_NAME, Checkpoint, TensorEntry, s
 from swiftprune.config import DTYPES, DtypeName, PruneSettings
 from swiftprune.errors import CheckpointError, SettingsError
 from swiftprune.formats import FORMATS, CheckpointFormat, spec
-from swiftprune.formats.spec import Packed24
+from swiftprune.formats.spec import Packed24, WeightSpec
 from swiftprune.kernels import packing
 from swiftprune.models.load import context_length, load_whole_model, read_config
 from swiftprune.models.perplexity import dense_perplexity, perplexity
 from swiftprune.models.plan import FUSED, Block, Linear, Targets
 from swiftprune.progress import Notify, ProgressCallback, ignore_message, no_progress
-from swiftprune.results import Check, LayerResult, PrunedBlock
+from swiftprune.results import Check, LayerResult, PrunedBlock, PrunedWeight
 from swiftprune.stages.check import check as check_result
 from swiftprune.stages.context import Run
 from swiftprune.stages.distill import Validation
@@ -264,7 +264,9 @@ def _estimate(run: Run, target: Target) -> int:
         total += run.checkpoint.parameter_count * (4 + 2)
     elif target != "dense":
         for block in run.targets.blocks:
-            total -= sum(int(sizes[linear.tensor].nbytes * 7 / 16) for linear in block.linears)
+            for linear in block.linears:
+                rows, cols = sizes[linear.tensor].shape
+                total += WeightSpec((rows, cols), run.stored_dtype(linear)).nbytes - sizes[linear.tensor].nbytes
     if "distill" in run.settings.refine:  # weights, two moments and the best weights, kept twice while written
         total += 2 * 4 * 4 * run.pruned_count()
     return total
@@ -337,13 +339,13 @@ class _ShardWriter:
         except (TypeError, ValidationError):
             return None
 
-    def load(self, block: Block) -> dict[str, Tensor]:
+    def load(self, block: Block) -> dict[str, PrunedWeight]:
         tensors = self._workspace.read_shard(self._block_shard(block))
         return {name: self._restore(tensors, name) for name in block.tensors}
 
-    def _restore(self, tensors: dict[str, Tensor], name: str) -> Tensor:
+    def _restore(self, tensors: dict[str, Tensor], name: str) -> PrunedWeight:
         packed = self._format.decode(name, tensors) if self._format else None
-        return tensors[name] if packed is None else packing.unpack(packed, name)
+        return tensors[name] if packed is None else packed
 
     def save(self, done: PrunedBlock) -> None:
         names = [name for name in done.block.tensors if name not in done.weights]
@@ -356,7 +358,7 @@ class _ShardWriter:
             self._block_shard(done.block), tensors, [result.model_dump() for result in done.results]
         )
 
-    def _store(self, name: str, weight: Packed24 | Tensor) -> dict[str, Tensor]:
+    def _store(self, name: str, weight: PrunedWeight) -> dict[str, Tensor]:
         format = self._format
         if isinstance(weight, Packed24) and format and not format.unsupported_reason(weight.shape, weight.values.dtype):
             return format.encode(name, weight)

@@ -410,7 +410,7 @@ class _Contest:
     def _prepared(self, backend: Backend, weight: Tensor) -> Run | str:
         """What multiplies by `weight`, or why nothing does."""
         rows, cols = weight.shape
-        if reason := backend.refusal(weight.dtype, (rows, cols), self.capability):
+        if reason := backend.unsupported_reason(weight.dtype, (rows, cols), self.capability):
             return reason
         try:
             return backend.prepare(weight)

@@ -66,7 +66,7 @@ class Backend:
     quantized: torch.dtype | None = None
     """The type of 8 bits that it takes 16-bit weights, and inputs perhaps, to."""
 
-    def refusal(self, dtype: torch.dtype, shape: tuple[int, int], capability: tuple[int, int]) -> str | None:
+    def unsupported_reason(self, dtype: torch.dtype, shape: tuple[int, int], capability: tuple[int, int]) -> str | None:
         """Why a device of this compute capability cannot do it, or None when nothing is known to be in the way."""
         if self.quantized and dtype.itemsize == 1:
             return f"{self.name} quantizes 16-bit inputs"
@@ -202,7 +202,7 @@ def _served(name: str) -> Backend:
     backend = gpu.BACKENDS[name]
 
     def limits(shape: tuple[int, int], dtype: torch.dtype) -> str | None:
-        return _packed_limits(shape, dtype) or backend.refusal(dtype, shape, _NEWEST)
+        return _packed_limits(shape, dtype) or backend.unsupported_reason(dtype, shape, _NEWEST)
 
     major = semi_structured.CUTLASS_MAJOR if name.startswith("cutlass") else None
     return Backend(name, limits, partial(_linear24, name), major=major, quantized=backend.quantized)
@@ -247,11 +247,11 @@ def checks(
     yield "packed pair: unpacked on the device", lambda: _check_unpack(place)
     for backend in backends:
         for dtype in DTYPES.values():
-            if not backend.refusal(dtype, CHECKED_SHAPES[0], capability):
+            if not backend.unsupported_reason(dtype, CHECKED_SHAPES[0], capability):
                 yield f"{backend.name} {short(dtype)}: products", partial(_check_products, place, backend, dtype)
-        if not backend.refusal(torch.bfloat16, CHECKED_SHAPES[0], capability):
+        if not backend.unsupported_reason(torch.bfloat16, CHECKED_SHAPES[0], capability):
             yield f"{backend.name}: -0.0 and groups of zeros", partial(_check_zeros, place, backend)
-        if backend.name == "cutlass" and not backend.refusal(torch.bfloat16, CHECKED_SHAPES[0], capability):
+        if backend.name == "cutlass" and not backend.unsupported_reason(torch.bfloat16, CHECKED_SHAPES[0], capability):
             yield "CUTLASS layout: the products of torch's own", lambda: _check_cutlass_layout(place)
 
 

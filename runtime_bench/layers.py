@@ -26,6 +26,7 @@ from runtime_bench.results import Result
 from runtime_bench.statistics import ratios
 from runtime_bench.stored import Stored
 from swiftprune.errors import SettingsError
+from swiftprune.formats.spec import WeightSpec
 from swiftprune.kernels import dispatch, native
 from swiftprune.kernels.linear import Linear24
 from swiftprune.kernels.packing import pack
@@ -39,7 +40,7 @@ SHAPES: dict[str, list[tuple[int, int]]] = {
 """(outputs, inputs) of the linears of each model; query, key, value, gate and up apart."""
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-BYTE_BOUND = {"bf16": 32 / 18, "fp16": 32 / 18, "fp32": 64 / 34}
+BYTE_BOUND = {name: WeightSpec((8, 64), dtype).compression for name, dtype in DTYPES.items()}
 """Dense bytes over packed bytes of a weight: the speedup when both only read it, at the same speed."""
 ROTATED_BYTES = 512 << 20  # of dense weights, per contestant
 TURN_BYTES = 256 << 20  # of dense weights, per turn, for up to TURN_TOKENS tokens and fewer for more
@@ -240,7 +241,7 @@ def _cell(weights: _Weights, dtype: str, tokens: int, threads: int, memory: Tens
         backend=weights.sparse[0].backend,
         sparse=CallTime.of(times.pop("sparse"), calls),
         dense={name: CallTime.of(timing, calls) for name, timing in times.items()},
-        packed_bytes=weights.sparse[0].tiled.nbytes,
+        packed_bytes=weights.sparse[0].get_buffer("tiled").nbytes,
         read_gb_per_s=memory.nbytes / read.quantile(0.2) / 1e9,
     )
 
@@ -265,7 +266,7 @@ def call_overhead(calls: int = 2000, rounds: int = 9) -> CallOverhead:
     x = torch.ones(1, 8, dtype=torch.bfloat16)
     contestants: dict[str, Callable[[], object]] = {
         "linear24_us": lambda: layer(x),
-        "operator_us": lambda: operator(x, layer.tiled, None, 8, layer.backend),
+        "operator_us": lambda: operator(x, [layer.get_buffer("tiled")], None, 8, layer.backend),
         "nn_linear_us": lambda: dense(x),
     }
     times: dict[str, list[float]] = {name: [] for name in contestants}

@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from runtime_bench.measure import interleaved
 from runtime_bench.stored import Stored
-from swiftprune.formats.spec import GROUP, KEPT, QUANT_METHOD, metadata_width
+from swiftprune.formats.spec import GROUP, KEPT, QUANT_METHOD, WeightSpec
 from swiftprune.kernels import native
 
 _READ_BYTES = 512 << 20
@@ -108,9 +108,9 @@ class MatrixFacts:
         return self.rows * self.cols // (GROUP // KEPT if self.packed else 1)
 
     def nbytes(self, dtype: torch.dtype) -> int:
-        """As the checkpoint stores it: packed, 9/16 of the dense bytes for 16-bit types."""
+        """As the checkpoint stores it."""
         if self.packed:
-            return self.rows * (self.cols // GROUP * KEPT * dtype.itemsize + metadata_width(self.cols))
+            return WeightSpec((self.rows, self.cols), dtype).nbytes
         return self.rows * self.cols * dtype.itemsize
 
 

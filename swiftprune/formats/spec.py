@@ -53,6 +53,27 @@ VALUE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 METADATA_SUFFIX = "_meta"  # <module>.weight -> <module>.weight_meta
 
 
+@dataclass(frozen=True)
+class WeightSpec:
+    """What a packed weight is stored in. Its `nbytes` is the one place that knows how many bits a weight takes."""
+
+    shape: tuple[int, int]
+    """(N, K) of the weight that is packed."""
+    values: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all its tensors."""
+        rows, cols = self.shape
+        return rows * (cols // GROUP * KEPT * self.values.itemsize + metadata_width(cols))
+
+    @property
+    def compression(self) -> float:
+        """Bytes of the dense weight in the type of the values, over `nbytes`."""
+        rows, cols = self.shape
+        return rows * cols * self.values.itemsize / self.nbytes
+
+
 @dataclass(frozen=True, eq=False)
 class Packed24:
     """A packed weight: `values` (N, K/2) and `metadata` (N, ceil(K/8)) uint8, as specified above."""
@@ -67,8 +88,8 @@ class Packed24:
         return rows, 2 * half
 
     @property
-    def nbytes(self) -> int:
-        return self.values.nbytes + self.metadata.nbytes
+    def spec(self) -> WeightSpec:
+        return WeightSpec(self.shape, self.values.dtype)
 
 
 def check_declared(format: str | None, version: int | None, engine: str) -> None:

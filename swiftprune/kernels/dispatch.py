@@ -14,6 +14,7 @@ from swiftprune.errors import SettingsError
 from swiftprune.kernels.score_factors import EwmaGains, ScoreFactors
 
 if TYPE_CHECKING:
+    from swiftprune.kernels.base import LinearKernel
     from swiftprune.kernels.plan import Plan
 
 logger = logging.getLogger(__name__)
@@ -60,6 +61,14 @@ def _cpu_kernels() -> Kernels:
     return reference.ReferenceKernels()
 
 
+def linear_kernel(name: str) -> LinearKernel:
+    """The kernel that `linear_backend` has named: one for CPUs, or a plan for GPUs."""
+    from swiftprune.kernels.cpu import KERNELS
+    from swiftprune.kernels.plan import Plan
+
+    return KERNELS.get(name) or Plan.parse(name)
+
+
 def linear_backends(dtype: torch.dtype, device: torch.device | str = "cpu") -> list[str]:
     """Backends of `Linear24` that run weights of `dtype` on `device`, at least of some shapes; the last is `reference`.
 
@@ -69,7 +78,7 @@ def linear_backends(dtype: torch.dtype, device: torch.device | str = "cpu") -> l
 
     device = torch.device(device)
     if device.type == "cuda":
-        reasons = gpu.refusals(dtype, _GOOD_SHAPE, torch.cuda.get_device_capability(device))
+        reasons = gpu.unsupported_reasons(dtype, _GOOD_SHAPE, torch.cuda.get_device_capability(device))
         return [*(name for name, reason in reasons.items() if reason is None), REFERENCE]
     return [*(native.linear_isas(dtype) if device.type == "cpu" else ()), REFERENCE]
 
@@ -122,7 +131,7 @@ def gpu_backend(
     """
     from swiftprune.kernels import gpu, plan
 
-    reasons = gpu.refusals(dtype, shape, capability)
+    reasons = gpu.unsupported_reasons(dtype, shape, capability)
     where = f"{shape[0]}x{shape[1]} {str(dtype).removeprefix('torch.')} on {name}"
     if asked is None:
         if chosen := plan.plan(

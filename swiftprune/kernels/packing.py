@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from swiftprune.errors import FormatError
 from swiftprune.formats.spec import FORMAT, Packed24, check_device, check_shapes, unpackable_reason
-from swiftprune.kernels import dispatch
+from swiftprune.kernels import dispatch, reference
 from swiftprune.kernels.score_factors import ScoreFactors
 
 
@@ -41,6 +42,14 @@ def unpack(packed: Packed24 | Tensor, name: str = "weight") -> Tensor:
         return packed
     check_shapes(packed, name)
     return dispatch.kernels(packed.values.device).unpack(packed.values, packed.metadata, name)
+
+
+def keep_mask(packed: Packed24 | Tensor) -> Tensor:
+    """(N, K) bool, True = kept: what the metadata of a packed weight says, and of a dense one what is not zero."""
+    if isinstance(packed, Tensor):
+        return packed != 0
+    ones = torch.ones_like(packed.values, dtype=torch.bool)
+    return reference.scatter(ones, reference.stored_positions(packed.values, packed.metadata))
 
 
 def canonical(packed: Packed24, name: str = "weight") -> Packed24:

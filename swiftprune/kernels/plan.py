@@ -19,14 +19,18 @@ import functools
 import json
 import math
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from swiftprune.errors import SettingsError
+from swiftprune.formats.spec import Packed24, WeightSpec
+from swiftprune.kernels import gpu
+from swiftprune.kernels.base import LinearKernel
 from swiftprune.kernels.gpu import BACKENDS, CUTLASS, TRITON, UNPACK
 
 TABLE_VARIABLE = "SWIFTPRUNE_GPU_TABLE"
@@ -76,10 +80,41 @@ def gpu_model(name: str, capability: tuple[int, int]) -> GpuModel:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """Backends by tokens: the first whose limit is not below them; the last has none."""
+class Plan(LinearKernel):
+    """Backends of GPUs by tokens: the first whose limit is not below them; the last has none."""
 
     choices: tuple[tuple[int | None, str], ...]
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return str(self)
+
+    @property
+    def buffer_names(self) -> tuple[str, ...]:  # type: ignore[override]
+        """Those of its backends together: what has one name is shared."""
+        return tuple(sorted({name for backend in self.backends for name in BACKENDS[backend].buffer_names}))
+
+    def prepare(self, packed: Packed24, name: str = "weight") -> dict[str, Tensor]:
+        buffers: dict[str, Tensor] = {}
+        for backend in sorted(self.backends):
+            if not set(BACKENDS[backend].buffer_names) <= set(buffers):
+                buffers = BACKENDS[backend].prepare(packed, name) | buffers
+        return {name: buffers[name] for name in self.buffer_names}
+
+    def apply(self, x: Tensor, buffers: Mapping[str, Tensor], bias: Tensor | None, out_features: int) -> Tensor:
+        """Chooses by the number of tokens, which under a compiler is known here only."""
+        if not x.numel():
+            return x.new_empty((*x.shape[:-1], out_features))
+        backend = BACKENDS[self.backend(x.numel() // x.shape[-1])]
+        # Triton launches on the current device, whatever that of its tensors is.
+        with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
+            return backend.apply(x, buffers, bias, out_features)
+
+    def restore(self, buffers: Mapping[str, Tensor], spec: WeightSpec) -> Packed24:
+        return gpu.restore(buffers, spec)
+
+    def unpack(self, buffers: Mapping[str, Tensor], spec: WeightSpec) -> Tensor:
+        return gpu.unpack(buffers, spec)
 
     def backend(self, tokens: int) -> str:
         return next(name for limit, name in self.choices if limit is None or tokens <= limit)
@@ -120,7 +155,7 @@ class Plan:
 def modelled_seconds(backend: str, model: GpuModel, rows: int, cols: int, tokens: int) -> float:
     """How long a product takes by the model above."""
     weights = rows * cols
-    packed, dense, through = 9 / 8 * weights, 2 * weights, 2 * tokens * (rows + cols)
+    packed, dense, through = WeightSpec((rows, cols), torch.bfloat16).nbytes, 2 * weights, 2 * tokens * (rows + cols)
     rate, peak = READ_SHARE * 1e9 * model.gb_per_s, 1e12 * model.tera_ops
     operations = 2 * tokens * weights
     if backend == TRITON:

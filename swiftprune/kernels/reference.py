@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from swiftprune.errors import FormatError
+from swiftprune.formats.spec import Packed24
 from swiftprune.kernels.score_factors import EwmaGains, ScoreFactors
 
 # (pos0, pos1) stored for each set of non-zero kept positions, by the bits of the set (format.py, rule 4);
@@ -75,6 +76,11 @@ def stored_positions(values: Tensor, metadata: Tensor) -> Tensor:
     """Positions within their groups (N, K/4, 2) int64 of `values` (N, K/2), on any device, unchecked."""
     nibbles = torch.stack((metadata & 15, metadata >> 4), dim=-1).flatten(1)[:, : values.shape[1] // 2]
     return torch.stack((nibbles & 3, nibbles >> 2), dim=-1).long()
+
+
+def unpack_unchecked(packed: Packed24) -> Tensor:
+    """The weight (N, K) with its zeros, on any device, without waiting for it."""
+    return scatter(packed.values, stored_positions(packed.values, packed.metadata))
 
 
 def scatter(values: Tensor, positions: Tensor) -> Tensor:

@@ -104,9 +104,9 @@ class Run:
             stored = store.load(block)
             pruned = {linear.tensor for linear in block.linears}
             for name, tensor in self.parameters(block).items():
-                places[name].copy_(stored[tensor])
+                places[name].copy_(packing.unpack(stored[tensor], name))
                 if tensor in pruned:
-                    masks[name] = stored[tensor] != 0
+                    masks[name] = packing.keep_mask(stored[tensor])
         return masks
 
     def by_parameter(self, block: Block, weights: Mapping[str, PrunedWeight]) -> dict[str, Tensor]:

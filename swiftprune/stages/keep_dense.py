@@ -63,7 +63,7 @@ def _dense_linears(run: Run, store: BlockStore) -> list[str]:
         )
 
 
-def _with_dense(run: Run, block: Block, finished: Mapping[str, Tensor], names: Collection[str]) -> PrunedBlock:
+def _with_dense(run: Run, block: Block, finished: Mapping[str, PrunedWeight], names: Collection[str]) -> PrunedBlock:
     """`block`, all of whose tensors are `finished`, with the linears of `names` as they were before pruning."""
     linears = {linear.tensor: linear for linear in block.linears}
     weights: dict[str, PrunedWeight] = dict(finished)
@@ -73,7 +73,6 @@ def _with_dense(run: Run, block: Block, finished: Mapping[str, Tensor], names: C
         if linear.name in names:
             weights[tensor] = before[tensor].to(run._stored(before[tensor].dtype))
             continue
-        weights[tensor] = run.to_store(tensor, finished[tensor], True)
         results.append(layer_result(linear, before[tensor], weights[tensor], None, 0.0))
     return PrunedBlock(block, weights, results)
 

@@ -134,7 +134,7 @@ def _announce_cost(run: Run, seconds: float, blocks: int) -> None:
 
 
 def _forward_finished(
-    run: Run, runner: BlockRunner, block: Block, weights: Mapping[str, Tensor], tick: Callable[[], None]
+    run: Run, runner: BlockRunner, block: Block, weights: Mapping[str, PrunedWeight], tick: Callable[[], None]
 ) -> None:
     with run.clock("calibrate"), runner.block(block):
         runner.advance_dense(block)
@@ -179,9 +179,9 @@ def _refine_block(
     run: Run, block: Block, weights: dict[str, PrunedWeight], runner: BlockRunner, tick: Callable[[], None]
 ) -> dict[str, PrunedWeight]:
     pruned = run.by_parameter(block, weights)
-    keep_masks = {name: weight != 0 for name, weight in pruned.items()}
-    refined = refine_blocks.refine(runner, block, pruned, keep_masks, tick)
     parameters = run.parameters(block)
+    keep_masks = {name: packing.keep_mask(weights[parameters[name]]) for name in pruned}
+    refined = refine_blocks.refine(runner, block, pruned, keep_masks, tick)
     return {
         parameters[name]: run.to_store(parameters[name], weight, name in pruned) for name, weight in refined.items()
     }

@@ -9,9 +9,8 @@ from torch import Tensor
 
 from swiftprune.calibration.data import CalibrationData
 from swiftprune.checkpoints.source import Orders
-from swiftprune.kernels import packing
 from swiftprune.models.plan import Block
-from swiftprune.results import PrunedBlock
+from swiftprune.results import PrunedBlock, PrunedWeight
 from swiftprune.stages.distill import TrainingStore
 
 if TYPE_CHECKING:
@@ -28,8 +27,8 @@ class BlockStore(TrainingStore, Protocol):
         """Whether the block has been saved."""
         ...
 
-    def load(self, block: Block) -> dict[str, Tensor]:
-        """All tensors of a saved block by name in the checkpoint, pruned ones dense with zeros."""
+    def load(self, block: Block) -> dict[str, PrunedWeight]:
+        """All tensors of a saved block by name in the checkpoint."""
         ...
 
     def save(self, done: PrunedBlock) -> None: ...
@@ -53,10 +52,9 @@ class MemoryStore:
     def finished(self, block: Block) -> bool:
         return block.name in self.blocks
 
-    def load(self, block: Block) -> dict[str, Tensor]:
+    def load(self, block: Block) -> dict[str, PrunedWeight]:
         weights = self.blocks[block.name].weights
-        others = self._run.checkpoint.read(name for name in block.tensors if name not in weights)
-        return others | {name: packing.unpack(weight, name) for name, weight in weights.items()}
+        return {**self._run.checkpoint.read(name for name in block.tensors if name not in weights), **weights}
 
     def save(self, done: PrunedBlock) -> None:
         self.blocks[done.block.name] = done

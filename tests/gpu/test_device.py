@@ -32,7 +32,7 @@ def the_weight() -> Tensor:
 def layer_on(backend: str) -> Linear24:
     bias = torch.arange(ROWS) / ROWS
     layer = Linear24.from_packed(pack(the_weight()), bias, backend=dispatch.REFERENCE).to("cuda")
-    reason = gpu.refusals(torch.bfloat16, (ROWS, COLS), torch.cuda.get_device_capability())
+    reason = gpu.unsupported_reasons(torch.bfloat16, (ROWS, COLS), torch.cuda.get_device_capability())
     for name in backend.replace("<=8", "").split(","):
         if reason.get(name):
             pytest.skip(str(reason[name]))

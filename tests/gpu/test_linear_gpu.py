@@ -15,7 +15,7 @@ from swiftprune.errors import SettingsError
 from swiftprune.formats.spec import Packed24
 from swiftprune.kernels import dispatch, gpu, triton_linear
 from swiftprune.kernels.linear import Linear24
-from swiftprune.kernels.packing import pack
+from swiftprune.kernels.packing import pack, unpack
 from tests.gpu.weights import random_weight
 
 BF16 = torch.bfloat16
@@ -33,11 +33,10 @@ def stand_ins(cuda_operators: None, monkeypatch: pytest.MonkeyPatch) -> list[str
 
     def dense(values: Tensor, metadata: Tensor) -> Tensor:
         calls.append("unpack")
-        weight: Tensor = torch.ops.swiftprune.unpack24(values.float(), metadata)
-        return weight.to(values.dtype)
+        return unpack(Packed24(values.float(), metadata)).to(values.dtype)
 
     def linear24(x: Tensor, values: Tensor, metadata: Tensor, bias: Tensor | None, scale: Tensor | None) -> Tensor:
-        weight = torch.ops.swiftprune.unpack24(values.float(), metadata).double()
+        weight = unpack(Packed24(values.float(), metadata)).double()
         calls.append(f"triton {values.dtype.itemsize * 8} bits")
         weight = weight if scale is None else weight * scale[:, None]
         return F.linear(x.double(), weight, None if bias is None else bias.double()).to(x.dtype)
@@ -157,7 +156,7 @@ def test_traced_on_a_gpu_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> N
             assert (y.device.type, y.dtype, y.shape) == ("cuda", BF16, (2, tokens, 1024))
             assert y.is_contiguous()
     targets = [node.target for graph in graphs for node in graph.graph.nodes]
-    assert targets.count(torch.ops.swiftprune.linear24_gpu) + targets.count(
-        torch.ops.swiftprune.linear24_gpu.default
-    ) == len(graphs)
+    assert targets.count(torch.ops.swiftprune.linear24) + targets.count(torch.ops.swiftprune.linear24.default) == len(
+        graphs
+    )
     assert len(graphs) <= 2  # tokens of 1 are a graph of their own

@@ -169,7 +169,9 @@ def test_what_needs_cuda_is_unavailable_and_the_rest_still_measured() -> None:
     ],
 )
 def test_dtypes_by_capability(capability: tuple[int, int], refused: set[str]) -> None:
-    reasons = {name: BY_NAME["cusparselt"].refusal(dtype, (64, 128), capability) for name, dtype in DTYPES.items()}
+    reasons = {
+        name: BY_NAME["cusparselt"].unsupported_reason(dtype, (64, 128), capability) for name, dtype in DTYPES.items()
+    }
     assert {name for name, reason in reasons.items() if reason} == refused
     for reason in filter(None, reasons.values()):
         assert reason.endswith(f"this is {capability[0]}.{capability[1]}")
@@ -179,7 +181,9 @@ def test_cutlass_is_for_ampere_and_ada() -> None:
     result = measure(FakeDevice("9.0"))
     assert times_of(result)["cutlass"].reason == "cutlass needs compute capability 8.x, and this is 9.0"
     assert not [check for check in result.checks if "cutlass" in check.name.lower()]  # no failure, as no fault of it
-    assert all(BY_NAME["cutlass"].refusal(torch.bfloat16, (64, 128), (8, minor)) is None for minor in (0, 6, 7, 9))
+    assert all(
+        BY_NAME["cutlass"].unsupported_reason(torch.bfloat16, (64, 128), (8, minor)) is None for minor in (0, 6, 7, 9)
+    )
 
 
 @pytest.mark.parametrize(
@@ -200,7 +204,7 @@ def test_cutlass_is_for_ampere_and_ada() -> None:
 )
 def test_shapes_by_backend(backend: str, dtype: str, smallest: tuple[int, int] | None) -> None:
     def refusal(rows: int, cols: int) -> str | None:
-        return BY_NAME[backend].refusal(DTYPES[dtype], (rows, cols), (8, 9))
+        return BY_NAME[backend].unsupported_reason(DTYPES[dtype], (rows, cols), (8, 9))
 
     if smallest is None:
         assert refusal(256, 256)

@@ -15,7 +15,9 @@ from runtime_bench import cli, gpu_tables, results
 from runtime_bench.gpu import GpuCell, GpuResult, GpuTime
 from runtime_bench.machine import Gpu, this_machine
 from swiftprune.errors import SettingsError
+from swiftprune.formats.spec import Packed24
 from swiftprune.kernels import dispatch, plan, triton_linear
+from swiftprune.kernels.packing import unpack
 from swiftprune.kernels.triton_linear import Config
 from tests.runtime_bench.test_gpu import FakeDevice
 
@@ -99,7 +101,7 @@ def test_tuning_takes_the_fastest_right_configuration() -> None:
         device.ran = names[config.warps]
         if device.ran == "fails":
             raise RuntimeError("out of shared memory")
-        weight: Tensor = torch.ops.swiftprune.unpack24(values, metadata)
+        weight = unpack(Packed24(values, metadata))
         return x @ weight.T * (2 if device.ran == "fast and wrong" else 1)
 
     tuned = gpu_tables.tune(device, [1, 8], [(64, 128)], multiply=multiply, configs=configs)

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.sparse._semi_structured_conversions import sparse_semi_structured_from_dense_cutlass
 
 from swiftprune.errors import FormatError
-from swiftprune.formats.spec import Packed24, metadata_width, validate
-from swiftprune.kernels.packing import pack, prune_and_pack, unpack
+from swiftprune.formats.spec import Packed24, WeightSpec, metadata_width, validate
+from swiftprune.kernels.packing import keep_mask, pack, prune_and_pack, unpack
 from swiftprune.kernels.score_factors import ScoreFactors
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -44,6 +44,11 @@ def test_round_trip_is_exact(weight: Tensor) -> None:
     assert packed.shape == tuple(weight.shape)
     assert packed.values.shape == (weight.shape[0], weight.shape[1] // 2)
     assert packed.metadata.shape == (weight.shape[0], metadata_width(weight.shape[1]))
+    assert packed.spec == WeightSpec((weight.shape[0], weight.shape[1]), weight.dtype)
+    assert packed.spec.nbytes == packed.values.nbytes + packed.metadata.nbytes
+    assert packed.spec.compression == weight.nbytes / packed.spec.nbytes
+    assert torch.equal(keep_mask(packed) | (weight != 0), keep_mask(packed))
+    assert keep_mask(packed).view(-1, 4).sum(1).eq(2).all()
     restored = unpack(packed)
     assert restored.dtype == weight.dtype
     assert torch.equal(restored, weight)

@@ -282,8 +282,8 @@ def test_the_operators_follow_the_rules_of_torch() -> None:
     tiled = native.to_tiled(packed.values, packed.metadata)
     assert tiled is not None
     x = torch.randn(3, 64, requires_grad=True)
-    torch.library.opcheck(torch.ops.swiftprune.unpack24, (packed.values, packed.metadata))
-    torch.library.opcheck(torch.ops.swiftprune.linear24, (x, tiled, torch.ones(12), 12, "generic"))
+    torch.library.opcheck(torch.ops.swiftprune.unpack24, ([tiled], torch.float32, 12, 64, "generic"))
+    torch.library.opcheck(torch.ops.swiftprune.linear24, (x, [tiled], torch.ones(12), 12, "generic"))
 
 
 @pytest.mark.parametrize(("backend", "dtype"), ANY, ids=IDS)
@@ -344,6 +344,7 @@ def test_unpacking_without_checks_is_unpacking(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_what_does_not_fit_is_refused_before_it_reaches_the_kernels(dtype: torch.dtype) -> None:
     layer = Linear24.from_packed(pack(torch.zeros(256, 256, dtype=dtype)))
+    tiled = layer.get_buffer("tiled")
     x = torch.zeros(2, 256, dtype=dtype)
     other = torch.float32 if dtype == torch.bfloat16 else torch.bfloat16
     for bad, why in (
@@ -352,10 +353,10 @@ def test_what_does_not_fit_is_refused_before_it_reaches_the_kernels(dtype: torch
         (lambda: layer.multiply(x, torch.zeros(255, dtype=dtype)), "bias is"),
         (lambda: layer.multiply(x, torch.zeros(256, 1, dtype=dtype)), "bias is"),
         (lambda: layer.multiply(x, torch.zeros(256, dtype=dtype, device="meta")), "bias is"),
-        (lambda: native.linear24(layer.backend, x, layer.tiled[:-1], None, 256), "does not fit a tiled weight"),
-        (lambda: native.linear24(layer.backend, x, layer.tiled.to("meta"), None, 256), "a tiled weight is"),
-        (lambda: native.linear24(layer.backend, x, layer.tiled, None, 256, torch.float64), "output can be"),
-        (lambda: native.from_tiled(layer.tiled, dtype, 256, 128), "does not fit a tiled weight"),
+        (lambda: native.linear24(layer.backend, x, tiled[:-1], None, 256), "does not fit a tiled weight"),
+        (lambda: native.linear24(layer.backend, x, tiled.to("meta"), None, 256), "a tiled weight is"),
+        (lambda: native.linear24(layer.backend, x, tiled, None, 256, torch.float64), "output can be"),
+        (lambda: native.from_tiled(tiled, dtype, 256, 128), "does not fit a tiled weight"),
         (lambda: native.to_tiled(torch.zeros(4, 8, dtype=dtype), torch.zeros(4, 3, dtype=torch.uint8)), "belong"),
         (lambda: native.to_tiled(torch.zeros(4, 8, dtype=dtype), torch.zeros(4, 2)), "belong"),
     ):

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from swiftprune.kernels import gpu
+from swiftprune.formats.spec import Packed24
+from swiftprune.kernels import gpu, packing
 
 
 class StandIn(gpu.GpuBackend):
@@ -18,11 +19,11 @@ class StandIn(gpu.GpuBackend):
         super().__init__(name, ("values", "metadata"))
         self.tokens: list[int] = []
 
-    def multiply(self, x: Tensor, held: Mapping[str, Tensor], bias: Tensor | None) -> Tensor:
+    def apply(self, x: Tensor, buffers: Mapping[str, Tensor], bias: Tensor | None, out_features: int) -> Tensor:
         self.tokens.append(x.numel() // x.shape[-1])
-        return F.linear(x, torch.ops.swiftprune.unpack24(held["values"], held["metadata"]), bias)
+        return F.linear(x, packing.unpack(Packed24(buffers["values"], buffers["metadata"])), bias)
 
-    def refusal(self, dtype: torch.dtype, shape: tuple[int, int], capability: tuple[int, int]) -> str | None:
+    def unsupported_reason(self, dtype: torch.dtype, shape: tuple[int, int], capability: tuple[int, int]) -> str | None:
         return None
 
 
