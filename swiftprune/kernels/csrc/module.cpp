@@ -10,6 +10,7 @@
 
 #include "ewma.h"
 #include "linear24.h"
+#include "quantized.h"
 #include "sparse24.h"
 #include "tiled.h"
 #include "threads.h"
@@ -189,6 +190,48 @@ NB_MODULE(_native, m) {
     const auto count = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(threads, blocks)));
     nb::gil_scoped_release release;
     in_parallel(count, [&](int i) { run(&args, blocks * i / count, blocks * (i + 1) / count); });
+  });
+
+  nb::list quant_isas;
+  for (const char* isa : kQuantIsas)
+    if (quant_kernel_for(isa)) quant_isas.append(isa);
+  m.attr("QUANT_ISAS") = nb::tuple(quant_isas);
+  m.attr("QUANT_INPUTS") = kQuantInputs;
+  nb::list codebook;
+  for (int8_t level : kCodebook) codebook.append(static_cast<int>(level));
+  m.attr("CODEBOOK") = nb::tuple(codebook);
+
+  m.def("quant_kernel", [](const std::string& isa) { return reinterpret_cast<uintptr_t>(quant_kernel_for(isa.c_str())); });
+
+  m.def("quant_bytes", [](int bits, int64_t rows, int64_t cols) { return quant_bytes(bits, rows, cols); });
+
+  m.def("to_quant_tiled", [](int bits, uintptr_t values, uintptr_t metadata, uintptr_t scales, int64_t rows, int64_t cols,
+                             uintptr_t tiled, int threads) {
+    advise_huge_pages(at<void*>(tiled), quant_bytes(bits, rows, cols));
+    const auto found = over_rows(blocks_of(rows), threads, [&](int64_t first, int64_t last) {
+      const bool valid = to_quant_tiled(bits, at<const uint8_t*>(values), at<const uint8_t*>(metadata),
+                                        at<const uint16_t*>(scales), rows, cols, at<void*>(tiled), first, last);
+      return valid ? Status{} : Status{Fault::kBadMetadata, first};
+    });
+    return static_cast<Fault>(std::get<0>(found)) == Fault::kNone;
+  });
+
+  m.def("from_quant_tiled", [](int bits, uintptr_t tiled, int64_t rows, int64_t cols, uintptr_t values, uintptr_t metadata,
+                               uintptr_t scales, int threads) {
+    over_rows(blocks_of(rows), threads, [&](int64_t first, int64_t last) {
+      from_quant_tiled(bits, at<const void*>(tiled), rows, cols, at<uint8_t*>(values), at<uint8_t*>(metadata),
+                       at<uint16_t*>(scales), first, last);
+      return Status{};
+    });
+  });
+
+  m.def("quant24", [](uintptr_t kernel, int bits, int x_dtype, uintptr_t tiled, uintptr_t bias, uintptr_t x,
+                      int64_t x_stride, uintptr_t y, int64_t tokens, int64_t rows, int64_t cols, int threads) {
+    nb::gil_scoped_release release;
+    run_quant24(*at<const QuantKernel*>(kernel),
+                {bits, x_dtype, at<const void*>(tiled), at<const void*>(bias), at<const void*>(x), x_stride, at<void*>(y),
+                 rows, tokens, rows, cols, {}},
+                threads);
   });
 
   m.def("read_bandwidth_pass", [](uintptr_t memory, int64_t bytes, int threads) {
