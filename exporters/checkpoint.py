@@ -197,6 +197,8 @@ def _check_target(settings: PruneSettings, target: Target) -> None:
         raise SettingsError(
             f"--target {target} stores {spec.FORMAT} only; for --format {settings.pattern} use --target dense"
         )
+    if settings.values and target != "packed":
+        raise SettingsError(f"--values {settings.values} is for --target packed, not for {target}")
     if target in _ONNX:
         require_packages()
 
@@ -266,7 +268,10 @@ def _estimate(run: Run, target: Target) -> int:
         for block in run.targets.blocks:
             for linear in block.linears:
                 rows, cols = sizes[linear.tensor].shape
-                total += WeightSpec((rows, cols), run.stored_dtype(linear)).nbytes - sizes[linear.tensor].nbytes
+                total += (
+                    WeightSpec((rows, cols), run.stored_dtype(linear), run.settings.values).nbytes
+                    - sizes[linear.tensor].nbytes
+                )
     if "distill" in run.settings.refine:  # weights, two moments and the best weights, kept twice while written
         total += 2 * 4 * 4 * run.pruned_count()
     return total
@@ -360,7 +365,7 @@ class _ShardWriter:
 
     def _store(self, name: str, weight: PrunedWeight) -> dict[str, Tensor]:
         format = self._format
-        if isinstance(weight, Packed24) and format and not format.unsupported_reason(weight.shape, weight.values.dtype):
+        if isinstance(weight, Packed24) and format and not format.unsupported_reason(weight.shape, weight.spec.dtype):
             return format.encode(name, weight)
         return {name: packing.unpack(weight, name)}
 
@@ -400,7 +405,7 @@ class _ShardWriter:
             MANIFEST,
             state
             | {
-                "format_version": spec.VERSION,
+                "format_version": spec.QUANTIZED_VERSION if self._run.settings.values else spec.VERSION,
                 **({"fitted_samples": fitted} if (fitted := self._run.fitted_samples) else {}),
                 **({"check": check.model_dump()} if check else {}),
                 "layers": [layer.model_dump() for layer in layers],
@@ -516,7 +521,9 @@ class _ShardWriter:
             config["dtype"] = dtype
             _set_dtype(config, dtype)
         if self._format:
-            config["quantization_config"] = self._format.quantization_config(list(self._dense))
+            config["quantization_config"] = self._format.quantization_config(
+                list(self._dense), self._run.settings.values
+            )
         return config
 
 

@@ -99,11 +99,12 @@ def _use(folder: Path, config: dict[str, Any], target: str | None, zeros: str | 
     if method == spec.QUANT_METHOD and stored == cutlass.FORMAT:
         return "CUTLASS layout of torch.sparse", {"torch on NVIDIA GPUs": "sparse, by exporters.torch_sparse.load"}
     if method == spec.QUANT_METHOD:
+        values = declared.get("values")
         config_type = getattr(torch, str(config.get("dtype") or config.get("torch_dtype") or "bfloat16"))
-        backend = dispatch.linear_backend(config_type)
-        return "packed 2:4 weights", {
+        backend = dispatch.linear_backend(config_type, quantized=values if values in spec.QUANTIZED else None)
+        return f"packed 2:4 weights{f', {values} values' if values else ''}", {
             "transformers": f"{ours} and imported: backend {backend} on this CPU",
-            "vLLM": f"{ours}: vllm serve {folder}",
+            "vLLM": f"{_NO}: it does not run {values} values yet" if values else f"{ours}: vllm serve {folder}",
             "ONNX Runtime": f"{_NO}: export the base model with --target onnx",
         }
     if stored == bitmask.FORMAT or (declared.get("sparsity_config") or {}).get("format") == bitmask.FORMAT:

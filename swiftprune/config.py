@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from swiftprune.calibration.text_files import DEFAULT_COLUMN
 from swiftprune.compute import ComputeName, faster_type
 from swiftprune.errors import SettingsError
-from swiftprune.formats.spec import FORMAT
+from swiftprune.formats.spec import FORMAT, Quantized
 from swiftprune.methods.mask import Pattern
 from swiftprune.methods.scores import KEEP, find_method
 from swiftprune.models.ignore import DEFAULT_IGNORE, compile_ignore
@@ -49,6 +49,8 @@ class PruneSettings(BaseModel):
     ignore: str = DEFAULT_IGNORE
     dtype: DtypeName | None = None
     """Type of the written weights; None keeps that of the checkpoint."""
+    values: Quantized | None = None
+    """Round the kept weights to 8 or 4 bits: see `rounding`, and `quantize` without calibration."""
     one_pass: bool = False
     """Calibrate on the dense model's hidden states, in one pass, and not on those of the blocks pruned so far."""
     compute: ComputeName | Literal["auto"] = "auto"
@@ -79,6 +81,8 @@ class PruneSettings(BaseModel):
             raise SettingsError(f"--permute moves zeros out of their groups, so it does not go with --method {KEEP}")
         if method.only not in (None, self.pattern):
             raise SettingsError(f"--method {name} prunes to --format {method.only} only")
+        if self.values and self.pattern != FORMAT:
+            raise SettingsError(f"--values {self.values} is for --format {FORMAT} only")
         if self.permute and self.pattern != FORMAT:
             raise SettingsError(f"--permute finds orders for --format {FORMAT} only")
         if self.calibration == "none" and (self.refine or self.permute):

@@ -9,7 +9,7 @@ from pydantic import BaseModel, Field
 from torch import Tensor
 
 from swiftprune.formats.spec import Packed24
-from swiftprune.kernels import packing
+from swiftprune.kernels import packing, reference
 from swiftprune.methods.statistics import InputStats
 from swiftprune.models.plan import Block, Linear
 
@@ -68,7 +68,7 @@ def kept_energy(before: Tensor, after: Tensor) -> float:
 def layer_result(
     linear: Linear, before: Tensor, after: PrunedWeight, stats: InputStats | None, seconds: float
 ) -> LayerResult:
-    kept = after.values if isinstance(after, Packed24) else after
+    kept = reference.stored_values(after) if isinstance(after, Packed24) else after
     error = None
     if stats is not None and stats.sample is not None:
         dense = before.float()

@@ -10,7 +10,7 @@ from torch import Tensor
 from swiftprune.formats.bitmask import BitmaskFormat
 from swiftprune.formats.cutlass import Cutlass24
 from swiftprune.formats.packed24 import PackedFormat
-from swiftprune.formats.spec import Packed24
+from swiftprune.formats.spec import Packed24, Quantized
 
 
 class CheckpointFormat(Protocol):
@@ -32,7 +32,7 @@ class CheckpointFormat(Protocol):
         """The weight that `encode` made `tensors` of; None when they do not hold it packed."""
         ...
 
-    def quantization_config(self, dense: list[str]) -> dict[str, Any]:
+    def quantization_config(self, dense: list[str], quantized: Quantized | None = None) -> dict[str, Any]:
         """What config.json declares; `dense` names the linears that are not packed."""
         ...
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from swiftprune.errors import FormatError
 from swiftprune.formats import spec
-from swiftprune.formats.spec import GROUP, Packed24
+from swiftprune.formats.spec import GROUP, Packed24, Quantized
 
 FORMAT = "sparse-24-bitmask"
 VALUES, MASK, SHAPE = "compressed", "bitmask", "shape"
@@ -43,7 +43,7 @@ class BitmaskFormat:
             return None
         return from_bitmask(tensors[stored[VALUES]], tensors[stored[MASK]], weight)
 
-    def quantization_config(self, dense: list[str]) -> dict[str, Any]:
+    def quantization_config(self, dense: list[str], quantized: Quantized | None = None) -> dict[str, Any]:
         return quantization_config(dense)
 
 

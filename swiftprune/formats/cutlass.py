@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.sparse import SparseSemiStructuredTensor, SparseSemiStructuredTensorCUTLASS
 
 from swiftprune.errors import FormatError
-from swiftprune.formats.spec import METADATA_SUFFIX, Packed24, declaration
+from swiftprune.formats.spec import METADATA_SUFFIX, Packed24, Quantized, declaration
 
 FORMAT = "2:4-cutlass"
 _METADATA_WORD = {1: torch.int32, 2: torch.int16}  # by bytes of a value
@@ -38,7 +38,7 @@ class Cutlass24:
         metadata = tensors.get(weight + METADATA_SUFFIX)
         return None if metadata is None else Packed24(*from_cutlass(tensors[weight], metadata))
 
-    def quantization_config(self, dense: list[str]) -> dict[str, Any]:
+    def quantization_config(self, dense: list[str], quantized: Quantized | None = None) -> dict[str, Any]:
         return declaration(FORMAT, dense)
 
 

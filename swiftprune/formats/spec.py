@@ -32,12 +32,34 @@ Worked example, one row of K = 8::
     weight_meta =  [0x8D]
 
 Bits per weight: 16 -> 9 for 16-bit types (1.78x smaller), 32 -> 17 for fp32 (1.88x).
+
+Specification, version 2: 8- and 4-bit values
+---------------------------------------------
+As version 1 but for the values, which are integers with scales:
+
+    <module>.weight        (N, K/2)   int8    `int8`: the two stored values of each group
+                           (N, K/4)   uint8   `int4`: their codes, the first one in the four low bits
+    <module>.weight_meta   (N, ceil(K/8))           uint8      as in version 1
+    <module>.weight_scale  (N, 1)                   bfloat16   `int8`: one a row
+                           (N, ceil(K/128))         bfloat16   `int4`: one for each 128 inputs of a row
+
+8.  W[n, k] at a stored position is the float32 product of its scale and its value, or of its scale and CODEBOOK[code].
+    Both factors are exact in float32, and so is the product.
+9.  The metadata is the mask: a stored value MAY be zero, and a writer chooses freely which positions it stores. Rules 4
+    and 5 do not hold; groups of fewer than two non-zeros store a value of zero.
+10. A value of -128 MUST NOT be written, and a reader MUST refuse it. Scales MUST be finite; they MAY be negative.
+11. `int4` MAY be sliced along K at multiples of 128 only.
+
+CODEBOOK is NF4 (Dettmers et al., arXiv 2305.14314) rounded to multiples of 1/127, in units of these.
+
+Bits per weight: 5 for `int8`, 3.125 for `int4`.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -49,8 +71,15 @@ GROUP = 4
 FORMAT = "2:4"
 QUANT_METHOD = "swiftprune"  # what config.json calls it
 VERSION = 1
+QUANTIZED_VERSION = 2
+SCALE_DTYPE = torch.bfloat16
 VALUE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 METADATA_SUFFIX = "_meta"  # <module>.weight -> <module>.weight_meta
+SCALE_SUFFIX = "_scale"
+Quantized = Literal["int8", "int4"]
+QUANTIZED: tuple[Quantized, ...] = ("int8", "int4")
+SCALED_INPUTS = 128  # that share a scale, of `int4`
+CODEBOOK = (-127, -88, -67, -50, -36, -23, -12, 0, 10, 20, 31, 43, 56, 71, 92, 127)
 
 
 @dataclass(frozen=True)
@@ -59,55 +88,99 @@ class WeightSpec:
 
     shape: tuple[int, int]
     """(N, K) of the weight that is packed."""
-    values: torch.dtype
+    dtype: torch.dtype
+    """The type that it multiplies in, and that values are stored in unless they are quantized."""
+    quantized: Quantized | None = None
+
+    @property
+    def values(self) -> tuple[tuple[int, int], torch.dtype]:
+        """Shape and type of the tensor of values."""
+        rows, cols = self.shape
+        if self.quantized == "int4":
+            return (rows, cols // GROUP), torch.uint8
+        return (rows, cols // GROUP * KEPT), torch.int8 if self.quantized else self.dtype
+
+    @property
+    def metadata(self) -> tuple[int, int]:
+        """Shape of the tensor of metadata."""
+        return self.shape[0], metadata_width(self.shape[1])
+
+    @property
+    def scales(self) -> tuple[int, int] | None:
+        """Shape of the tensor of scales."""
+        if self.quantized is None:
+            return None
+        return self.shape[0], -(-self.shape[1] // SCALED_INPUTS) if self.quantized == "int4" else 1
 
     @property
     def nbytes(self) -> int:
         """Bytes of all its tensors."""
-        rows, cols = self.shape
-        return rows * (cols // GROUP * KEPT * self.values.itemsize + metadata_width(cols))
+        values, dtype = self.values
+        scales = math.prod(self.scales) * SCALE_DTYPE.itemsize if self.scales else 0
+        return math.prod(values) * dtype.itemsize + math.prod(self.metadata) + scales
 
     @property
     def compression(self) -> float:
-        """Bytes of the dense weight in the type of the values, over `nbytes`."""
-        rows, cols = self.shape
-        return rows * cols * self.values.itemsize / self.nbytes
+        """Bytes of the dense weight over `nbytes`."""
+        return math.prod(self.shape) * self.dtype.itemsize / self.nbytes
 
 
 @dataclass(frozen=True, eq=False)
 class Packed24:
-    """A packed weight: `values` (N, K/2) and `metadata` (N, ceil(K/8)) uint8, as specified above."""
+    """A packed weight: `values` (N, K/2), `metadata` (N, ceil(K/8)) uint8 and `scales`, as specified above."""
 
     values: Tensor
     metadata: Tensor
+    scales: Tensor | None = None
+    """Of 8- and 4-bit values."""
+
+    @property
+    def quantized(self) -> Quantized | None:
+        if self.scales is None:
+            return None
+        return "int4" if self.values.dtype == torch.uint8 else "int8"
 
     @property
     def shape(self) -> tuple[int, int]:
         """(N, K) of the weight this stands for."""
-        rows, half = self.values.shape
-        return rows, 2 * half
+        rows, width = self.values.shape
+        return rows, (4 if self.quantized == "int4" else 2) * width
 
     @property
     def spec(self) -> WeightSpec:
-        return WeightSpec(self.shape, self.values.dtype)
+        """With float32 as the type of a quantized weight, which does not know in what it will multiply."""
+        return WeightSpec(self.shape, torch.float32 if self.quantized else self.values.dtype, self.quantized)
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (self.values, self.metadata) if self.scales is None else (self.values, self.metadata, self.scales)
 
 
-def check_declared(format: str | None, version: int | None, engine: str) -> None:
-    """Raises FormatError when a checkpoint's config.json declares a format or version that `engine` cannot run."""
+def check_declared(
+    format: str | None, version: int | None, engine: str, versions: tuple[int, ...] = (VERSION,), values: object = None
+) -> None:
+    """Raises FormatError when a checkpoint's config.json declares what `engine` cannot run."""
     if format != FORMAT:
         raise FormatError(
             f"this checkpoint has the format {format!r}; {engine} can run {FORMAT!r} only (export with --target packed)"
         )
-    if version != VERSION:
+    if type(version) is not int or version not in versions:
+        known = " and ".join(map(str, versions))
         raise FormatError(
-            f"this checkpoint has version {version} of the packed format, but this swiftprune reads version {VERSION}; "
+            f"this checkpoint has version {version!r} of the packed format, but {engine} reads {known} here; "
             "use a matching swiftprune or export again"
+        )
+    if (version == QUANTIZED_VERSION) != (values in QUANTIZED):
+        raise FormatError(
+            f"this checkpoint declares version {version} of the packed format with values {values!r}; version "
+            f"{QUANTIZED_VERSION} has {' or '.join(QUANTIZED)}, and version {VERSION} none"
         )
 
 
-def declaration(format: str, dense: list[str]) -> dict[str, Any]:
+def declaration(format: str, dense: list[str], quantized: Quantized | None = None) -> dict[str, Any]:
     """The quantization_config of a checkpoint of `format`, by which loaders know it; `dense` linears are not packed."""
-    return {"quant_method": QUANT_METHOD, "format": format, "version": VERSION, "ignore": dense}
+    version = {"version": QUANTIZED_VERSION, "values": quantized} if quantized else {"version": VERSION}
+    return {"quant_method": QUANT_METHOD, "format": format, **version, "ignore": dense}
 
 
 def unpackable_reason(shape: tuple[int, ...], dtype: torch.dtype) -> str | None:
@@ -132,10 +205,14 @@ def validate(packed: Packed24, name: str = "weight") -> None:
     """Checks every MUST of the specification that a reader can check. Raises FormatError."""
     check_shapes(packed, name)
     values, metadata = packed.values, packed.metadata
-    if not torch.isfinite(values).all():
-        row, column = (~torch.isfinite(values)).nonzero()[0].tolist()
-        raise FormatError(f"{name}: value ({row}, {column}) is {values[row, column].item()}; values must be finite")
-    groups = values.shape[1] // KEPT
+    if packed.quantized == "int8" and (bad := values == -128).any():
+        row, column = bad.nonzero()[0].tolist()
+        raise FormatError(f"{name}: value ({row}, {column}) is -128; 8-bit values are -127 to 127")
+    for what, numbers in (("value", values), ("scale", packed.scales)):
+        if numbers is not None and not torch.isfinite(numbers).all():
+            row, column = (~torch.isfinite(numbers)).nonzero()[0].tolist()
+            raise FormatError(f"{name}: {what} ({row}, {column}) is {numbers[row, column].item()}; it must be finite")
+    groups = packed.shape[1] // GROUP
     nibbles = torch.stack((metadata & 15, metadata >> 4), dim=-1).flatten(1)
     if groups % 2 and (padding := nibbles[:, groups]).any():
         row = int(padding.nonzero()[0])
@@ -151,7 +228,7 @@ def validate(packed: Packed24, name: str = "weight") -> None:
 
 
 def check_device(name: str, *tensors: Tensor) -> None:
-    """Raises FormatError for tensors on different devices, or on the meta device."""
+    """Raises FormatError for tensors on different devices, or without numbers."""
     devices = {tensor.device for tensor in tensors}
     if len(devices) > 1:
         raise FormatError(f"{name}: values and metadata are on different devices: {', '.join(map(str, devices))}")
@@ -162,7 +239,10 @@ def check_device(name: str, *tensors: Tensor) -> None:
 def check_shapes(packed: Packed24, name: str) -> None:
     """Raises FormatError when the two tensors do not belong together, whatever they hold."""
     values, metadata = packed.values, packed.metadata
-    check_device(name, values, metadata)
+    check_device(name, *packed.tensors)
+    if packed.scales is not None:
+        _check_quantized_shapes(packed, packed.scales, name)
+        return
     if values.ndim != 2 or 0 in values.shape or values.shape[1] % KEPT or values.dtype not in VALUE_DTYPES:
         raise FormatError(
             f"{name}: values must be (N, K/2) in a 16- or 32-bit float type with K a multiple of {GROUP}, "
@@ -174,6 +254,29 @@ def check_shapes(packed: Packed24, name: str) -> None:
             f"{name}: metadata must be {expected} torch.uint8 beside values {tuple(values.shape)}, "
             f"not {tuple(metadata.shape)} {metadata.dtype}"
         )
+
+
+def _check_quantized_shapes(packed: Packed24, scales: Tensor, name: str) -> None:
+    values, metadata = packed.values, packed.metadata
+    if (
+        values.ndim != 2
+        or 0 in values.shape
+        or values.dtype not in (torch.int8, torch.uint8)
+        or packed.shape[1] % GROUP
+    ):
+        raise FormatError(
+            f"{name}: quantized values must be (N, K/2) int8 or (N, K/4) uint8 with K a multiple of {GROUP}, "
+            f"not {tuple(values.shape)} {values.dtype}"
+        )
+    for what, tensor, shape, dtype in (
+        ("metadata", metadata, packed.spec.metadata, torch.uint8),
+        ("scales", scales, packed.spec.scales, SCALE_DTYPE),
+    ):
+        if tuple(tensor.shape) != shape or tensor.dtype != dtype:
+            raise FormatError(
+                f"{name}: {what} must be {shape} {dtype} beside values {tuple(values.shape)} {values.dtype}, "
+                f"not {tuple(tensor.shape)} {tensor.dtype}"
+            )
 
 
 def check_finite(weight: Tensor, name: str) -> None:

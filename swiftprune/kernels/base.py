@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from swiftprune.formats.spec import Packed24, WeightSpec
+from swiftprune.formats.spec import Packed24, Quantized, WeightSpec
 
 
 class LinearKernel(ABC):
@@ -17,6 +17,8 @@ class LinearKernel(ABC):
     name: str
     """What users ask for it by, and what is reported of a layer that runs on it."""
 
+    quantized_values: Quantized | None = None
+    """How the values are stored that it multiplies by; None: in the type of its inputs."""
     buffer_names: tuple[str, ...]
     """Of the tensors that `prepare` makes."""
 

@@ -14,12 +14,14 @@ from swiftprune.errors import SettingsError
 from swiftprune.kernels.score_factors import EwmaGains, ScoreFactors
 
 if TYPE_CHECKING:
+    from swiftprune.formats.spec import Quantized
     from swiftprune.kernels.base import LinearKernel
     from swiftprune.kernels.plan import Plan
 
 logger = logging.getLogger(__name__)
 
 REFERENCE = "reference"
+QUANTIZED_REFERENCE = f"{REFERENCE}-quantized"
 DENSE = "dense"  # what a checkpoint holds dense
 BACKENDS = ("avx512_bf16", "avx512", "avx2", "neon", "generic", REFERENCE)
 BACKEND_VARIABLE = "SWIFTPRUNE_BACKEND"
@@ -69,14 +71,19 @@ def linear_kernel(name: str) -> LinearKernel:
     return KERNELS.get(name) or Plan.parse(name)
 
 
-def linear_backends(dtype: torch.dtype, device: torch.device | str = "cpu") -> list[str]:
+def linear_backends(
+    dtype: torch.dtype, device: torch.device | str = "cpu", quantized: Quantized | None = None
+) -> list[str]:
     """Backends of `Linear24` that run weights of `dtype` on `device`, at least of some shapes; the last is `reference`.
 
-    On a CPU the fastest is first.
+    `quantized` is how values are stored, if they are not of that type. On a CPU the fastest is first.
     """
     from swiftprune.kernels import gpu, native
 
     device = torch.device(device)
+    if quantized:
+        fast = [f"{isa}-{quantized}" for isa in native.QUANT_ISAS] if device.type == "cpu" else []
+        return [*fast, QUANTIZED_REFERENCE]
     if device.type == "cuda":
         reasons = gpu.unsupported_reasons(dtype, _GOOD_SHAPE, torch.cuda.get_device_capability(device))
         return [*(name for name, reason in reasons.items() if reason is None), REFERENCE]
@@ -88,6 +95,7 @@ def linear_backend(
     requested: str | None = None,
     device: torch.device | str = "cpu",
     shape: tuple[int, int] = _GOOD_SHAPE,
+    quantized: Quantized | None = None,
 ) -> str:
     """The backend asked for, else the one that SWIFTPRUNE_BACKEND names, else the fastest for a weight of `shape`.
 
@@ -99,6 +107,8 @@ def linear_backend(
     device = torch.device(device)
     asked = requested or os.environ.get(BACKEND_VARIABLE)
     by = f" (asked for by {BACKEND_VARIABLE})" if asked and requested is None else ""
+    if quantized:
+        return _quantized_backend(dtype, device, quantized, asked, by)
     if device.type == "cuda":
         facts = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
         return gpu_backend(dtype, shape, *facts, asked, by)
@@ -114,6 +124,22 @@ def linear_backend(
             f"backend {asked!r} cannot run {dtype} on this machine's {device}{by}; available: {', '.join(available)}"
         )
     return asked
+
+
+def _quantized_backend(
+    dtype: torch.dtype, device: torch.device, quantized: Quantized, asked: str | None, by: str
+) -> str:
+    """Of a weight with quantized values. What is asked for may leave out the ending, `-int8` say."""
+    available = linear_backends(dtype, device, quantized)
+    if asked is None:
+        return available[0]
+    named = QUANTIZED_REFERENCE if asked == REFERENCE else asked if "-" in asked else f"{asked}-{quantized}"
+    if named not in available:
+        raise SettingsError(
+            f"backend {asked!r} cannot run {quantized} values on this machine's {device}{by}; "
+            f"available: {', '.join(available)}"
+        )
+    return named
 
 
 @functools.cache

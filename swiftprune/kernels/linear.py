@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from swiftprune.formats import spec
-from swiftprune.formats.spec import GROUP, KEPT, Packed24, WeightSpec, metadata_width
+from swiftprune.formats.spec import SCALE_DTYPE, Packed24, Quantized, WeightSpec
 from swiftprune.kernels import dispatch
 from swiftprune.kernels.base import LinearKernel, check_input
-from swiftprune.kernels.cpu import METADATA, TiledKernel
+from swiftprune.kernels.cpu import METADATA, SCALES, QuantKernel, TiledKernel
 
 
 class Linear24(nn.Linear):
@@ -20,27 +20,36 @@ class Linear24(nn.Linear):
 
     It is an nn.Linear, so that what is put on top of one, as adapters are, goes on top of it.
 
-    It starts on the backend `reference`, holding the packed pair as the parameters `weight` (N, K/2) and `weight_meta`
-    (N, ceil(K/8)), ready to be filled by a loader: the weight is unpacked for every call and multiplied densely, so
-    this is right everywhere and faster nowhere. `use_backend` moves the weight into the buffers of a fast kernel, or
-    those of a plan for GPUs, and drops the pair, of which an empty `weight` stays that tells type and device; `packed`
-    and `state_dict` still give the pair, bit for bit, unless the backend holds 8-bit values.
+    It starts on the backend `reference`, holding the packed weight as the parameters `weight` (N, K/2) and
+    `weight_meta` (N, ceil(K/8)), and `weight_scale` of `quantized` values, ready to be filled by a loader: the weight
+    is unpacked for every call and multiplied densely, so this is right everywhere and faster nowhere. `use_backend`
+    moves the weight into the buffers of a fast kernel, or those of a plan for GPUs, and drops the parameters, of which
+    an empty `weight` stays that tells type and device; `packed` and `state_dict` still give them, bit for bit, unless
+    a backend of GPUs has rounded the values to 8 bits. CPU kernels for quantized values round x to 8 bits.
     """
 
     weight: nn.Parameter
-    weight_meta: nn.Parameter
 
     def __init__(
-        self, in_features: int, out_features: int, *, bias: bool, dtype: torch.dtype, device: torch.device | str = "cpu"
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        bias: bool,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        quantized: Quantized | None = None,
     ) -> None:
         nn.Module.__init__(self)  # nn.Linear's own would make a dense weight
         self.in_features = in_features
         self.out_features = out_features
         self.dtype = dtype
-        self._kernel: LinearKernel = dispatch.linear_kernel(dispatch.REFERENCE)
-        values = torch.empty(out_features, in_features // GROUP * KEPT, dtype=dtype, device=device)
-        metadata = torch.empty(out_features, metadata_width(in_features), dtype=torch.uint8, device=device)
-        self._hold_pair(Packed24(values, metadata))
+        self.quantized = quantized
+        self._kernel: LinearKernel = dispatch.linear_kernel(self._reference)
+        shape, values = self.spec.values
+        scales = torch.empty(self.spec.scales, dtype=SCALE_DTYPE, device=device) if self.spec.scales else None
+        metadata = torch.empty(self.spec.metadata, dtype=torch.uint8, device=device)
+        self._hold(Packed24(torch.empty(shape, dtype=values, device=device), metadata, scales))
         self.register_parameter(
             "bias",
             nn.Parameter(torch.empty(out_features, dtype=dtype, device=device), requires_grad=False) if bias else None,
@@ -48,22 +57,32 @@ class Linear24(nn.Linear):
 
     @classmethod
     def from_packed(
-        cls, packed: Packed24, bias: Tensor | None = None, backend: str | None = None, name: str = "weight"
+        cls,
+        packed: Packed24,
+        bias: Tensor | None = None,
+        backend: str | None = None,
+        name: str = "weight",
+        dtype: torch.dtype | None = None,
     ) -> Linear24:
-        """A layer over `packed`, checked, on `backend` (default: the fastest here). `name` is for error messages."""
+        """A layer over `packed`, checked, on `backend` (default: the fastest here). `name` is for error messages.
+
+        `dtype` is what a layer over quantized values computes in, by default float32.
+        """
         spec.check_shapes(packed, name)
         rows, cols = packed.shape
-        layer = cls(cols, rows, bias=bias is not None, dtype=packed.values.dtype, device=torch.device("meta"))
-        layer._hold_pair(packed)
+        dtype = dtype if packed.quantized and dtype else packed.spec.dtype
+        meta = torch.device("meta")
+        layer = cls(cols, rows, bias=bias is not None, dtype=dtype, device=meta, quantized=packed.quantized)
+        layer._hold(packed)
         if bias is not None:
-            layer.bias = nn.Parameter(bias.detach().to(packed.values.dtype).contiguous(), requires_grad=False)
+            layer.bias = nn.Parameter(bias.detach().to(dtype).contiguous(), requires_grad=False)
         return layer.use_checked(backend, name)
 
     def use_checked(self, backend: str | None = None, name: str = "weight") -> Linear24:
         """As `use_backend`, of a pair that comes from a file: FormatError when it breaks the format, on any backend."""
         packed = self.packed
         self.use_backend(backend, name)
-        if not isinstance(self._kernel, TiledKernel):  # these check what they lay out
+        if not isinstance(self._kernel, TiledKernel | QuantKernel):  # these check what they lay out
             spec.validate(packed, name)
         return self
 
@@ -74,7 +93,11 @@ class Linear24(nn.Linear):
 
     @property
     def spec(self) -> WeightSpec:
-        return WeightSpec((self.out_features, self.in_features), self.dtype)
+        return WeightSpec((self.out_features, self.in_features), self.dtype, self.quantized)
+
+    @property
+    def _reference(self) -> str:
+        return dispatch.QUANTIZED_REFERENCE if self.quantized else dispatch.REFERENCE
 
     @property
     def packed(self) -> Packed24:
@@ -89,22 +112,23 @@ class Linear24(nn.Linear):
         checks it, and raises FormatError with `name` when it breaks the format; see `use_checked`.
         """
         shape = (self.out_features, self.in_features)
-        kernel = dispatch.linear_kernel(dispatch.linear_backend(self.dtype, backend, self._device(), shape))
+        found = dispatch.linear_backend(self.dtype, backend, self._device(), shape, self.quantized)
+        kernel = dispatch.linear_kernel(found)
         if kernel.buffer_names == self._kernel.buffer_names:  # as of all native kernels
             self._kernel = kernel
             return self
         packed = self.packed
-        if kernel.name == dispatch.REFERENCE:
+        if kernel.name == self._reference:
             self._drop()
             self._kernel = kernel
-            self._hold_pair(packed)
+            self._hold(packed)
             return self
         buffers = kernel.prepare(packed, name)
         self._drop()
         self._kernel = kernel
         for held, tensor in buffers.items():
             self.register_buffer(held, tensor, persistent=False)
-        self.weight = nn.Parameter(packed.values.new_empty(0), requires_grad=False)
+        self.weight = nn.Parameter(packed.values.new_empty(0, dtype=self.dtype), requires_grad=False)
         return self
 
     def reset_parameters(self) -> None:
@@ -135,9 +159,10 @@ class Linear24(nn.Linear):
             f"dtype={self.dtype}, backend={self.backend}"
         )
 
-    def _hold_pair(self, packed: Packed24) -> None:
-        self.weight = nn.Parameter(packed.values, requires_grad=False)
-        self.weight_meta = nn.Parameter(packed.metadata, requires_grad=False)
+    def _hold(self, packed: Packed24) -> None:
+        """As the parameters that a loader fills."""
+        for name, tensor in zip(self._kernel.buffer_names, packed.tensors, strict=True):
+            setattr(self, name, nn.Parameter(tensor, requires_grad=False))
 
     def _held(self) -> Any:
         """By name, what the kernel reads: buffers, or of the reference the parameters that a loader fills."""
@@ -156,22 +181,29 @@ class Linear24(nn.Linear):
         before = torch.empty(0, dtype=self.dtype, device=self._device())
         after = fn(before)
         if (after.dtype, after.device) == (before.dtype, before.device):
-            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+            self._apply_but_for_scales(fn, recurse)
             return self
-        fast = self.backend != dispatch.REFERENCE
+        fast = self.backend != self._reference
         self.use_backend(dispatch.REFERENCE)
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self.dtype = self.weight.dtype
+        self._apply_but_for_scales(fn, recurse)
+        self.dtype = after.dtype
         if fast:
             self.use_backend()
         return self
 
+    def _apply_but_for_scales(self, fn: Callable[[Tensor], Tensor], recurse: bool) -> None:
+        """The format fixes the type of scales, whatever type the layer computes in."""
+        scales = self._parameters.get(SCALES)
+        kept = None if scales is None else scales.data
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if scales is not None and kept is not None:
+            setattr(self, SCALES, nn.Parameter(kept.to(self.get_parameter(METADATA).device), requires_grad=False))
+
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.backend != dispatch.REFERENCE:
-            packed = self.packed
-            destination[f"{prefix}weight"] = packed.values
-            destination[f"{prefix}{METADATA}"] = packed.metadata
+        if self.backend != self._reference:
+            for name, tensor in zip(("weight", METADATA, SCALES), self.packed.tensors, strict=False):
+                destination[prefix + name] = tensor
 
     def _load_from_state_dict(self, *args: Any) -> None:
         backend = self.backend
@@ -204,7 +236,7 @@ def _linear24_fake(x: Tensor, held: list[Tensor], bias: Tensor | None, out_featu
 @torch.library.impl(_library, "unpack24", "CompositeExplicitAutograd")
 def _unpack24(held: list[Tensor], dtype: torch.dtype, rows: int, cols: int, kernel: str) -> Tensor:
     found = dispatch.linear_kernel(kernel)
-    return found.unpack(_by_name(found, held), WeightSpec((rows, cols), dtype))
+    return found.unpack(_by_name(found, held), WeightSpec((rows, cols), dtype, found.quantized_values)).to(dtype)
 
 
 @torch.library.register_fake("swiftprune::unpack24")  # type: ignore[untyped-decorator]

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from swiftprune.formats.spec import SCALE_DTYPE, Packed24, Quantized, WeightSpec, check_shapes
 from swiftprune.kernels import reference
 from swiftprune.kernels.score_factors import EwmaGains, ScoreFactors
 
@@ -234,19 +235,8 @@ def linear24(
     if not x.is_cpu:
         raise ValueError(f"x is on {x.device}, the weight on the CPU; move the layer or x")
     _check_tiled(tiled, dtype, rows, cols)
-    if bias is not None:
-        if bias.dtype is not dtype or bias.shape != (rows,) or not bias.is_cpu:
-            raise ValueError(
-                f"bias is {tuple(bias.shape)} {bias.dtype} on {bias.device}, not ({rows},) {dtype} on the CPU"
-            )
-        bias = bias.contiguous()
-    if x.is_contiguous():
-        stride = cols
-    else:
-        x = x.reshape(-1, cols)
-        stride = x.stride(0)
-        if x.stride(1) != 1:
-            x, stride = x.contiguous(), cols
+    bias = _checked_bias(bias, rows, dtype)
+    x, stride = _with_stride(x, cols)
     if out_dtype not in (None, dtype, torch.float32):
         raise ValueError(f"the output can be {dtype} or float32, not {out_dtype}")
     if out_dtype is None:  # spelled so that torch takes half the time
@@ -273,6 +263,124 @@ def linear24(
             threads,
         )
     return y
+
+
+QUANT_ISAS: tuple[str, ...] = _native.QUANT_ISAS if _native is not None else ()
+"""Instruction sets whose kernel for 8- and 4-bit values was built and can run on this CPU, fastest first."""
+_BITS: dict[Quantized | None, int] = {"int8": 8, "int4": 4}
+
+
+def to_quant_tiled(packed: Packed24) -> Tensor | None:
+    """A weight with quantized values in the layout of its kernels (csrc/quantized.h): uint8, 1-D.
+
+    None when it breaks the format: `spec.validate` says where.
+    """
+    check_shapes(packed, "weight")
+    values, metadata, scales = (_on_cpu(tensor) for tensor in packed.tensors)
+    rows, cols = packed.shape
+    bits = _BITS[packed.quantized]
+    tiled = torch.empty(quant_bytes(bits, rows, cols), dtype=torch.uint8)
+    valid = _native.to_quant_tiled(
+        bits,
+        values.data_ptr(),
+        metadata.data_ptr(),
+        scales.data_ptr(),
+        rows,
+        cols,
+        tiled.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return tiled if valid else None
+
+
+def from_quant_tiled(tiled: Tensor, spec: WeightSpec) -> Packed24:
+    """The weight again, bit for bit."""
+    bits = _BITS[spec.quantized]
+    _check_quant_tiled(tiled, bits, *spec.shape)
+    assert spec.scales is not None
+    (shape, dtype), scales = spec.values, torch.empty(spec.scales, dtype=SCALE_DTYPE)
+    values, metadata = torch.empty(shape, dtype=dtype), torch.empty(spec.metadata, dtype=torch.uint8)
+    _native.from_quant_tiled(
+        bits,
+        tiled.data_ptr(),
+        *spec.shape,
+        values.data_ptr(),
+        metadata.data_ptr(),
+        scales.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return Packed24(values, metadata, scales)
+
+
+@functools.cache
+def quant_bytes(bits: int, rows: int, cols: int) -> int:
+    return int(_native.quant_bytes(bits, rows, cols))
+
+
+@functools.cache
+def _quant_kernel(isa: str) -> int:
+    return int(_native.quant_kernel(isa))
+
+
+def quant24(isa: str, quantized: Quantized, x: Tensor, tiled: Tensor, bias: Tensor | None, rows: int) -> Tensor:
+    """y (..., N) = x (..., K) W^T + bias (N), W the quantized weight in `tiled`.
+
+    x is rounded to 8 bits first, for each token and each 128 inputs by the largest of them. Products are summed in
+    integers within these, then in float32; y is rounded once, to the dtype of x. Raises ValueError for what is not a
+    float on the CPU, or does not fit.
+    """
+    bits, dtype, shape = _BITS[quantized], x.dtype, x.shape
+    cols = shape[-1]
+    if not x.is_cpu or dtype not in _DTYPES:
+        raise ValueError(f"x is {dtype} on {x.device}; the kernel takes floats on the CPU")
+    _check_quant_tiled(tiled, bits, rows, cols)
+    bias = _checked_bias(bias, rows, dtype)
+    x, stride = _with_stride(x, cols)
+    y = x.new_empty(*shape[:-1], rows)
+    if tokens := x.numel() // cols:
+        threads = torch.get_num_threads()
+        if threads > 1:
+            threads = min(threads, 1 + tokens * tiled.numel() // _BYTES_PER_THREAD)
+        _native.quant24(
+            _quant_kernel(isa),
+            bits,
+            _DTYPES[dtype],
+            tiled.data_ptr(),
+            0 if bias is None else bias.data_ptr(),
+            x.data_ptr(),
+            stride,
+            y.data_ptr(),
+            tokens,
+            rows,
+            cols,
+            threads,
+        )
+    return y
+
+
+def _check_quant_tiled(tiled: Tensor, bits: int, rows: int, cols: int) -> None:
+    if not tiled.is_cpu or tiled.dtype is not torch.uint8 or not tiled.is_contiguous():
+        raise ValueError(f"a tiled weight is uint8, contiguous and on the CPU, not {tiled.dtype} on {tiled.device}")
+    if tiled.numel() != quant_bytes(bits, rows, cols):
+        raise ValueError(
+            f"a weight ({rows}, {cols}) of {bits} bits does not fit a tiled weight of {tiled.numel()} bytes"
+        )
+
+
+def _checked_bias(bias: Tensor | None, rows: int, dtype: torch.dtype) -> Tensor | None:
+    if bias is None:
+        return None
+    if bias.dtype is not dtype or bias.shape != (rows,) or not bias.is_cpu:
+        raise ValueError(f"bias is {tuple(bias.shape)} {bias.dtype} on {bias.device}, not ({rows},) {dtype} on the CPU")
+    return bias.contiguous()
+
+
+def _with_stride(x: Tensor, cols: int) -> tuple[Tensor, int]:
+    """Rows of x that are each contiguous, and how far apart they are."""
+    if x.is_contiguous():
+        return x, cols
+    x = x.reshape(-1, cols)
+    return (x, x.stride(0)) if x.stride(1) == 1 else (x.contiguous(), cols)
 
 
 def read_bandwidth_pass(memory: Tensor) -> None:

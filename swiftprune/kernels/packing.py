@@ -6,8 +6,17 @@ import torch
 from torch import Tensor
 
 from swiftprune.errors import FormatError
-from swiftprune.formats.spec import FORMAT, Packed24, check_device, check_shapes, unpackable_reason
-from swiftprune.kernels import dispatch, reference
+from swiftprune.formats.spec import (
+    FORMAT,
+    GROUP,
+    KEPT,
+    Packed24,
+    Quantized,
+    check_device,
+    check_shapes,
+    unpackable_reason,
+)
+from swiftprune.kernels import dispatch, quantize, reference
 from swiftprune.kernels.score_factors import ScoreFactors
 
 
@@ -27,29 +36,35 @@ def prune_and_pack(weight: Tensor, factors: ScoreFactors, name: str = "weight") 
     return Packed24(*dispatch.kernels(weight.device).prune_pack(weight, factors, name))
 
 
-def pack(weight: Tensor, name: str = "weight") -> Packed24:
-    """Packs a `weight` (N, K) that is already 2:4. Raises FormatError naming row and group when it is not."""
+def pack(weight: Tensor, name: str = "weight", *, values: Quantized | None = None) -> Packed24:
+    """Packs a `weight` (N, K) that is already 2:4. Raises FormatError naming row and group when it is not.
+
+    With `values` its non-zeros are rounded to nearest, to 8 or 4 bits, with scales.
+    """
     _check_packable(weight, name)
+    if values:
+        return quantize.quantize(weight, weight != 0, values, name)
     return Packed24(*dispatch.kernels(weight.device).pack(weight, name))
 
 
 def unpack(packed: Packed24 | Tensor, name: str = "weight") -> Tensor:
-    """The (N, K) weight with its zeros. Raises FormatError when the pair breaks the specification.
+    """The (N, K) weight with its zeros, of quantized values in float32. Raises FormatError when it breaks the format.
 
     A tensor is returned as it is, so that all that `prune` yields may be passed.
     """
     if isinstance(packed, Tensor):
         return packed
     check_shapes(packed, name)
-    return dispatch.kernels(packed.values.device).unpack(packed.values, packed.metadata, name)
+    return dispatch.kernels(packed.values.device).unpack(reference.stored_values(packed), packed.metadata, name)
 
 
 def keep_mask(packed: Packed24 | Tensor) -> Tensor:
     """(N, K) bool, True = kept: what the metadata of a packed weight says, and of a dense one what is not zero."""
     if isinstance(packed, Tensor):
         return packed != 0
-    ones = torch.ones_like(packed.values, dtype=torch.bool)
-    return reference.scatter(ones, reference.stored_positions(packed.values, packed.metadata))
+    rows, cols = packed.shape
+    ones = torch.ones(rows, cols // GROUP * KEPT, dtype=torch.bool, device=packed.values.device)
+    return reference.scatter(ones, reference.stored_positions(ones, packed.metadata))
 
 
 def canonical(packed: Packed24, name: str = "weight") -> Packed24:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from swiftprune.errors import FormatError
-from swiftprune.formats.spec import Packed24
+from swiftprune.formats.spec import CODEBOOK, GROUP, KEPT, SCALED_INPUTS, Packed24
 from swiftprune.kernels.score_factors import EwmaGains, ScoreFactors
 
 # (pos0, pos1) stored for each set of non-zero kept positions, by the bits of the set (format.py, rule 4);
@@ -79,8 +79,22 @@ def stored_positions(values: Tensor, metadata: Tensor) -> Tensor:
 
 
 def unpack_unchecked(packed: Packed24) -> Tensor:
-    """The weight (N, K) with its zeros, on any device, without waiting for it."""
-    return scatter(packed.values, stored_positions(packed.values, packed.metadata))
+    """The weight (N, K) with its zeros, on any device, without waiting for it; a quantized one in float32."""
+    values = stored_values(packed)
+    return scatter(values, stored_positions(values, packed.metadata))
+
+
+def stored_values(packed: Packed24) -> Tensor:
+    """(N, K/2): the numbers that the stored values stand for, of quantized ones in float32."""
+    if packed.scales is None:
+        return packed.values
+    values, scales = packed.values, packed.scales.float()
+    if packed.quantized == "int8":
+        return values.float() * scales
+    codes = torch.stack((values & 15, values >> 4), dim=-1).flatten(1).long()
+    levels = torch.tensor(CODEBOOK, dtype=torch.float32, device=values.device)[codes]
+    stored = SCALED_INPUTS // GROUP * KEPT  # that share a scale
+    return levels * scales.repeat_interleave(stored, dim=1)[:, : levels.shape[1]]
 
 
 def scatter(values: Tensor, positions: Tensor) -> Tensor:

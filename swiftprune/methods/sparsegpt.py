@@ -25,7 +25,7 @@ def sparsegpt(weight: Tensor, gram: Tensor, pattern: Pattern, name: str = "weigh
     block = BLOCK // group_size * group_size
     dead = gram.diagonal() == 0
     weight[:, dead] = 0
-    upper = _inverse_factor(gram, dead, name)
+    upper = inverse_factor(gram, dead, name)
 
     for start in range(0, columns, block):
         end = min(start + block, columns)
@@ -53,7 +53,7 @@ def sparsegpt(weight: Tensor, gram: Tensor, pattern: Pattern, name: str = "weigh
     return weight
 
 
-def _inverse_factor(gram: Tensor, dead: Tensor, name: str) -> Tensor:
+def inverse_factor(gram: Tensor, dead: Tensor, name: str) -> Tensor:
     """Upper Cholesky factor of (gram + damping)^-1, (K, K) fp32."""
     hessian = gram.clone()
     diagonal = hessian.diagonal()

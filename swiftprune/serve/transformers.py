@@ -27,7 +27,7 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from swiftprune.formats import spec
-from swiftprune.formats.spec import METADATA_SUFFIX, QUANT_METHOD
+from swiftprune.formats.spec import METADATA_SUFFIX, QUANT_METHOD, Quantized
 from swiftprune.kernels import native
 from swiftprune.kernels.linear import Linear24
 
@@ -39,12 +39,19 @@ class SwiftpruneConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """The `quantization_config` of a packed checkpoint's config.json; `ignore` names the linears that stay dense."""
 
     def __init__(
-        self, format: str = spec.FORMAT, version: int = spec.VERSION, ignore: list[str] | None = None, **_: Any
+        self,
+        format: str = spec.FORMAT,
+        version: int = spec.VERSION,
+        ignore: list[str] | None = None,
+        values: str | None = None,
+        **_: Any,
     ) -> None:
         self.quant_method = QUANT_METHOD
         self.format = format
         self.version = version
         self.ignore = ignore or []
+        if values:
+            self.values = values
 
 
 @register_quantizer(QUANT_METHOD)
@@ -57,7 +64,14 @@ class SwiftpruneQuantizer(HfQuantizer):  # type: ignore[misc]
             raise ValueError("swiftprune packs checkpoints ahead of time: run swiftprune-export, then load its output")
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
-        spec.check_declared(self.quantization_config.format, self.quantization_config.version, "transformers")
+        declared = self.quantization_config
+        spec.check_declared(
+            declared.format, declared.version, "transformers", (spec.VERSION, spec.QUANTIZED_VERSION), self._values
+        )
+
+    @property
+    def _values(self) -> Quantized | None:
+        return getattr(self.quantization_config, "values", None)
 
     def _process_model_before_weight_loading(
         self, model: nn.Module, checkpoint_files: list[str] | None = None, **kwargs: Any
@@ -71,6 +85,7 @@ class SwiftpruneQuantizer(HfQuantizer):  # type: ignore[misc]
                     bias=module.bias is not None,
                     dtype=module.weight.dtype,
                     device=torch.device("meta"),
+                    quantized=self._values,
                 )
                 model.set_submodule(name, packed)
         return model
@@ -97,11 +112,11 @@ class SwiftpruneQuantizer(HfQuantizer):  # type: ignore[misc]
         files = native.MappedFiles()
         for name, module in model.named_modules():
             if isinstance(module, Linear24):
-                pair = module.packed
+                packed = module.packed
                 served[module.use_checked(name=f"{name}.weight").backend] += 1
-                if module.backend in native.LINEAR_ISAS:  # so that no more than one weight is in memory twice
-                    files.drop(pair.values)
-                    files.drop(pair.metadata)
+                if packed.values.is_cpu and module.weight.numel() == 0:  # so that one weight only is in memory twice
+                    for tensor in packed.tensors:
+                        files.drop(tensor)
         for backend, count in served.items():
             logger.info("%d 2:4 linears run on the backend %s", count, backend)
         return model

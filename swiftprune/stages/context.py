@@ -92,9 +92,9 @@ class Run:
         """Those of the checkpoint's tensors `names` that `permute` reordered."""
         return {**self.checkpoint.read(name for name in names if name in (self.orders or {}))}
 
-    def put_pruned(self, student: nn.Module, store: BlockStore) -> dict[str, Tensor]:
-        """Puts the tensors of all blocks into `student`; returns the keep_masks by parameter."""
-        masks = {}
+    def put_pruned(self, student: nn.Module, store: BlockStore) -> dict[str, PrunedWeight]:
+        """Puts the tensors of all blocks into `student`; returns the pruned ones by parameter."""
+        weights = {}
         places = student.state_dict()
         outside = self.checkpoint.read(self.targets.outside)  # they may be permuted
         for name, tensor in self.targets.tensor_of.items():
@@ -106,8 +106,8 @@ class Run:
             for name, tensor in self.parameters(block).items():
                 places[name].copy_(packing.unpack(stored[tensor], name))
                 if tensor in pruned:
-                    masks[name] = packing.keep_mask(stored[tensor])
-        return masks
+                    weights[name] = stored[tensor]
+        return weights
 
     def by_parameter(self, block: Block, weights: Mapping[str, PrunedWeight]) -> dict[str, Tensor]:
         """Those of `weights`, by tensor name, that the block's parameters are made of: dense, by parameter name."""

@@ -12,8 +12,9 @@ import functools
 import itertools
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -23,6 +24,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from swiftprune.compute import autocast
 from swiftprune.errors import CheckpointError, SettingsError, first_line
+from swiftprune.formats.spec import Packed24
+from swiftprune.kernels import packing
+from swiftprune.kernels.quantize import fake_quantize, requantize
 from swiftprune.models.plan import Block
 from swiftprune.progress import ProgressCallback, no_progress
 from swiftprune.results import PrunedBlock, PrunedWeight, layer_result
@@ -54,14 +58,15 @@ ACTIVATION_BYTES = 800_000_000
 """Of a step, about, for models that are distilled on CPUs."""
 
 
-def memory_bytes(parameters: int, pruned: int, compute: torch.dtype) -> int:
+def memory_bytes(parameters: int, pruned: int, compute: torch.dtype, *, quantized: bool = False) -> int:
     """About what distilling a model of so many parameters takes, of which so many are in pruned linears.
 
-    Both models, then of each pruned weight its gradient, Adam's two moments, its best value, its mask and what autograd
-    keeps of it in the type that is computed in; activations of a step and chunks of logits come on top.
+    Both models, then of each pruned weight its gradient, Adam's two moments, its best value, its mask, what autograd
+    keeps of it in the type that is computed in, and what it is rounded from; activations of a step and chunks of logits
+    come on top.
     """
     kept_by_autograd = 0 if compute == torch.float32 else compute.itemsize
-    per_pruned = 4 + 8 + 4 + 1 + kept_by_autograd
+    per_pruned = 4 + 8 + 4 + 1 + kept_by_autograd + (4 if quantized else 0)
     return parameters * (4 + compute.itemsize) + pruned * per_pruned + ACTIVATION_BYTES
 
 
@@ -112,7 +117,11 @@ def distill(run: Run, store: BlockStore) -> None:
         tokens, _ = windows_to_train_and_to_judge(run)
         teacher = run.load_whole(run.compute)
         student = run.load_whole(torch.float32)
-        keep_masks = run.put_pruned(student, store)
+        pruned = run.put_pruned(student, store)
+        keep_masks = {name: packing.keep_mask(weight) for name, weight in pruned.items()}
+        quantized = {
+            name: weight for name, weight in pruned.items() if isinstance(weight, Packed24) and weight.quantized
+        }
         first = run.targets.blocks[0].name
         distillation = Distillation(
             student,
@@ -120,6 +129,7 @@ def distill(run: Run, store: BlockStore) -> None:
             keep_masks,
             first.rpartition(".")[0] + ".",
             tokens,
+            rounding={name: functools.partial(fake_quantize, packed=packed) for name, packed in quantized.items()},
             compute=run.compute,
             seed=run.settings.seed,
             store=store,
@@ -128,10 +138,10 @@ def distill(run: Run, store: BlockStore) -> None:
         run.validations = distillation.run(_budget(run))
         distillation.save()
     for block in run.targets.blocks:
-        run.save(store, _distilled(run, student, block))
+        run.save(store, _distilled(run, student, block, quantized))
 
 
-def _distilled(run: Run, student: nn.Module, block: Block) -> PrunedBlock:
+def _distilled(run: Run, student: nn.Module, block: Block, quantized: Mapping[str, Packed24]) -> PrunedBlock:
     linears = {linear.tensor: linear for linear in block.linears}
     weights: dict[str, PrunedWeight] = {}
     results = []
@@ -142,7 +152,11 @@ def _distilled(run: Run, student: nn.Module, block: Block) -> PrunedBlock:
         if parameter is None or not parameter.requires_grad:
             continue
         linear = linears.get(tensor)
-        weights[tensor] = run.to_store(tensor, parameter.detach().cpu(), linear is not None)
+        weight = parameter.detach().cpu()
+        if packed := quantized.get(name):
+            weights[tensor] = requantize(weight, packed, packing.keep_mask(packed), tensor)
+        else:
+            weights[tensor] = run.to_store(tensor, weight, linear is not None)
         if linear:
             results.append(layer_result(linear, before[tensor], weights[tensor], None, 0.0))
     return PrunedBlock(block, weights, results)
@@ -196,9 +210,10 @@ class Distillation:
     """Trains `student`, a causal LM of transformers, towards `teacher`, in place.
 
     `keep_masks` (bool, True = kept) names the sparse parameters; of these the kept weights move, and with them every
-    one-dimensional parameter whose name starts with `within` (norms, biases). All else is frozen. `tokens` are (W, T)
-    int64 windows, of which the last are held back for validation. With a `store`, training is saved once a minute, and
-    a new Distillation with the same arguments continues from there.
+    one-dimensional parameter whose name starts with `within` (norms, biases). All else is frozen. Parameters that
+    `rounding` names are trained through their rounding, whose gradient is taken for that of the identity. `tokens` are
+    (W, T) int64 windows, of which the last are held back for validation. With a `store`, training is saved once a
+    minute, and a new Distillation with the same arguments continues from there.
 
     Raises SettingsError when there are too few windows, CheckpointError when the loss is not finite or when the
     architecture makes its logits from its hidden states by more than a linear head.
@@ -212,6 +227,7 @@ class Distillation:
         within: str,
         tokens: Tensor,
         *,
+        rounding: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType({}),
         compute: torch.dtype = torch.float32,
         seed: int = 0,
         store: TrainingStore | None = None,
@@ -226,7 +242,13 @@ class Distillation:
         self._seed = seed
         self._store = store
         self._progress = progress
-        self._trained = self._trainable(keep_masks, within)
+        self._in_model = self._trainable(keep_masks, within)
+        self._rounding = rounding
+        self._trained = {
+            name: nn.Parameter(parameter.detach().clone()) if name in rounding else parameter
+            for name, parameter in self._in_model.items()
+        }
+        """What the optimizer moves: the model's parameters, or of rounded ones what they are rounded from."""
         self._adam = torch.optim.Adam(self._trained.values(), lr=LEARNING_RATE, betas=BETAS, fused=True)
         self._steps = 0
         self._minutes = 0.0
@@ -272,7 +294,14 @@ class Distillation:
         with torch.no_grad():
             for name, best in self._best.items():
                 self._trained[name].copy_(best)
+        self._round()
         return self.validations
+
+    @torch.no_grad()
+    def _round(self) -> None:
+        """Puts the rounded parameters into the model."""
+        for name, rounded in self._rounding.items():
+            self._in_model[name].copy_(rounded(self._trained[name]))
 
     def _should_stop_early(self) -> bool:
         lowest = min(range(len(self.validations)), key=lambda index: self.validations[index].divergence)
@@ -296,11 +325,14 @@ class Distillation:
                 "for very large weights in the checkpoint"
             )
         hidden.backward(gradient)  # type: ignore[no-untyped-call]
+        for name in self._rounding:
+            self._trained[name].grad, self._in_model[name].grad = self._in_model[name].grad, None
         nn.utils.clip_grad_norm_(self._trained.values(), MAX_GRAD_NORM)
         for group in self._adam.param_groups:
             group["lr"] = learning_rate
         self._adam.step()
         self._adam.zero_grad(set_to_none=True)
+        self._round()
 
     def _hidden(self, model: Any, batch: Tensor) -> Tensor:
         """(tokens, H) fp32: what enters the head."""
@@ -403,6 +435,7 @@ class Distillation:
                 key: stored[f"{key} {name}"].to(parameter.device) for key in ("step", "exp_avg", "exp_avg_sq")
             }
             self._best[name] = stored[f"best {name}"].to(parameter.device)
+        self._round()
 
 
 def _learning_rate(used: float) -> float:

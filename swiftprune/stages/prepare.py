@@ -148,7 +148,9 @@ def check_memory(run: Run) -> None:
     s, count = run.settings, run.checkpoint.parameter_count
     needs: dict[str, int] = {}
     if "distill" in s.refine:
-        needs["--refine distill"] = distill.memory_bytes(count, run.pruned_count(), run.compute)
+        needs["--refine distill"] = distill.memory_bytes(
+            count, run.pruned_count(), run.compute, quantized=run.settings.values is not None
+        )
     if s.max_perplexity_ratio is not None:
         needs["--sparsity auto"] = 4 * (count + 2 * run.pruned_count())
     if not needs:
@@ -208,6 +210,8 @@ def note_sparse_weights(run: Run) -> None:
 def needs(settings: PruneSettings, method: Method) -> Needs:
     """What calibration must collect, for the method and for refining."""
     collected: Needs = "drift" if "weights" in settings.refine else method.needs
+    if settings.values and settings.calibration != "none" and collected != "drift":
+        collected = "gram"
     # In one pass inputs are those of the dense model, so there is no drift.
     return "gram" if collected == "drift" and settings.one_pass else collected
 

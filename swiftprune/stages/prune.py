@@ -17,8 +17,10 @@ from swiftprune.errors import CheckpointError
 from swiftprune.formats import spec
 from swiftprune.formats.spec import check_finite
 from swiftprune.kernels import packing
+from swiftprune.kernels.quantize import quantize, split_rows
 from swiftprune.methods.least_squares import refine_weights
 from swiftprune.methods.mask import select
+from swiftprune.methods.rounding import round_kept
 from swiftprune.methods.statistics import InputStats
 from swiftprune.models.plan import Block, Linear
 from swiftprune.results import PrunedBlock, PrunedWeight, layer_result
@@ -165,6 +167,9 @@ def _prune_block(run: Run, block: Block, runner: BlockRunner | None, tick: Calla
     if runner and "blocks" in run.settings.refine:
         with run.clock("refine blocks"):
             weights = _refine_block(run, block, weights, runner, tick)
+    if run.settings.values:
+        with run.clock("round values"):
+            weights = _round_values(run, block, weights, stats)
     with run.clock("output error"):
         results = [
             layer_result(
@@ -173,6 +178,29 @@ def _prune_block(run: Run, block: Block, runner: BlockRunner | None, tick: Calla
             for linear in block.linears
         ]
     return PrunedBlock(block, weights, results)
+
+
+def _round_values(
+    run: Run, block: Block, weights: Mapping[str, PrunedWeight], stats: Mapping[str, InputStats]
+) -> dict[str, PrunedWeight]:
+    """`weights` with the kept ones of linears in 8 or 4 bits; those on the same inputs share what these cost."""
+    assert run.settings.values
+    rounded = dict(weights)
+    sharing: dict[int, list[Linear]] = defaultdict(list)
+    for index, linear in enumerate(block.linears):
+        seen = stats.get(linear.name)
+        sharing[index if seen is None or seen.gram is None else id(seen)].append(linear)
+    for linears in sharing.values():
+        seen = stats.get(linears[0].name)
+        kept = [packing.unpack(weights[linear.tensor]) for linear in linears]
+        masks = [packing.keep_mask(weights[linear.tensor]) for linear in linears]
+        if seen is None or seen.gram is None:
+            parts = [quantize(*pair, run.settings.values, linears[0].tensor) for pair in zip(kept, masks, strict=True)]
+        else:
+            whole = round_kept(torch.cat(kept), torch.cat(masks), seen.gram, run.settings.values, linears[0].name)
+            parts = split_rows(whole, [len(weight) for weight in kept])
+        rounded |= {linear.tensor: part for linear, part in zip(linears, parts, strict=True)}
+    return rounded
 
 
 def _refine_block(

@@ -10,6 +10,7 @@
 
 #include "group.h"
 #include "linear24.h"
+#include "quantized.h"
 #include "tiled.h"
 
 using namespace swiftprune;
@@ -92,6 +93,57 @@ bool check(const char* isa, Dtype dtype, int64_t rows, int64_t cols, int64_t tok
   return false;
 }
 
+// Inputs that are whole numbers up to 127 round to themselves, and scales are powers of two: sums must be exact.
+bool check_quantized(const char* isa, int bits, int64_t rows, int64_t cols, int64_t tokens, bool with_bias) {
+  const int64_t half = cols / 2, stride = (cols / 4 + 1) / 2, x_stride = cols + 3, scales_each = bits == 8 ? 1 : quant_chunks(cols);
+  Buffer<uint8_t> values(bits == 8 ? rows * half : rows * half / 2), back(values.size), metadata(rows * stride),
+      metadata_back(metadata.size);
+  Buffer<uint16_t> scales(rows * scales_each), scales_back(scales.size);
+  Buffer<float> x((tokens - 1) * x_stride + cols), y(tokens * rows), bias(rows);
+  std::fill_n(metadata.data.get(), metadata.size, uint8_t{0});
+  for (int64_t i = 0; i < values.size; ++i)
+    do values[i] = static_cast<uint8_t>(random_bits());
+    while (bits == 8 && values[i] == 0x80);
+  for (int64_t i = 0; i < scales.size; ++i) scales[i] = BFloat16::from_float(random_bits() % 2 ? 0.5f : -2.0f);
+  for (int64_t i = 0; i < x.size; ++i) x[i] = static_cast<float>(static_cast<int>(random_bits() % 255) - 127);
+  for (int64_t t = 0; t < tokens; ++t)
+    for (int64_t k = 0; k < cols; k += kQuantInputs) x[t * x_stride + k] = 127;
+  for (int64_t i = 0; i < rows; ++i) bias[i] = static_cast<float>(random_bits() % 9);
+  constexpr uint8_t kNibbles[] = {4, 8, 12, 9, 13, 14};
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t g = 0; g < cols / 4; ++g)
+      metadata[r * stride + g / 2] |= static_cast<uint8_t>(kNibbles[random_bits() % 6] << (g % 2 * 4));
+
+  Buffer<char> tiled(quant_bytes(bits, rows, cols));
+  const int64_t blocks = blocks_of(rows), middle = blocks / 2;
+  bool right = to_quant_tiled(bits, values.data.get(), metadata.data.get(), scales.data.get(), rows, cols, tiled.data.get(), 0, middle);
+  right &= to_quant_tiled(bits, values.data.get(), metadata.data.get(), scales.data.get(), rows, cols, tiled.data.get(), middle, blocks);
+  from_quant_tiled(bits, tiled.data.get(), rows, cols, back.data.get(), metadata_back.data.get(), scales_back.data.get(), 0, blocks);
+  right &= std::memcmp(back.data.get(), values.data.get(), values.size) == 0 &&
+           std::memcmp(metadata_back.data.get(), metadata.data.get(), metadata.size) == 0 &&
+           std::memcmp(scales_back.data.get(), scales.data.get(), scales.size * sizeof(uint16_t)) == 0;
+  const QuantKernel* kernel = quant_kernel_for(isa);
+  if (right && kernel) {
+    std::fill_n(y.data.get(), y.size, std::nanf(""));
+    run_quant24(*kernel, {bits, static_cast<int>(Dtype::kFloat32), tiled.data.get(), with_bias ? bias.data.get() : nullptr,
+                          x.data.get(), x_stride, y.data.get(), rows, tokens, rows, cols, {}}, 3);
+    for (int64_t t = 0; t < tokens; ++t)
+      for (int64_t r = 0; r < rows; ++r) {
+        double sum = with_bias ? bias[r] : 0;
+        for (int64_t i = 0; i < half; ++i) {
+          const int64_t g = i / 2, at = 4 * g + (metadata[r * stride + g / 2] >> (g % 2 * 4 + i % 2 * 2) & 3);
+          const int value = bits == 8 ? static_cast<int8_t>(values[r * half + i])
+                                      : kCodebook[values[r * half / 2 + g] >> (i % 2 * 4) & 15];
+          sum += double(BFloat16::to_float(scales[r * scales_each + (bits == 8 ? 0 : 4 * g / kQuantInputs)])) * value * x[t * x_stride + at];
+        }
+        right &= std::fabs(y[t * rows + r] - sum) <= 1e-6 * (std::fabs(sum) + 2e7);
+      }
+  }
+  if (!right)
+    std::printf("%s: %d bits, %lldx%lld, %lld tokens: wrong\n", isa, bits, (long long)rows, (long long)cols, (long long)tokens);
+  return right;
+}
+
 }  // namespace
 
 int main() {
@@ -108,6 +160,13 @@ int main() {
       }
     const bool ran = linear24_for(isa, Dtype::kBFloat16, Dtype::kBFloat16) != nullptr;
     std::printf("%s: %s\n", isa, ran ? "right" : "not here");
+  }
+  for (const char* isa : kQuantIsas) {
+    for (const auto& shape : kShapes)
+      for (int64_t tokens : kTokens)
+        for (int bits : {8, 4})
+          if (!check_quantized(isa, bits, shape[0], shape[1], tokens, tokens % 2 == 1)) return 1;
+    std::printf("%s, 8 and 4 bits: %s\n", isa, quant_kernel_for(isa) ? "right" : "not here");
   }
   return 0;
 }

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from swiftprune.kernels.native import LINEAR_ISAS, supported_isas
+from swiftprune.kernels.native import LINEAR_ISAS, QUANT_ISAS, supported_isas
 
 ROOT = Path(__file__).parents[2]
 SOURCES = ROOT / "swiftprune" / "kernels" / "csrc"
@@ -35,9 +35,10 @@ def test_linear_kernels_under_the_sanitizers(cmake: str, tmp_path: Path) -> None
     run = subprocess.run([sanitized(cmake, tmp_path)], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout + run.stderr[:3000]
     result = dict(line.split(": ") for line in run.stdout.splitlines())
-    assert sorted(result) == sorted(LINEAR_ISAS)
-    for isa in supported_isas():
-        assert result[isa] == "right"
+    quantized = ("avx512_vnni", "avx_vnni", "avx2", "neon_dotprod", "generic")
+    assert sorted(result) == sorted([*LINEAR_ISAS, *(f"{isa}, 8 and 4 bits" for isa in quantized)])
+    for name in (*supported_isas(), *(f"{isa}, 8 and 4 bits" for isa in QUANT_ISAS)):
+        assert result[name] == "right"
 
 
 def test_the_neon_kernel_in_an_emulator(tmp_path: Path) -> None:
@@ -47,12 +48,14 @@ def test_the_neon_kernel_in_an_emulator(tmp_path: Path) -> None:
     from tests.native import emulator
 
     sources = ["tiled", "dispatch", "prefetch", "prune_pack_generic", "linear24_generic", "linear24_neon"]
+    sources += ["threads", "quantized_tiled", "quantized_generic", "quantized_neon_dotprod"]
     program = tmp_path / "linear24_check"
     compiler = [sys.executable, "-m", "ziglang", "c++", "--target=aarch64-linux-musl", "-static", "-std=c++17", "-O2"]
     command = [
         *compiler,
         "-ffp-contract=off",
         "-DSWIFTPRUNE_NEON=1",
+        "-mcpu=cortex_a76",  # which has the dot product instructions
         f"-I{SOURCES}",
         "-o",
         str(program),
@@ -63,3 +66,4 @@ def test_the_neon_kernel_in_an_emulator(tmp_path: Path) -> None:
     status, written = emulator.run(program)
     assert status == 0, written
     assert "neon: right" in written
+    assert "neon_dotprod, 8 and 4 bits: right" in written

@@ -26,15 +26,15 @@ struct Vector {
         _mm512_set1_epi64(0x0e0c0a0806040200), _mm512_set_epi64(0x3030303030303030, 0x3030303030303030, 0x2020202020202020,
                                                                 0x2020202020202020, 0x1010101010101010, 0x1010101010101010, 0, 0));
     const __m512i group = _mm512_set4_epi32(0x0c0c0808, 0x0c0c0808, 0x04040000, 0x04040000);
-    const __m512i words = _mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(metadata)));
+    const __m512i words = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(metadata)));
     const __m512i spread = _mm512_multishift_epi64_epi8(at, words);
     return _mm512_ternarylogic_epi32(spread, _mm512_set1_epi8(3), group, 0xea);  // spread & 3 | group
   }
-  static __m512i weights(const uint8_t* bytes) { return _mm512_load_si512(bytes); }
+  static __m512i weights(const uint8_t* bytes) { return _mm512_loadu_si512(bytes); }
   template <int kHigh>
   static __m512i codes(const uint8_t* bytes) {
     const __m512i book = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(kCodebook)));
-    __m512i both = _mm512_load_si512(bytes);
+    __m512i both = _mm512_loadu_si512(bytes);
     if constexpr (kHigh) both = _mm512_srli_epi16(both, 4);
     return _mm512_shuffle_epi8(book, _mm512_and_si512(both, _mm512_set1_epi8(15)));
   }
