@@ -101,7 +101,7 @@ def _use(folder: Path, config: dict[str, Any], target: str | None, zeros: str | 
     if method == spec.QUANT_METHOD:
         values = declared.get("values")
         config_type = getattr(torch, str(config.get("dtype") or config.get("torch_dtype") or "bfloat16"))
-        backend = dispatch.linear_backend(config_type, quantized=values if values in spec.QUANTIZED else None)
+        backend = dispatch.linear_backend(config_type, quantized=spec.find_quantized(str(values)))
         return f"packed 2:4 weights{f', {values} values' if values else ''}", {
             "transformers": f"{ours} and imported: backend {backend} on this CPU",
             "vLLM": f"{_NO}: it does not run {values} values yet" if values else f"{ours}: vllm serve {folder}",
@@ -138,7 +138,7 @@ def info_command(
     if found.settings:
         s = found.settings
         table.add_row("made from", escape(found.source or "not recorded"))
-        stages = [*(["permute"] if s.permute else []), *s.refine]
+        stages = [*(["permute"] if s.permute else []), *s.refine, *([f"{s.values} values"] if s.values else [])]
         table.add_row("pruned", f"{s.pattern} by {s.method}" + (f", then {', '.join(stages)}" if stages else ""))
         table.add_row("calibrated on", escape(s.calibration))
         table.add_row(

@@ -96,7 +96,7 @@ def model_card(
         f"| size | {bytes_before / 1e6:,.1f} -> {bytes_after / 1e6:,.1f} MB |",
         f"| perplexity on calibration text that was held back | {_quality(check)} |",
         "\n## Use\n",
-        _USE[target].replace("{folder}", folder),
+        (_TRANSFORMERS if settings.values else _USE[target]).replace("{folder}", folder),
         "swiftprune is installed from its repository; a package of that name on an index may be another.",
         "`swiftprune.json` holds all settings and what pruning did to each linear.",
     ]
@@ -114,6 +114,7 @@ def _metadata(folder: Path) -> dict[str, Any]:
 
 def _stages(settings: PruneSettings) -> str:
     stages = (["permute"] if settings.permute else []) + [f"refine {stage}" for stage in settings.refine]
+    stages += [f"{settings.values} values"] if settings.values else []
     return f", {', '.join(stages)}" if stages else ""
 
 

@@ -146,7 +146,9 @@ class Workspace:
     def _check_same(self, state: Mapping[str, Any]) -> None:
         try:
             before = json.loads((self.folder / _STATE).read_text())
-        except (OSError, json.JSONDecodeError):
+            if not isinstance(before, dict):
+                raise ValueError(f"{_STATE} is no object")
+        except (OSError, ValueError, RecursionError):
             raise OutputError(f"{self.folder}: holds no readable {_STATE}; start anew with --overwrite") from None
         now = json.loads(json.dumps(state))
         for key in sorted(set(before) | set(now)):

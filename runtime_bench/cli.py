@@ -420,6 +420,13 @@ def report_command(
     files = [file for path in files for file in (sorted(path.glob("*.json")) if path.is_dir() else [path])]
     if not files:
         raise SettingsError("report: the folder holds no results (*.json)")
+    for given in filter(None, (html, markdown, picture)):
+        if given.is_dir():
+            raise SettingsError(f"report: {given} is a folder; name a file in it")
+        if given.resolve() in {path.resolve() for path in files}:
+            raise SettingsError(f"report: {given} is one of the results to show; write to another file")
+    if picture and picture.suffix != ".png":
+        raise SettingsError(f"report: --picture {picture}: give a file that ends in .png")
     found = [results.load(path) for path in files]
     table = report.markdown(found)
     if markdown:

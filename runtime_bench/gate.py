@@ -25,9 +25,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from runtime_bench.engines import UNITS
 from runtime_bench.layers import LayersResult
 from runtime_bench.results import RunResult
 from runtime_bench.statistics import CONFIDENCE, Shift, least_p
+from swiftprune.errors import SettingsError
 
 Verdict = Literal["pass", "regression", "unclear", "void", "missing"]
 MIN_ROUNDS = 10
@@ -71,6 +73,10 @@ def judge(
     the names of those to judge; by default the one that tells most of decoding, since others, as `ttft`, vary more.
     """
     fresh = dict(_series(new, metrics))
+    if not 0.5 <= confidence < 1:
+        raise SettingsError(f"--confidence {confidence:.0%}: verdicts of less than even odds say nothing; 95% is usual")
+    if unknown := [name for name in metrics if name not in UNITS]:
+        raise SettingsError(f"--metric {unknown[0]}: no such metric; there are: {', '.join(UNITS)}")
     if not fresh:
         return [
             Comparison(new.kind, "missing", f"nothing to judge in it{': no ' if metrics else ''}{', '.join(metrics)}")
@@ -85,6 +91,9 @@ def judge(
     rows: dict[str, Comparison | Shift] = {
         what: _compared(series, known.get(what, []), what, 1 - confidence) for what, series in fresh.items()
     }
+    for what in sorted(known.keys() - fresh.keys()):
+        if known[what] and what.partition(", ")[2] not in fresh:  # void cases are in these under their label alone
+            rows[what] = Comparison(what, "missing", "the baseline has it, the new result does not")
     shifts = {what: row for what, row in rows.items() if isinstance(row, Shift)}
     shares = _shares({what: found.p_beyond(max_regression) for what, found in shifts.items()}, 1 - confidence)
     return [
@@ -189,8 +198,10 @@ def _series(result: Any, metrics: Sequence[str]) -> Iterator[tuple[str, Series]]
     """Of everything in `result` that can be judged, by what it is."""
     if isinstance(result, RunResult):
         for case in result.cases:
-            if case.void:
-                yield case.label, Series([], case.void)
+            wrong = result.check is not None and not result.check.passed
+            if void := case.void or ("its answers were wrong" if wrong else None):
+                yield case.label, Series([], void)
+                continue
             named = [case.metric(name) for name in metrics] if metrics else [case.decoding]
             for metric in named:
                 if metric:

@@ -26,10 +26,10 @@ from runtime_bench.results import Result
 from runtime_bench.statistics import ratios
 from runtime_bench.stored import Stored
 from swiftprune.errors import SettingsError
-from swiftprune.formats.spec import WeightSpec
+from swiftprune.formats.spec import WeightSpec, find_quantized
 from swiftprune.kernels import dispatch, native
 from swiftprune.kernels.linear import Linear24
-from swiftprune.kernels.packing import pack
+from swiftprune.kernels.packing import pack, unpack
 from swiftprune.progress import ProgressCallback, no_progress
 
 SHAPES: dict[str, list[tuple[int, int]]] = {
@@ -39,8 +39,15 @@ SHAPES: dict[str, list[tuple[int, int]]] = {
 }
 """(outputs, inputs) of the linears of each model; query, key, value, gate and up apart."""
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-BYTE_BOUND = {name: WeightSpec((8, 64), dtype).compression for name, dtype in DTYPES.items()}
+DTYPES = {
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp32": torch.float32,
+    "int8": torch.bfloat16,
+    "int4": torch.bfloat16,
+}
+"""The type that inputs and dense weights have, by what packed values are stored in."""
+BYTE_BOUND = {name: WeightSpec((8, 8192), dtype, find_quantized(name)).compression for name, dtype in DTYPES.items()}
 """Dense bytes over packed bytes of a weight: the speedup when both only read it, at the same speed."""
 ROTATED_BYTES = 512 << 20  # of dense weights, per contestant
 TURN_BYTES = 256 << 20  # of dense weights, per turn, for up to TURN_TOKENS tokens and fewer for more
@@ -158,8 +165,10 @@ def measure(
 
     Raises SettingsError when `backend` cannot run here or when only `reference` can: it is not worth measuring.
     """
-    chosen = {dtype: dispatch.linear_backend(DTYPES[dtype], backend) for dtype in dtypes}
-    if dispatch.REFERENCE in chosen.values():
+    chosen = {
+        dtype: dispatch.linear_backend(DTYPES[dtype], backend, quantized=find_quantized(dtype)) for dtype in dtypes
+    }
+    if {dispatch.REFERENCE, dispatch.QUANTIZED_REFERENCE} & set(chosen.values()):
         raise SettingsError(
             f"the backend {dispatch.REFERENCE!r} multiplies dense weights and is not worth measuring; available: "
             f"{', '.join(dispatch.linear_backends(DTYPES[dtypes[0]])[:-1]) or 'none, as no native kernels were built'}"
@@ -171,7 +180,7 @@ def measure(
     try:
         with torch.inference_mode(), watch() as seen:
             for dtype, (rows, cols) in itertools.product(dtypes, shapes):
-                weights = _Weights(rows, cols, DTYPES[dtype], chosen[dtype])
+                weights = _Weights(rows, cols, dtype, chosen[dtype])
                 for count, m in itertools.product(threads, tokens):
                     progress(f"{rows}x{cols} {dtype}", len(cells), total)
                     torch.set_num_threads(count)
@@ -196,15 +205,17 @@ def measure(
 class _Weights:
     """Copies of one masked weight in the layout of each contestant."""
 
-    def __init__(self, rows: int, cols: int, dtype: torch.dtype, backend: str) -> None:
+    def __init__(self, rows: int, cols: int, stored: str, backend: str) -> None:
+        dtype = DTYPES[stored]
         self.shape = (rows, cols)
         self.dense = torch.randn(rows, cols).view(rows, cols // 4, 4)
         self.dense[..., torch.tensor([1, 3])] = 0
         self.dense = self.dense.view(rows, cols).mul_(cols**-0.5).to(dtype)
         copies = -(-ROTATED_BYTES // self.dense.nbytes)
         self.plain = [self.dense.clone() for _ in range(copies)]
-        packed = pack(self.dense)
-        self.sparse = [Linear24.from_packed(packed, backend=backend) for _ in range(copies)]
+        packed = pack(self.dense, values=find_quantized(stored))
+        self.sparse = [Linear24.from_packed(packed, backend=backend, dtype=dtype) for _ in range(copies)]
+        self.stored = unpack(packed).to(dtype)
 
     def prepacked(self, tokens: int) -> list[Tensor]:
         """In oneDNN's layout for so many tokens."""
@@ -223,9 +234,11 @@ def _cell(weights: _Weights, dtype: str, tokens: int, threads: int, memory: Tens
         contestants["oneDNN prepacked"] = _turn(
             lambda weight: onednn.linear(x, weight, None), weights.prepacked(tokens), calls
         )
-    expected = contestants["torch F.linear"]()
     for name, run in contestants.items():
-        if not torch.allclose(run(), expected, rtol=2e-2, atol=2e-2):
+        expected = F.linear(x, weights.stored if name == "sparse" else weights.dense)
+        # Kernels for quantized values round inputs to 8 bits too.
+        tolerance = 6e-2 if name == "sparse" and find_quantized(dtype) else 2e-2
+        if not torch.allclose(run(), expected, rtol=tolerance, atol=tolerance):
             raise RuntimeError(f"{name} computes something else than torch's F.linear on {weights.shape} {dtype}")
     turns = {**contestants, "read": lambda: native.read_bandwidth_pass(memory)}
     once = interleaved(turns, rounds=1)

@@ -66,8 +66,8 @@ def pack_model(
 
     check_replaceable(out, overwrite=overwrite)
     model = load_graph(source, oldest=PACK_OPSET)
+    LiftConstantsToInitializersPass()(model)  # whose data may stand in files too
     _check_apart(out, source, model)
-    LiftConstantsToInitializersPass()(model)
     found = find_weights(model)
     ignored = compile_ignore(ignore) if ignore is not None else None
     if ignored is not None and ignore != DEFAULT_IGNORE:

@@ -156,6 +156,11 @@ class Packed24:
         return (self.values, self.metadata) if self.scales is None else (self.values, self.metadata, self.scales)
 
 
+def find_quantized(name: str) -> Quantized | None:
+    """The quantized type of values of that name, or None where it is another type's."""
+    return next((quantized for quantized in QUANTIZED if quantized == name), None)
+
+
 def check_declared(
     format: str | None, version: int | None, engine: str, versions: tuple[int, ...] = (VERSION,), values: object = None
 ) -> None:
@@ -234,6 +239,9 @@ def check_device(name: str, *tensors: Tensor) -> None:
         raise FormatError(f"{name}: values and metadata are on different devices: {', '.join(map(str, devices))}")
     if any(tensor.is_meta for tensor in tensors):
         raise FormatError(f"{name}: is on the meta device, which holds no numbers; load the weights first")
+    for tensor in tensors:
+        if tensor.is_cpu and tensor.numel() and type(tensor) not in (Tensor, torch.nn.Parameter):
+            raise FormatError(f"{name}: is a {type(tensor).__name__}; packing reads plain tensors only")
 
 
 def check_shapes(packed: Packed24, name: str) -> None:

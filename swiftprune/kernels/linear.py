@@ -8,6 +8,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from swiftprune.errors import SettingsError
 from swiftprune.formats import spec
 from swiftprune.formats.spec import SCALE_DTYPE, Packed24, Quantized, WeightSpec
 from swiftprune.kernels import dispatch
@@ -143,9 +144,14 @@ class Linear24(nn.Linear):
             # The weight cannot be cast, so x is; what comes out is what autocast gives of dense linears.
             return self.multiply(x.to(self.dtype), bias).to(torch.get_autocast_dtype(x.device.type))
         check_input(x, self.in_features, self.dtype)
+        forward_ad = torch.autograd.forward_ad
+        if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:  # type: ignore[no-untyped-call]
+            raise NotImplementedError("a packed layer has no forward-mode derivative; use reverse mode")
         kernel = self._kernel
         # Dispatch costs as much as a small layer, so it is paid only where something needs it.
-        if torch.compiler.is_compiling() or (x.requires_grad and torch.is_grad_enabled()):
+        if _is_recorded() or (
+            torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
+        ):
             held = self._held()
             y: Tensor = torch.ops.swiftprune.linear24(
                 x, [held[name] for name in kernel.buffer_names], bias, self.out_features, kernel.name
@@ -183,12 +189,26 @@ class Linear24(nn.Linear):
         if (after.dtype, after.device) == (before.dtype, before.device):
             self._apply_but_for_scales(fn, recurse)
             return self
-        fast = self.backend != self._reference
+        if after.dtype not in spec.VALUE_DTYPES:
+            known = ", ".join(str(dtype).removeprefix("torch.") for dtype in spec.VALUE_DTYPES)
+            raise SettingsError(f"a packed layer computes in {known}, not in {str(after.dtype).removeprefix('torch.')}")
+        fast, packed, bias = self.backend != self._reference, self.packed, self._parameters.get("bias")
+        bias_before = None if bias is None else bias.data
+        before_dtype = self.dtype
         self.use_backend(dispatch.REFERENCE)
-        self._apply_but_for_scales(fn, recurse)
-        self.dtype = after.dtype
-        if fast:
-            self.use_backend()
+        try:
+            self._apply_but_for_scales(fn, recurse)
+            self.dtype = after.dtype
+            if fast:
+                self.use_backend()
+        except Exception:  # values that the new type cannot hold: all stays as it was
+            self._hold(packed)
+            self.dtype = before_dtype
+            if bias is not None and bias_before is not None:
+                bias.data = bias_before
+            if fast:
+                self.use_backend()
+            raise
         return self
 
     def _apply_but_for_scales(self, fn: Callable[[Tensor], Tensor], recurse: bool) -> None:
@@ -209,7 +229,16 @@ class Linear24(nn.Linear):
         backend = self.backend
         self.use_backend(dispatch.REFERENCE)
         super()._load_from_state_dict(*args)
-        self.use_backend(backend)
+        if self.quantized is None and self.weight.dtype != self.dtype:  # assigned, and not copied
+            self.dtype = self.weight.dtype
+            self.use_backend(None if backend != self._reference else backend)
+        else:
+            self.use_backend(backend)
+
+
+def _is_recorded() -> bool:
+    """Whether something follows what operators are called: a compiler, a tracer, a dispatch mode."""
+    return torch.compiler.is_compiling() or torch._C._is_tracing() or torch._C._len_torch_dispatch_stack() > 0
 
 
 # The product as an operator, for torch.compile and autograd. The library must live as long as the process.
@@ -253,7 +282,8 @@ def _remember(ctx: Any, inputs: tuple[Tensor, list[Tensor], Tensor | None, int, 
 def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | list[None] | None, ...]:
     held = list(ctx.saved_tensors)
     weight = torch.ops.swiftprune.unpack24(held, gradient.dtype, ctx.out_features, ctx.in_features, ctx.kernel)
-    return gradient @ weight, [None] * len(held), None, None, None
+    bias = gradient.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None
+    return gradient @ weight, [None] * len(held), bias, None, None
 
 
 torch.library.register_autograd("swiftprune::linear24", _backward, setup_context=_remember)

@@ -377,6 +377,10 @@ def _checked_bias(bias: Tensor | None, rows: int, dtype: torch.dtype) -> Tensor 
 
 def _with_stride(x: Tensor, cols: int) -> tuple[Tensor, int]:
     """Rows of x that are each contiguous, and how far apart they are."""
+    if x.is_neg():
+        x = x.resolve_neg()
+    if not x.data_ptr() and x.numel():
+        raise ValueError(f"x is a {type(x).__name__}, which holds no numbers of its own that kernels could read")
     if x.is_contiguous():
         return x, cols
     x = x.reshape(-1, cols)
@@ -392,7 +396,10 @@ def read_bandwidth_pass(memory: Tensor) -> None:
 def _on_cpu(tensor: Tensor) -> Tensor:
     if tensor.device.type != "cpu":
         raise ValueError(f"the native kernels work on CPU tensors, not on {tensor.device}")
-    return tensor.detach().contiguous()
+    tensor = tensor.detach().resolve_neg().contiguous()
+    if tensor.numel() and not tensor.data_ptr():
+        raise ValueError(f"a {type(tensor).__name__} holds no numbers of its own that kernels could read")
+    return tensor
 
 
 def _weight(weight: Tensor) -> Tensor:

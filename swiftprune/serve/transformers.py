@@ -26,6 +26,7 @@ from torch import nn
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from swiftprune.errors import FormatError
 from swiftprune.formats import spec
 from swiftprune.formats.spec import METADATA_SUFFIX, QUANT_METHOD, Quantized
 from swiftprune.kernels import native
@@ -101,9 +102,20 @@ class SwiftpruneQuantizer(HfQuantizer):  # type: ignore[misc]
             return lambda name: name not in ignored
         ending = f".weight{METADATA_SUFFIX}"
         packed: set[str] = set()
+        stored: set[str] = set()
         for path in checkpoint_files:
             with safe_open(path, framework="pt") as file:
-                packed |= {key.removesuffix(ending) for key in file.keys() if key.endswith(ending)}  # noqa: SIM118
+                names = set(file.keys())
+                stored |= names
+                for key in names:
+                    if key.endswith(ending):
+                        if (dtype := file.get_slice(key).get_dtype()) != "U8":
+                            raise FormatError(
+                                f"{path}: {key} is {dtype}, not U8; the file is damaged or of another format"
+                            )
+                        packed.add(key.removesuffix(ending))
+        if missing := sorted(name for name in packed if f"{name}.weight" not in stored):
+            raise FormatError(f"the checkpoint holds {missing[0]}{ending}, but no {missing[0]}.weight")
         shortened = {name.partition(".")[2] for name in packed}
         return lambda name: name in packed or name in shortened or name.partition(".")[2] in packed
 

@@ -330,7 +330,7 @@ def test_a_finished_block_that_was_damaged_is_done_again(
 @pytest.mark.parametrize(
     "name", ["calibration-tokens.safetensors", "permutations.safetensors", "training.safetensors", "export-state.json"]
 )
-@pytest.mark.parametrize("content", [b"", b"{}", bytes(200)])
+@pytest.mark.parametrize("content", [b"", b"{}", b"[]", b"\xff\xfe", bytes(200)])
 def test_damaged_files_of_an_unfinished_export_are_named(
     name: str,
     content: bytes,

@@ -513,6 +513,22 @@ def test_files_are_replaced_only_when_asked_and_never_the_source(tmp_path: Path)
     assert out.read_bytes() == before
 
 
+def test_packing_never_writes_over_the_data_of_a_constant(tmp_path: Path) -> None:
+    source = save(placed("Constant", sparse(16, 32)), tmp_path / "model.onnx")
+    model = onnx.load(source)
+    constant = next(node for node in model.graph.node if node.op_type == "Constant")
+    value = constant.attribute[0].t
+    (tmp_path / "out.onnx.data").write_bytes(value.raw_data)
+    value.ClearField("raw_data")
+    value.data_location = onnx.TensorProto.EXTERNAL
+    value.external_data.add(key="location", value="out.onnx.data")
+    source.write_bytes(model.SerializeToString())
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(OutputError, match="is read from it; give another --out"):
+        pack_model(source, tmp_path / "out.onnx", overwrite=True)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
 @pytest.mark.parametrize("named", ["the model", "its data", "a link to it"])
 def test_packing_never_writes_over_what_it_reads(tmp_path: Path, named: str) -> None:
     model = onnx.load(save(linear(sparse(16, 32)), tmp_path / "small.onnx"))

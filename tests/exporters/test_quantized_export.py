@@ -157,6 +157,29 @@ def test_what_values_do_not_go_with(tiny_models: Models, tmp_path: Path) -> None
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("values", [None, "int8"])
+def test_a_packed_weight_that_is_not_whole_is_refused(
+    values: Quantized | None, tiny_models: Models, tmp_path: Path
+) -> None:
+    """Else transformers would make up what is missing, or cut floats off."""
+    export(tiny_models("qwen2"), tmp_path / "out", PruneSettings(calibration="none", values=values))
+    shard = next(
+        path
+        for path in sorted((tmp_path / "out").glob("*.safetensors"))
+        if "weight_meta" in str(load_file(path).keys())
+    )
+    tensors = load_file(shard)
+    name = next(key for key in tensors if key.endswith("weight_meta"))
+    save_file(tensors | {name: tensors[name].float()}, shard, metadata={"format": "pt"})
+    with pytest.raises(FormatError, match=f"{name} is F32, not U8"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    weight = name.removesuffix("_meta")
+    del tensors[weight]
+    save_file(tensors, shard, metadata={"format": "pt"})
+    with pytest.raises(FormatError, match=f"holds {name}, but no {weight}"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
 def test_damaged_checkpoints_are_refused(tiny_models: Models, tmp_path: Path) -> None:
     export(tiny_models("qwen2"), tmp_path / "out", PruneSettings(calibration="none", values="int4"))
     shard = next(

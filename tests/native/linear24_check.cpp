@@ -162,8 +162,8 @@ int main() {
     std::printf("%s: %s\n", isa, ran ? "right" : "not here");
   }
   for (const char* isa : kQuantIsas) {
-    for (const auto& shape : kShapes)
-      for (int64_t tokens : kTokens)
+    for (const auto& shape : {kShapes[0], kShapes[1], kShapes[4], kShapes[5]})
+      for (int64_t tokens : {1, 3, 5, 11, 33})
         for (int bits : {8, 4})
           if (!check_quantized(isa, bits, shape[0], shape[1], tokens, tokens % 2 == 1)) return 1;
     std::printf("%s, 8 and 4 bits: %s\n", isa, quant_kernel_for(isa) ? "right" : "not here");

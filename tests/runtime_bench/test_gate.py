@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from runtime_bench import cli, gate, results
-from runtime_bench.results import RunResult
+from runtime_bench.results import Check, RunResult
+from swiftprune.errors import SettingsError
 from tests.runtime_bench.sample_results import layers_result, metric, run_result
 
 DENSE = 20.0
@@ -132,8 +133,14 @@ def test_only_like_is_compared_with_like(changes: dict[str, object]) -> None:
 def test_other_lengths_are_other_cases() -> None:
     old = result(1.7)
     old.cases[0] = old.cases[0].model_copy(update={"prompt_tokens": 4096})
-    (row,) = gate.judge(result(1.7), [old])
-    assert (row.verdict, row.detail) == ("missing", "the baseline has no such case, or it is void there")
+    rows = gate.judge(result(1.7), [old])
+    assert [(row.verdict, row.detail) for row in rows] == [
+        ("missing", "the baseline has no such case, or it is void there"),
+        ("missing", "the baseline has it, the new result does not"),
+    ]
+    more = result(1.7)
+    more.cases.append(old.cases[0])
+    assert verdicts(result(1.7), more) == ["pass", "missing"]
 
 
 def test_void_is_never_a_pass() -> None:
@@ -144,6 +151,9 @@ def test_void_is_never_a_pass() -> None:
     assert gate.exit_code([row]) == 2
     (row,) = gate.judge(result(1.7), [new])
     assert row.verdict == "missing"
+    wrong = result(1.7, check=Check(tokens=10, equal=0, largest_gap=99, tolerance=0.25))
+    (row,) = gate.judge(wrong, [result(1.7)])
+    assert (row.verdict, row.detail) == ("void", "its answers were wrong")
 
 
 def test_one_regression_among_passes_is_a_regression() -> None:
@@ -166,7 +176,11 @@ def test_metrics_by_name() -> None:
     assert verdicts(new, old) == ["pass"]
     rows = gate.judge(new, [old], metrics=["ttft", "tpot"])
     assert [(row.what.partition(",")[0], row.verdict) for row in rows] == [("ttft", "regression"), ("tpot", "pass")]
-    assert [row.verdict for row in gate.judge(new, [old], metrics=["tokens"])] == ["missing"]
+    assert [row.verdict for row in gate.judge(new, [old], metrics=["latency"])] == ["missing"]
+    with pytest.raises(SettingsError, match="--metric tokens: no such metric; there are: ttft"):
+        gate.judge(new, [old], metrics=["tpot", "tokens"])
+    with pytest.raises(SettingsError, match="--confidence 1%"):
+        gate.judge(new, [old], confidence=0.01)
 
 
 def test_layers_are_judged_too() -> None:

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
-from runtime_bench import report
+from runtime_bench import cli, report, results
 from runtime_bench.results import Check
 from swiftprune.errors import SettingsError
 from tests.runtime_bench.sample_results import case, gpu_result, layers_result, metric, run_result, trade_off_result
@@ -413,3 +414,17 @@ def test_in_a_browser(browser: Any, file: Path, width: int, height: int, theme: 
     assert not complaints
     assert not asked
     context.close()
+
+
+def test_a_report_never_replaces_what_it_shows(tmp_path: Path) -> None:
+    given = tmp_path / "run.json"
+    results.save(run_result(), given)
+    before = given.read_bytes()
+    cases = [("--html", given, "one of the results"), ("--markdown", given, "one of the results")]
+    cases += [("--picture", tmp_path, "is a folder"), ("--picture", tmp_path / "x.docx", "ends in .png")]
+    for option, place, why in cases:
+        run = CliRunner().invoke(cli.app, ["report", str(given), option, str(place)])
+        assert isinstance(run.exception, SettingsError)
+        assert why in str(run.exception)
+    assert given.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [given]

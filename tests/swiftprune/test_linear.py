@@ -13,6 +13,9 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.testing._internal.two_tensor import TwoTensor
 
 from swiftprune.errors import FormatError, SettingsError
 from swiftprune.formats.spec import Packed24, validate
@@ -413,3 +416,63 @@ def test_what_is_laid_out_is_checked_as_the_specification_says(
         back = native.from_tiled(tiled, dtype, rows, 4 * groups)
         assert torch.equal(back[0], values)
         assert torch.equal(back[1], metadata)
+
+
+def test_a_bias_is_trained_too() -> None:
+    packed = random_packed(12, 64, torch.float32, torch.Generator().manual_seed(1))
+    layer = Linear24.from_packed(packed, torch.zeros(12))
+    assert layer.bias is not None
+    layer.bias.requires_grad_(True)
+    x = torch.randn(2, 3, 64)
+    layer(x).square().sum().backward()
+    torch.testing.assert_close(layer.bias.grad, 2 * layer(x).detach().flatten(0, 1).sum(0))
+
+
+def test_tracers_record_the_operator() -> None:
+    """And so what they give follows its inputs; where they cannot, they say so."""
+    packed = random_packed(12, 64, torch.float32, torch.Generator().manual_seed(1))
+    layer = Linear24.from_packed(packed)
+    x, other = torch.randn(3, 64), torch.randn(5, 64)
+    for traced in (make_fx(layer)(x), torch.jit.trace(layer, x)):  # type: ignore[no-untyped-call]
+        assert torch.equal(traced(other), layer(other))
+    with torch.autograd.forward_ad.dual_level(), pytest.raises((RuntimeError, NotImplementedError)):
+        layer(torch.autograd.forward_ad.make_dual(x, torch.ones_like(x)))  # type: ignore[no-untyped-call]
+
+
+def test_tensors_without_numbers_and_with_a_hidden_sign() -> None:
+    weight = unpack(random_packed(8, 16, torch.float32, torch.Generator().manual_seed(1)))
+    layer = Linear24.from_packed(pack(weight))
+    x = torch.randn(3, 16)
+    assert torch.equal(unpack(pack(torch._neg_view(weight))), -weight)
+    assert torch.equal(layer(torch._neg_view(x)), layer(-x))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        fake = torch.empty(8, 16)
+        with pytest.raises(FormatError, match="FakeTensor"):
+            pack(fake)
+        assert layer(torch.empty(3, 16)).shape == (3, 8)
+    with pytest.raises(FormatError, match="TwoTensor"):
+        pack(TwoTensor(weight, weight))  # type: ignore[no-untyped-call]
+
+
+def test_a_change_of_type_that_cannot_be_changes_nothing() -> None:
+    weight = unpack(random_packed(8, 16, torch.float32, torch.Generator().manual_seed(1)))
+    weight[0, 0:4] = torch.tensor([1e6, 0, 1, 0])
+    layer = Linear24.from_packed(pack(weight), torch.randn(8))
+    x = torch.randn(3, 16)
+    y, backend = layer(x), layer.backend
+    for change, error in ((torch.double, SettingsError), (torch.complex64, SettingsError), (torch.half, FormatError)):
+        with pytest.raises(error):
+            layer.to(change)
+        assert (layer.dtype, layer.backend) == (torch.float32, backend)
+        assert torch.equal(layer(x), y)
+
+
+def test_another_type_can_be_assigned() -> None:
+    packed = random_packed(8, 64, torch.bfloat16, torch.Generator().manual_seed(1))
+    layer = Linear24.from_packed(packed)
+    state = {
+        name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in layer.state_dict().items()
+    }
+    layer.load_state_dict(state, assign=True)
+    x = torch.randn(3, 64)
+    torch.testing.assert_close(layer(x), x @ unpack(packed).float().T)

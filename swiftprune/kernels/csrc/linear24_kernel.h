@@ -20,13 +20,12 @@
 #pragma once
 
 #include <algorithm>
-#include <cstdlib>
-#include <new>
 #include <type_traits>
 
 #include "group.h"
 #include "linear24.h"
 #include "prefetch.h"
+#include "scratch.h"
 #include "tiled.h"
 
 namespace swiftprune {
@@ -38,27 +37,6 @@ constexpr int64_t kInnerBytes = 2048;
 constexpr int64_t kOuterTokens = 128;
 constexpr int64_t kOuterBytes = 512 << 10;
 constexpr int64_t kOuterBlocks = 128;
-
-// Memory that stays with its thread, so that a call allocates nothing after the first of its size.
-class Scratch {
- public:
-  template <class T>
-  T* get(int64_t count) {
-    const int64_t bytes = ceil_div(count * static_cast<int64_t>(sizeof(T)), kCacheLine) * kCacheLine;
-    if (bytes > size_) {
-      std::free(memory_);
-      memory_ = std::aligned_alloc(kCacheLine, bytes);
-      size_ = memory_ ? bytes : 0;
-      if (!memory_) throw std::bad_alloc();
-    }
-    return static_cast<T*>(memory_);
-  }
-  ~Scratch() { std::free(memory_); }
-
- private:
-  void* memory_ = nullptr;
-  int64_t size_ = 0;
-};
 
 template <class T>
 void store_rounded(const float* sums, typename T::Bits* y, int64_t count) {

@@ -12,9 +12,7 @@
 #pragma once
 
 #include <algorithm>
-#include <cstdlib>
 #include <cstring>
-#include <new>
 #include <type_traits>
 
 #ifdef __F16C__
@@ -24,31 +22,10 @@
 #include "group.h"
 #include "prefetch.h"
 #include "quantized.h"
+#include "scratch.h"
 
 namespace swiftprune {
 namespace {
-
-// Memory that stays with its thread, so that a call allocates nothing after the first of its size.
-class QuantScratch {
- public:
-  void* get(int64_t bytes) {
-    if (bytes > size_) {
-      std::free(memory_);
-      size_ = ceil_div(bytes, kCacheLine) * kCacheLine;
-      memory_ = std::aligned_alloc(kCacheLine, size_);
-      if (!memory_) {
-        size_ = 0;
-        throw std::bad_alloc();
-      }
-    }
-    return memory_;
-  }
-  ~QuantScratch() { std::free(memory_); }
-
- private:
-  void* memory_ = nullptr;
-  int64_t size_ = 0;
-};
 
 // ---- eight numbers at once, which compilers make vector instructions of -------------------------------------------------
 
@@ -132,17 +109,17 @@ void quantize_as(const swiftprune_quant24_args& a, int64_t first, int64_t last, 
   for (int64_t n = 0; n < tiles.count; ++n)
     for (int64_t c = first; c < last; ++c)
       for (int64_t i = 0; i < tiles.width(n); ++i) {
-      const int64_t t = tiles.begin(n) + i;
-      const auto* x = static_cast<const typename T::Bits*>(a.x) + t * a.x_stride + c * kQuantInputs;
-      float wide[kQuantInputs];
-      const int64_t count = std::min(kQuantInputs, a.cols - c * kQuantInputs);
-      if (count == kQuantInputs)
-        for (int64_t i = 0; i < kQuantInputs; i += 8) widen8<T>(x + i, wide + i);
-      else
-        for (int64_t i = 0; i < kQuantInputs; ++i) wide[i] = i < count ? T::to_float(x[i]) : 0.0f;
-      const int64_t at = tiles.begin(n) * chunks + c * tiles.width(n) + i;
-      a.input.scales[at] = quantize_chunk(wide, offset, a.input.bytes + at * kQuantInputs);
-    }
+        const int64_t t = tiles.begin(n) + i;
+        const auto* x = static_cast<const typename T::Bits*>(a.x) + t * a.x_stride + c * kQuantInputs;
+        float wide[kQuantInputs];
+        const int64_t count = std::min(kQuantInputs, a.cols - c * kQuantInputs);
+        if (count == kQuantInputs)
+          for (int64_t i = 0; i < kQuantInputs; i += 8) widen8<T>(x + i, wide + i);
+        else
+          for (int64_t i = 0; i < kQuantInputs; ++i) wide[i] = i < count ? T::to_float(x[i]) : 0.0f;
+        const int64_t at = tiles.begin(n) * chunks + c * tiles.width(n) + i;
+        a.input.scales[at] = quantize_chunk(wide, offset, a.input.bytes + at * kQuantInputs);
+      }
 }
 
 template <class V>
@@ -183,7 +160,7 @@ struct Quant24 {
   static constexpr int64_t kInputBytes = 384 << 10;
   static constexpr int64_t kFinished = 4;
   // Up to so many tiles it costs less to find the positions anew for each than to keep them.
-  static constexpr int64_t kFewTiles = 4;
+  static constexpr int64_t kFewTiles = Bits == 8 ? 4 : 3;
   static constexpr int64_t kLines = sizeof(Chunk) / kCacheLine;
 
   const swiftprune_quant24_args& a;
@@ -208,52 +185,52 @@ struct Quant24 {
   // lines for each chunk are prefetched from `next`.
   template <int T>
   void direct(int64_t b, int64_t token, const char* next, int64_t lines) const {
-      Floats sum[T][kRowPairs];
-      for (int t = 0; t < T; ++t)
-        for (int p = 0; p < kRowPairs; ++p) sum[t][p] = V::zero_floats();
-      const Chunk* chunk = tiled + b * chunks;
-      const uint8_t* x = a.input.bytes + token * chunks * kQuantInputs;
-      const float* x_scale = a.input.scales + token * chunks;
-      for (int64_t c = 0; c < chunks; ++c, ++chunk, x += T * kQuantInputs, x_scale += T) {
-        for (int64_t i = 0; i < lines; ++i, next += kCacheLine) __builtin_prefetch(next, 0, 3);
+    Floats sum[T][kRowPairs];
+    for (int t = 0; t < T; ++t)
+      for (int p = 0; p < kRowPairs; ++p) sum[t][p] = V::zero_floats();
+    const Chunk* chunk = tiled + b * chunks;
+    const uint8_t* x = a.input.bytes + token * chunks * kQuantInputs;
+    const float* x_scale = a.input.scales + token * chunks;
+    for (int64_t c = 0; c < chunks; ++c, ++chunk, x += T * kQuantInputs, x_scale += T) {
+      for (int64_t i = 0; i < lines; ++i, next += kCacheLine) __builtin_prefetch(next, 0, 3);
 #pragma GCC unroll 4
-        for (int p = 0; p < kRowPairs; ++p) {
-          Ints start = V::zero(), s[T];
-          Index index[2][kSteps];
-          Weights w[2][kSteps];
-          const auto find = [&](auto half) {
-            constexpr int kHalf = decltype(half)::value;
+      for (int p = 0; p < kRowPairs; ++p) {
+        Ints start = V::zero(), s[T];
+        Index index[2][kSteps];
+        Weights w[2][kSteps];
+        const auto find = [&](auto half) {
+          constexpr int kHalf = decltype(half)::value;
 #pragma GCC unroll 4
-            for (int i = 0; i < kSteps; ++i) {
-              index[kHalf][i] = V::index(chunk->metadata[kHalf][p], i);
-              w[kHalf][i] = weights_of<kHalf>(*chunk, p, i);
-              start = V::start(start, w[kHalf][i]);
-            }
-          };
-          find(std::integral_constant<int, 0>{});
-          find(std::integral_constant<int, 1>{});
-          start = V::difference(V::zero(), start);
-          for (int t = 0; t < T; ++t) s[t] = start;
+          for (int i = 0; i < kSteps; ++i) {
+            index[kHalf][i] = V::index(chunk->metadata[kHalf][p], i);
+            w[kHalf][i] = weights_of<kHalf>(*chunk, p, i);
+            start = V::start(start, w[kHalf][i]);
+          }
+        };
+        find(std::integral_constant<int, 0>{});
+        find(std::integral_constant<int, 1>{});
+        start = V::difference(V::zero(), start);
+        for (int t = 0; t < T; ++t) s[t] = start;
 #pragma GCC unroll 2
-          for (int half = 0; half < 2; ++half)
+        for (int half = 0; half < 2; ++half)
 #pragma GCC unroll 4
-            for (int i = 0; i < kSteps; ++i)
+          for (int i = 0; i < kSteps; ++i)
 #pragma GCC unroll 4
-              for (int t = 0; t < T; ++t)
-                s[t] = V::dot(s[t], x + t * kQuantInputs + half * kQuantHalf + i * kStepBytes, index[half][i], w[half][i]);
-          Floats scale{};
-          if constexpr (Bits == 4) scale = V::pair_scale(scales_of(b, c), p);
+            for (int t = 0; t < T; ++t)
+              s[t] = V::dot(s[t], x + t * kQuantInputs + half * kQuantHalf + i * kStepBytes, index[half][i], w[half][i]);
+        Floats scale{};
+        if constexpr (Bits == 4) scale = V::pair_scale(scales_of(b, c), p);
 #pragma GCC unroll 4
-          for (int t = 0; t < T; ++t)
-            sum[t][p] = V::add_scaled(sum[t][p], s[t],
-                                      Bits == 4 ? V::times(scale, x_scale[t]) : V::splat(x_scale[t]));
-        }
+        for (int t = 0; t < T; ++t)
+          sum[t][p] = V::add_scaled(sum[t][p], s[t],
+                                    Bits == 4 ? V::times(scale, x_scale[t]) : V::splat(x_scale[t]));
       }
-      for (int t = 0; t < T; ++t) {
-        float out[kBlockRows];
-        V::rows(sum[t], out);
-        finish(b, 1, token + t, out, 0);
-      }
+    }
+    for (int t = 0; t < T; ++t) {
+      float out[kBlockRows];
+      V::rows(sum[t], out);
+      finish(b, 1, token + t, out, 0);
+    }
   }
 
   void unpack(int64_t block, int64_t begin, int64_t count, Saved* out) const {
@@ -351,13 +328,13 @@ struct Quant24 {
   // Many tokens: a block's chunks are unpacked into L1, part by part, and used for tile after tile. Blocks are finished a few
   // at a time, so that whole lines of y are written.
   void many(int64_t first, int64_t last) const {
-    static thread_local QuantScratch saved_scratch, sums_scratch;
-    auto* saved = static_cast<Saved*>(saved_scratch.get(kPartChunks * kRowPairs * sizeof(Saved)));
+    static thread_local Scratch saved_scratch, sums_scratch;
+    auto* saved = saved_scratch.template get<Saved>(kPartChunks * kRowPairs);
     const int64_t parts = ceil_div(chunks, kPartChunks), part = ceil_div(chunks, parts);
     const Tiles tiles(a.tokens, V::kTokens);
     const int64_t room = std::max<int64_t>(1, kInputBytes / (chunks * kQuantInputs * tiles.each));
     const int64_t stride = std::min(room * tiles.each, a.tokens) * kBlockRows;  // of the sums of a block
-    auto* sums = static_cast<float*>(sums_scratch.get(kFinished * stride * sizeof(float)));
+    auto* sums = sums_scratch.template get<float>(kFinished * stride);
     for (int64_t from = 0; from < tiles.count; from += room) {
       const int64_t to = std::min(from + room, tiles.count), token = tiles.begin(from);
       const int64_t lines = ceil_div(kLines, to - from);

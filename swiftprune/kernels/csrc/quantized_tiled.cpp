@@ -1,11 +1,9 @@
 #include <algorithm>
-#include <cstdlib>
 #include <cstring>
-#include <memory>
-#include <new>
 
 #include "group.h"
 #include "quantized.h"
+#include "scratch.h"
 #include "threads.h"
 
 namespace swiftprune {
@@ -126,21 +124,9 @@ void from_quant_tiled(int bits, const void* tiled, int64_t rows, int64_t cols, u
 void run_quant24(const QuantKernel& kernel, swiftprune_quant24_args args, int threads) {
   // Of inputs; below, waking another thread costs more than rounding them alone.
   constexpr int64_t kInputsPerThread = 64 << 10;
-  struct Free {
-    void operator()(void* memory) const { std::free(memory); }
-  };
-  static thread_local std::unique_ptr<void, Free> memory;
-  static thread_local int64_t room = 0;
+  static thread_local Scratch scratch;
   const int64_t chunks = quant_chunks(args.cols), blocks = blocks_of(args.rows), all = chunks * args.tokens;
-  const int64_t bytes = all * (kQuantInputs + static_cast<int64_t>(sizeof(float)));
-  if (bytes > room) {
-    room = 0;
-    const int64_t wanted = ceil_div(bytes, kCacheLine) * kCacheLine;
-    memory.reset(std::aligned_alloc(kCacheLine, wanted));
-    if (!memory) throw std::bad_alloc();
-    room = wanted;
-  }
-  args.input.bytes = static_cast<uint8_t*>(memory.get());
+  args.input.bytes = scratch.get<uint8_t>(all * (kQuantInputs + static_cast<int64_t>(sizeof(float))));
   args.input.scales = reinterpret_cast<float*>(args.input.bytes + all * kQuantInputs);
   const auto split = [](int64_t wanted, int64_t most) {
     return static_cast<int>(std::max<int64_t>(1, std::min(wanted, most)));
