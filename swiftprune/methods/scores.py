@@ -123,8 +123,7 @@ class Method:
 
 
 def _by_pairs(weight: Tensor, stats: InputStats, pattern: Pattern, name: str) -> Tensor:
-    assert stats.group_gram is not None
-    return torch.where(keep_pairs(weight, stats.group_gram), weight, 0)
+    return torch.where(keep_pairs(weight, stats.gram_of_groups), weight, 0)
 
 
 def _by_sparsegpt(weight: Tensor, stats: InputStats, pattern: Pattern, name: str) -> Tensor:

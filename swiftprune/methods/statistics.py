@@ -39,6 +39,15 @@ class InputStats:
         assert self.input_sq_sum is not None, "the pipeline collects what METHODS says a method needs"
         return self.input_sq_sum
 
+    @property
+    def gram_of_groups(self) -> Tensor:
+        """(K/4, 4, 4) fp32: `group_gram`, or those blocks of `gram` where that was collected for a later stage."""
+        if self.group_gram is not None:
+            return self.group_gram
+        assert self.gram is not None, "the pipeline collects what METHODS says a method needs"
+        groups = len(self.gram) // 4
+        return self.gram.view(groups, 4, groups, 4).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+
     def drift(self, weight: Tensor) -> Tensor | None:
         """(N, K) fp32: (Y_dense - X W^T)^T X, where Y_dense is what the linear should add to the residual stream.
 

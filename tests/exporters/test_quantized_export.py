@@ -47,7 +47,7 @@ def logits(folder: Path, **options: Any) -> Tensor:
 
 @pytest.mark.parametrize("quantized", QUANTIZED)
 @pytest.mark.parametrize("name", ["llama-gqa-tied", "gpt-neox"])
-@pytest.mark.parametrize("method", ["admm", "wanda", "swiftprune-data-free"])
+@pytest.mark.parametrize("method", ["admm", "wanda", "swiftprune-pairs", "swiftprune-data-free"])
 def test_from_checkpoint_to_transformers(
     name: str, method: str, quantized: Quantized, tiny_models: Models, text_file: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
