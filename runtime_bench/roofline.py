@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from runtime_bench.measure import interleaved
 from runtime_bench.stored import Stored
-from swiftprune.formats.spec import GROUP, KEPT, QUANT_METHOD, WeightSpec
+from swiftprune.formats.spec import GROUP, KEPT, QUANT_METHOD, Quantized, WeightSpec, find_quantized
 from swiftprune.kernels import native
 
 _READ_BYTES = 512 << 20
@@ -101,6 +101,8 @@ class MatrixFacts:
     cols: int
     packed: bool
     head: bool
+    quantized: Quantized | None = None
+    """How packed values are stored, if not in the type of the model."""
 
     @property
     def weights(self) -> int:
@@ -110,7 +112,7 @@ class MatrixFacts:
     def nbytes(self, dtype: torch.dtype) -> int:
         """As the checkpoint stores it."""
         if self.packed:
-            return WeightSpec((self.rows, self.cols), dtype).nbytes
+            return WeightSpec((self.rows, self.cols), dtype, self.quantized).nbytes
         return self.rows * self.cols * dtype.itemsize
 
 
@@ -128,6 +130,7 @@ def linears(folder: Path) -> list[MatrixFacts]:
             module.in_features,
             head=module is head,
             packed=declared.get("quant_method") == QUANT_METHOD and name not in dense,
+            quantized=find_quantized(str(declared.get("values"))),
         )
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear)

@@ -330,8 +330,8 @@ class _Run:
         backends = {name for name in self._linears["sparse"] if name != dispatch.DENSE}
         if not backends:
             return "no packed linear ran in the sparse side"
-        if dispatch.REFERENCE in backends:
-            return f"the backend {dispatch.REFERENCE!r} ran, which unpacks and multiplies densely: no kernel fits here"
+        if slow := {dispatch.REFERENCE, dispatch.QUANTIZED_REFERENCE} & backends:
+            return f"the backend {min(slow)!r} ran, which unpacks and multiplies densely: no kernel fits here"
         if self.check is not None and not self.check.passed:
             return (
                 f"wrong answers: a token was {self.check.largest_gap:.3g} less likely than the reference's, "
