@@ -72,11 +72,11 @@ def judge(
     `max_regression` is the limit, 0.05 say: the sparse side may become 5% slower against the dense one. `metrics` are
     the names of those to judge; by default the one that tells most of decoding, since others, as `ttft`, vary more.
     """
-    fresh = dict(_series(new, metrics))
     if not 0.5 <= confidence < 1:
         raise SettingsError(f"--confidence {confidence:.0%}: verdicts of less than even odds say nothing; 95% is usual")
     if unknown := [name for name in metrics if name not in UNITS]:
         raise SettingsError(f"--metric {unknown[0]}: no such metric; there are: {', '.join(UNITS)}")
+    fresh = dict(_series(new, metrics))
     if not fresh:
         return [
             Comparison(new.kind, "missing", f"nothing to judge in it{': no ' if metrics else ''}{', '.join(metrics)}")

@@ -330,7 +330,7 @@ class _Run:
         backends = {name for name in self._linears["sparse"] if name != dispatch.DENSE}
         if not backends:
             return "no packed linear ran in the sparse side"
-        if slow := {dispatch.REFERENCE, dispatch.QUANTIZED_REFERENCE} & backends:
+        if slow := dispatch.SLOW & backends:
             return f"the backend {min(slow)!r} ran, which unpacks and multiplies densely: no kernel fits here"
         if self.check is not None and not self.check.passed:
             return (

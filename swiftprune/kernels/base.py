@@ -5,10 +5,10 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
 from swiftprune.formats.spec import Packed24, Quantized, WeightSpec
+from swiftprune.kernels import packing
 
 
 class LinearKernel(ABC):
@@ -42,12 +42,4 @@ class LinearKernel(ABC):
 
     def unpack(self, buffers: Mapping[str, Tensor], spec: WeightSpec) -> Tensor:
         """The dense weight (N, K) in the type of its values."""
-        from swiftprune.kernels import packing
-
         return packing.unpack(self.restore(buffers, spec))
-
-
-def check_input(x: Tensor, in_features: int, dtype: torch.dtype) -> None:
-    """Raises ValueError unless `x` is (..., K) of the dtype that a layer computes in."""
-    if x.dtype != dtype or x.shape[-1] != in_features:
-        raise ValueError(f"expected x of shape (..., {in_features}) and {dtype}, got {tuple(x.shape)} {x.dtype}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping
 
 import torch.nn.functional as F
@@ -16,21 +17,31 @@ from swiftprune.kernels.dispatch import REFERENCE
 METADATA, SCALES = f"weight{METADATA_SUFFIX}", f"weight{SCALE_SUFFIX}"
 
 
-class TiledKernel(LinearKernel):
-    """The native kernel of one instruction set. All of them read one layout (csrc/tiled.h)."""
+class NativeKernel(LinearKernel):
+    """A kernel over one tensor in a layout of its own, which is checked as it is made."""
 
     buffer_names = ("tiled",)
 
-    def __init__(self, isa: str) -> None:
-        self.name = isa
+    @abstractmethod
+    def _tiled(self, packed: Packed24) -> Tensor | None:
+        """`packed` in that layout; None when it breaks the format."""
 
     def prepare(self, packed: Packed24, name: str = "weight") -> dict[str, Tensor]:
-        """Checks the weight as it lays it out."""
-        tiled = native.to_tiled(packed.values, packed.metadata)
+        tiled = self._tiled(packed)
         if tiled is None:
             spec.validate(packed, name)
             raise AssertionError(f"{name}: the native check and the slow one disagree")
         return {"tiled": tiled}
+
+
+class TiledKernel(NativeKernel):
+    """Of one instruction set, for values in the type of the inputs. All of them read one layout (csrc/tiled.h)."""
+
+    def __init__(self, isa: str) -> None:
+        self.name = isa
+
+    def _tiled(self, packed: Packed24) -> Tensor | None:
+        return native.to_tiled(packed.values, packed.metadata)
 
     def apply(self, x: Tensor, buffers: Mapping[str, Tensor], bias: Tensor | None, out_features: int) -> Tensor:
         return native.linear24(self.name, x, buffers["tiled"], bias, out_features)
@@ -39,10 +50,8 @@ class TiledKernel(LinearKernel):
         return Packed24(*native.from_tiled(buffers["tiled"], spec.dtype, *spec.shape))
 
 
-class QuantKernel(LinearKernel):
-    """The native kernel of one instruction set for quantized values (csrc/quantized.h). It rounds inputs to 8 bits."""
-
-    buffer_names = ("tiled",)
+class QuantKernel(NativeKernel):
+    """Of one instruction set, for quantized values (csrc/quantized.h). It rounds inputs to 8 bits."""
 
     quantized_values: Quantized
 
@@ -51,13 +60,8 @@ class QuantKernel(LinearKernel):
         self.quantized_values = quantized
         self.name = f"{isa}-{quantized}"
 
-    def prepare(self, packed: Packed24, name: str = "weight") -> dict[str, Tensor]:
-        """Checks the weight as it lays it out."""
-        tiled = native.to_quant_tiled(packed)
-        if tiled is None:
-            spec.validate(packed, name)
-            raise AssertionError(f"{name}: the native check and the slow one disagree")
-        return {"tiled": tiled}
+    def _tiled(self, packed: Packed24) -> Tensor | None:
+        return native.to_quant_tiled(packed)
 
     def apply(self, x: Tensor, buffers: Mapping[str, Tensor], bias: Tensor | None, out_features: int) -> Tensor:
         return native.quant24(self.isa, self.quantized_values, x, buffers["tiled"], bias, out_features)

@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 REFERENCE = "reference"
 QUANTIZED_REFERENCE = f"{REFERENCE}-quantized"
+SLOW = frozenset((REFERENCE, QUANTIZED_REFERENCE))  # which unpack the weight for every call
 DENSE = "dense"  # what a checkpoint holds dense
 BACKENDS = ("avx512_bf16", "avx512", "avx2", "neon", "generic", REFERENCE)
 BACKEND_VARIABLE = "SWIFTPRUNE_BACKEND"

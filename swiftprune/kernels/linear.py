@@ -12,8 +12,8 @@ from swiftprune.errors import SettingsError
 from swiftprune.formats import spec
 from swiftprune.formats.spec import SCALE_DTYPE, Packed24, Quantized, WeightSpec
 from swiftprune.kernels import dispatch
-from swiftprune.kernels.base import LinearKernel, check_input
-from swiftprune.kernels.cpu import METADATA, SCALES, QuantKernel, TiledKernel
+from swiftprune.kernels.base import LinearKernel
+from swiftprune.kernels.cpu import METADATA, SCALES, NativeKernel
 
 
 class Linear24(nn.Linear):
@@ -83,7 +83,7 @@ class Linear24(nn.Linear):
         """As `use_backend`, of a pair that comes from a file: FormatError when it breaks the format, on any backend."""
         packed = self.packed
         self.use_backend(backend, name)
-        if not isinstance(self._kernel, TiledKernel | QuantKernel):  # these check what they lay out
+        if not isinstance(self._kernel, NativeKernel):  # these check what they lay out
             spec.validate(packed, name)
         return self
 
@@ -143,7 +143,10 @@ class Linear24(nn.Linear):
         if x.dtype != self.dtype and x.is_floating_point() and torch.is_autocast_enabled(x.device.type):
             # The weight cannot be cast, so x is; what comes out is what autocast gives of dense linears.
             return self.multiply(x.to(self.dtype), bias).to(torch.get_autocast_dtype(x.device.type))
-        check_input(x, self.in_features, self.dtype)
+        if x.dtype != self.dtype or x.shape[-1] != self.in_features:
+            raise ValueError(
+                f"expected x of shape (..., {self.in_features}) and {self.dtype}, got {tuple(x.shape)} {x.dtype}"
+            )
         forward_ad = torch.autograd.forward_ad
         if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:  # type: ignore[no-untyped-call]
             raise NotImplementedError("a packed layer has no forward-mode derivative; use reverse mode")

@@ -205,7 +205,7 @@ def _ranges_of_files() -> list[tuple[int, int]]:
 
 def from_tiled(tiled: Tensor, dtype: torch.dtype, rows: int, cols: int) -> tuple[Tensor, Tensor]:
     """(values, metadata) again, bit for bit."""
-    _check_tiled(tiled, dtype, rows, cols)
+    _check_tiled(tiled, tiled_bytes(dtype, rows, cols), rows, cols, dtype)
     values, metadata = _empty_packed(rows, cols, dtype)
     _native.from_tiled(
         _DTYPES[dtype], tiled.data_ptr(), rows, cols, values.data_ptr(), metadata.data_ptr(), torch.get_num_threads()
@@ -234,7 +234,7 @@ def linear24(
         raise ValueError(f"the {isa!r} linear kernel cannot run on {dtype} here; those that can: {linear_isas(dtype)}")
     if not x.is_cpu:
         raise ValueError(f"x is on {x.device}, the weight on the CPU; move the layer or x")
-    _check_tiled(tiled, dtype, rows, cols)
+    _check_tiled(tiled, tiled_bytes(dtype, rows, cols), rows, cols, dtype)
     bias = _checked_bias(bias, rows, dtype)
     x, stride = _with_stride(x, cols)
     if out_dtype not in (None, dtype, torch.float32):
@@ -243,11 +243,7 @@ def linear24(
         out_dtype, y = dtype, x.new_empty(*shape[:-1], rows)
     else:
         y = x.new_empty(*shape[:-1], rows, dtype=out_dtype)
-    tokens = x.numel() // cols
-    threads = torch.get_num_threads()
-    if threads > 1:
-        threads = min(threads, 1 + tokens * tiled.numel() // _BYTES_PER_THREAD)
-    if tokens:
+    if tokens := x.numel() // cols:
         _native.linear24(
             kernel,
             _DTYPES[dtype],
@@ -260,7 +256,7 @@ def linear24(
             tokens,
             rows,
             cols,
-            threads,
+            _threads_for(tokens, tiled.numel()),
         )
     return y
 
@@ -296,7 +292,7 @@ def to_quant_tiled(packed: Packed24) -> Tensor | None:
 def from_quant_tiled(tiled: Tensor, spec: WeightSpec) -> Packed24:
     """The weight again, bit for bit."""
     bits = _BITS[spec.quantized]
-    _check_quant_tiled(tiled, bits, *spec.shape)
+    _check_tiled(tiled, quant_bytes(bits, *spec.shape), *spec.shape, spec.quantized)
     assert spec.scales is not None
     (shape, dtype), scales = spec.values, torch.empty(spec.scales, dtype=SCALE_DTYPE)
     values, metadata = torch.empty(shape, dtype=dtype), torch.empty(spec.metadata, dtype=torch.uint8)
@@ -333,14 +329,11 @@ def quant24(isa: str, quantized: Quantized, x: Tensor, tiled: Tensor, bias: Tens
     cols = shape[-1]
     if not x.is_cpu or dtype not in _DTYPES:
         raise ValueError(f"x is {dtype} on {x.device}; the kernel takes floats on the CPU")
-    _check_quant_tiled(tiled, bits, rows, cols)
+    _check_tiled(tiled, quant_bytes(bits, rows, cols), rows, cols, quantized)
     bias = _checked_bias(bias, rows, dtype)
     x, stride = _with_stride(x, cols)
     y = x.new_empty(*shape[:-1], rows)
     if tokens := x.numel() // cols:
-        threads = torch.get_num_threads()
-        if threads > 1:
-            threads = min(threads, 1 + tokens * tiled.numel() // _BYTES_PER_THREAD)
         _native.quant24(
             _quant_kernel(isa),
             bits,
@@ -353,18 +346,15 @@ def quant24(isa: str, quantized: Quantized, x: Tensor, tiled: Tensor, bias: Tens
             tokens,
             rows,
             cols,
-            threads,
+            _threads_for(tokens, tiled.numel()),
         )
     return y
 
 
-def _check_quant_tiled(tiled: Tensor, bits: int, rows: int, cols: int) -> None:
-    if not tiled.is_cpu or tiled.dtype is not torch.uint8 or not tiled.is_contiguous():
-        raise ValueError(f"a tiled weight is uint8, contiguous and on the CPU, not {tiled.dtype} on {tiled.device}")
-    if tiled.numel() != quant_bytes(bits, rows, cols):
-        raise ValueError(
-            f"a weight ({rows}, {cols}) of {bits} bits does not fit a tiled weight of {tiled.numel()} bytes"
-        )
+def _threads_for(tokens: int, nbytes: int) -> int:
+    """Of torch's threads, as many as a weight of so many bytes keeps busy."""
+    threads = torch.get_num_threads()
+    return min(threads, 1 + tokens * nbytes // _BYTES_PER_THREAD) if threads > 1 else 1
 
 
 def _checked_bias(bias: Tensor | None, rows: int, dtype: torch.dtype) -> Tensor | None:
@@ -421,11 +411,11 @@ def _pair(values: Tensor, metadata: Tensor) -> tuple[Tensor, Tensor]:
     return values, metadata
 
 
-def _check_tiled(tiled: Tensor, dtype: torch.dtype, rows: int, cols: int) -> None:
+def _check_tiled(tiled: Tensor, nbytes: int, rows: int, cols: int, stored: object) -> None:
     if not tiled.is_cpu or tiled.dtype is not torch.uint8 or not tiled.is_contiguous():
         raise ValueError(f"a tiled weight is uint8, contiguous and on the CPU, not {tiled.dtype} on {tiled.device}")
-    if tiled.numel() != tiled_bytes(dtype, rows, cols):
-        raise ValueError(f"a weight ({rows}, {cols}) {dtype} does not fit a tiled weight of {tiled.numel()} bytes")
+    if tiled.numel() != nbytes:
+        raise ValueError(f"a weight ({rows}, {cols}) {stored} does not fit a tiled weight of {tiled.numel()} bytes")
 
 
 def _empty_packed(rows: int, cols: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from swiftprune.errors import FormatError
 from swiftprune.formats.spec import (
     FORMAT,
-    GROUP,
-    KEPT,
     Packed24,
     Quantized,
     check_device,
@@ -62,9 +59,7 @@ def keep_mask(packed: Packed24 | Tensor) -> Tensor:
     """(N, K) bool, True = kept: what the metadata of a packed weight says, and of a dense one what is not zero."""
     if isinstance(packed, Tensor):
         return packed != 0
-    rows, cols = packed.shape
-    ones = torch.ones(rows, cols // GROUP * KEPT, dtype=torch.bool, device=packed.values.device)
-    return reference.scatter(ones, reference.stored_positions(ones, packed.metadata))
+    return reference.stored_mask(packed)
 
 
 def canonical(packed: Packed24, name: str = "weight") -> Packed24:

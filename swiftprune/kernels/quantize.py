@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -51,14 +53,20 @@ def to_values(weight: Tensor, scale: Tensor, quantized: Quantized) -> Tensor:
     wanted = weight / scale.float()
     if quantized == "int8":
         return wanted.round().clamp(-LARGEST, LARGEST).to(torch.int8)
-    levels = torch.tensor(CODEBOOK, dtype=torch.float32, device=weight.device)
-    return torch.bucketize(wanted, (levels[1:] + levels[:-1]) / 2).to(torch.uint8)
+    return torch.bucketize(wanted, _between_levels(weight.device)).to(torch.uint8)
+
+
+@functools.cache
+def _between_levels(device: torch.device) -> Tensor:
+    """(15,) fp32: where the nearest level of the codebook changes."""
+    levels = reference.codebook(device)
+    return (levels[1:] + levels[:-1]) / 2
 
 
 def from_values(values: Tensor, scale: Tensor) -> Tensor:
     """The fp32 weights (N, G) that int8 `values`, or uint8 codes, stand for."""
     if values.dtype == torch.uint8:
-        values = torch.tensor(CODEBOOK, dtype=torch.float32, device=values.device)[values.long()]
+        values = reference.codebook(values.device)[values.long()]
     return values.float() * scale.float()
 
 
@@ -87,12 +95,13 @@ def fake_quantize(weight: Tensor, packed: Packed24) -> Tensor:
     return from_values(to_values(weight, scales, packed.quantized), scales)
 
 
-def requantize(weight: Tensor, packed: Packed24, keep_mask: Tensor, name: str = "weight") -> Packed24:
-    """Packs `weight` (N, K), which `fake_quantize` has rounded, with the scales of `packed`."""
+def requantize(weight: Tensor, packed: Packed24, name: str = "weight") -> Packed24:
+    """Packs `weight` (N, K), which `fake_quantize` has rounded, with the scales and the mask of `packed`."""
     assert packed.quantized is not None
     assert packed.scales is not None
     check_finite(weight, name)
-    return pack_values(_all_values(weight.float(), packed.scales, packed.quantized), packed.scales, keep_mask, name)
+    values = _all_values(weight.float(), packed.scales, packed.quantized)
+    return pack_values(values, packed.scales, reference.stored_mask(packed), name)
 
 
 def _all_values(weight: Tensor, scales: Tensor, quantized: Quantized) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -91,10 +93,22 @@ def stored_values(packed: Packed24) -> Tensor:
     values, scales = packed.values, packed.scales.float()
     if packed.quantized == "int8":
         return values.float() * scales
-    codes = torch.stack((values & 15, values >> 4), dim=-1).flatten(1).long()
-    levels = torch.tensor(CODEBOOK, dtype=torch.float32, device=values.device)[codes]
+    levels = codebook(values.device)[torch.stack((values & 15, values >> 4), dim=-1).flatten(1).long()]
     stored = SCALED_INPUTS // GROUP * KEPT  # that share a scale
     return levels * scales.repeat_interleave(stored, dim=1)[:, : levels.shape[1]]
+
+
+@functools.cache
+def codebook(device: torch.device) -> Tensor:
+    """(16,) fp32: what codes of 4 bits stand for."""
+    return torch.tensor(CODEBOOK, dtype=torch.float32, device=device)
+
+
+def stored_mask(packed: Packed24) -> Tensor:
+    """(N, K) bool: True where a value is stored."""
+    rows, cols = packed.shape
+    ones = torch.ones(rows, cols // GROUP * KEPT, dtype=torch.bool, device=packed.values.device)
+    return scatter(ones, stored_positions(ones, packed.metadata))
 
 
 def scatter(values: Tensor, positions: Tensor) -> Tensor:

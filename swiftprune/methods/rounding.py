@@ -12,7 +12,7 @@ from torch import Tensor
 
 from swiftprune.formats.spec import Packed24, Quantized
 from swiftprune.kernels import quantize
-from swiftprune.methods.sparsegpt import BLOCK, inverse_factor
+from swiftprune.methods.sparsegpt import inverse_factor, replace_columns
 
 
 def round_kept(weight: Tensor, keep_mask: Tensor, gram: Tensor, quantized: Quantized, name: str = "weight") -> Packed24:
@@ -28,21 +28,15 @@ def round_kept(weight: Tensor, keep_mask: Tensor, gram: Tensor, quantized: Quant
     values = torch.empty(weight.shape, dtype=torch.uint8 if quantized == "int4" else torch.int8, device=weight.device)
     step = quantize.scaled_inputs(quantized, columns)
     scales: list[Tensor] = []
-    for start in range(0, columns, BLOCK):
-        end = min(start + BLOCK, columns)
-        if start % step == 0:
-            inputs = slice(start, min(start + step, columns))
+
+    def rounded(k: int) -> Tensor:
+        if k % step == 0:
+            inputs = slice(k, k + step)
             importance = upper.diagonal()[inputs].square().reciprocal()
             scales.append(quantize.scales_of(weight[:, inputs] * keep_mask[:, inputs], quantized, importance))
-        part, factor = weight[:, start:end], upper[start:end, start:end]
-        errors = torch.empty_like(part)
-        for i in range(end - start):
-            column = part[:, i : i + 1]
-            stored = quantize.to_values(column, scales[-1], quantized)
-            values[:, start + i] = stored[:, 0]
-            kept = torch.where(keep_mask[:, start + i : start + i + 1], quantize.from_values(stored, scales[-1]), 0)
-            error = (column - kept) / factor[i, i]
-            part[:, i:] -= error * factor[i, i:]
-            errors[:, i] = error[:, 0]
-        weight[:, end:] -= errors @ upper[start:end, end:]
+        stored = quantize.to_values(weight[:, k : k + 1], scales[-1], quantized)
+        values[:, k] = stored[:, 0]
+        return torch.where(keep_mask[:, k], quantize.from_values(stored, scales[-1])[:, 0], 0)
+
+    replace_columns(weight, upper, rounded)
     return quantize.pack_values(values, torch.cat(scales, dim=1), keep_mask, name)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -20,37 +22,52 @@ def sparsegpt(weight: Tensor, gram: Tensor, pattern: Pattern, name: str = "weigh
     over the columns to its right. Inputs that were never active carry no information: their weights become zero.
     """
     weight = weight.float().clone()
-    columns = weight.shape[1]
     group_size = pattern.group if pattern.structured else 1
     block = BLOCK // group_size * group_size
     dead = gram.diagonal() == 0
     weight[:, dead] = 0
     upper = inverse_factor(gram, dead, name)
+    competing = pattern.group if pattern.structured else block
+    keep = torch.empty(0)
 
+    def pruned(k: int) -> Tensor:
+        nonlocal keep
+        if k % competing == 0:
+            together = slice(k, k + competing)
+            saliency = weight[:, together].square() / upper.diagonal()[together].square()
+            keep = n_of_m(saliency, pattern.kept, pattern.group) if pattern.structured else _most(saliency, pattern)
+        return torch.where(keep[:, k % competing], weight[:, k], 0)
+
+    replace_columns(weight, upper, pruned, block)
+    return weight
+
+
+def replace_columns(weight: Tensor, upper: Tensor, replaced: Callable[[int], Tensor], block: int = BLOCK) -> None:
+    """Puts `replaced(k)` (N,) in the place of each column k of `weight` (N, K), in order and in place.
+
+    What that changes is made up for by the columns to its right, through `upper` as `inverse_factor` gives it: within
+    `block` columns at once, beyond them together. So `replaced` may read, in `weight`, column k and those behind it
+    up to the end of its block, as they are by then.
+    """
+    columns = weight.shape[1]
     for start in range(0, columns, block):
         end = min(start + block, columns)
         part = weight[:, start:end]
         factor = upper[start:end, start:end]
-        saliency = part.square() / factor.diagonal().square()
-        if not pattern.structured:
-            count = int(saliency.numel() * pattern.sparsity)
-            threshold = saliency.flatten().kthvalue(count).values if count else saliency.new_tensor(-1.0)
-            keep = saliency > threshold
         errors = torch.empty_like(part)
         for i in range(end - start):
-            if pattern.structured and i % pattern.group == 0:
-                group = slice(i, i + pattern.group)
-                scores = part[:, group].square() / factor.diagonal()[group].square()
-                group_keep = n_of_m(scores, pattern.kept, pattern.group)
-            kept = group_keep[:, i % pattern.group] if pattern.structured else keep[:, i]
-            column = part[:, i]
-            pruned = torch.where(kept, column, 0)
-            error = (column - pruned) / factor[i, i]
+            new = replaced(start + i)
+            error = (part[:, i] - new) / factor[i, i]
             part[:, i:] -= error[:, None] * factor[i, i:]
-            part[:, i] = pruned
+            part[:, i] = new
             errors[:, i] = error
         weight[:, end:] -= errors @ upper[start:end, end:]
-    return weight
+
+
+def _most(saliency: Tensor, pattern: Pattern) -> Tensor:
+    """The bool keep_mask of a block in which any may go."""
+    count = int(saliency.numel() * pattern.sparsity)
+    return saliency > (saliency.flatten().kthvalue(count).values if count else -1.0)
 
 
 def inverse_factor(gram: Tensor, dead: Tensor, name: str) -> Tensor:

@@ -154,7 +154,7 @@ def _distilled(run: Run, student: nn.Module, block: Block, quantized: Mapping[st
         linear = linears.get(tensor)
         weight = parameter.detach().cpu()
         if packed := quantized.get(name):
-            weights[tensor] = requantize(weight, packed, packing.keep_mask(packed), tensor)
+            weights[tensor] = requantize(weight, packed, tensor)
         else:
             weights[tensor] = run.to_store(tensor, weight, linear is not None)
         if linear:

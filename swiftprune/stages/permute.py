@@ -41,7 +41,7 @@ STEPS = 16
 # Bounds for large models: rows looked at, of all weights that read the hidden dimension together, and groups among
 # which channels are handed out at a time.
 HIDDEN_ROWS = 16384
-GROUPS_CONCURRENCY = 512
+GROUPS_AT_ONCE = 512
 TOLERANCE = 0.02  # of the hidden states behind the last block, permuted against not, in whatever type is computed in
 
 
@@ -99,8 +99,8 @@ def search_permutation(scores: Tensor) -> Tensor:
         stays = torch.arange(GROUP) != leaving[:, None]
         staying, put_up = members[stays].view(count, GROUP - 1), members[~stays]
         order = torch.randperm(count, generator=generator)
-        for start in range(0, count, GROUPS_CONCURRENCY):
-            some = order[start : start + GROUPS_CONCURRENCY]
+        for start in range(0, count, GROUPS_AT_ONCE):
+            some = order[start : start + GROUPS_AT_ONCE]
             gain = _gain(columns, staying[some], put_up[some])
             groups, channels = linear_sum_assignment(gain.numpy(), maximize=True)
             members[some[groups]] = torch.cat((staying[some[groups]], put_up[some[channels]][:, None]), dim=1)

@@ -186,11 +186,7 @@ def _round_values(
     """`weights` with the kept ones of linears in 8 or 4 bits; those on the same inputs share what these cost."""
     assert run.settings.values
     rounded = dict(weights)
-    sharing: dict[int, list[Linear]] = defaultdict(list)
-    for index, linear in enumerate(block.linears):
-        seen = stats.get(linear.name)
-        sharing[index if seen is None or seen.gram is None else id(seen)].append(linear)
-    for linears in sharing.values():
+    for linears in _on_same_inputs(block, stats):
         seen = stats.get(linears[0].name)
         kept = [packing.unpack(weights[linear.tensor]) for linear in linears]
         masks = [packing.keep_mask(weights[linear.tensor]) for linear in linears]
@@ -217,7 +213,14 @@ def _refine_block(
 
 def _together(run: Run, block: Block, stats: Mapping[str, InputStats]) -> list[list[Linear]]:
     """The linears of a block in order; those on the same inputs together, where methods share what inputs cost."""
-    if run.method.prune is None or not run.pattern.structured or not stats:
+    if run.method.prune is None or not run.pattern.structured:
+        return [[linear] for linear in block.linears]
+    return _on_same_inputs(block, stats)
+
+
+def _on_same_inputs(block: Block, stats: Mapping[str, InputStats]) -> list[list[Linear]]:
+    """The linears of a block in order, those together whose inputs are the same; each alone where none were seen."""
+    if not stats:
         return [[linear] for linear in block.linears]
     sharing: dict[int, list[Linear]] = defaultdict(list)
     for linear in block.linears:

@@ -196,10 +196,6 @@ NB_MODULE(_native, m) {
   for (const char* isa : kQuantIsas)
     if (quant_kernel_for(isa)) quant_isas.append(isa);
   m.attr("QUANT_ISAS") = nb::tuple(quant_isas);
-  m.attr("QUANT_INPUTS") = kQuantInputs;
-  nb::list codebook;
-  for (int8_t level : kCodebook) codebook.append(static_cast<int>(level));
-  m.attr("CODEBOOK") = nb::tuple(codebook);
 
   m.def("quant_kernel", [](const std::string& isa) { return reinterpret_cast<uintptr_t>(quant_kernel_for(isa.c_str())); });
 
