@@ -12,7 +12,9 @@ PAGE = 1 << 16
 STACK, STACK_BYTES = 0x7F00_0000_0000, 1 << 23
 HEAP, HEAP_BYTES = 0x5000_0000_0000, 1 << 28
 SEGMENT_LOAD = 1
-AUX_PHDR, AUX_PHENT, AUX_PHNUM, AUX_PAGESZ, AUX_RANDOM = 3, 4, 5, 6, 25
+AUX_PHDR, AUX_PHENT, AUX_PHNUM, AUX_PAGESZ, AUX_HWCAP, AUX_RANDOM = 3, 4, 5, 6, 16, 25
+HWCAP_ASIMD, HWCAP_ASIMDDP = 1 << 1, 1 << 20
+SYSTEM_CALL = 2  # QEMU's number of the exception
 NO_SUCH_CALL = -38 & 2**64 - 1
 
 
@@ -22,7 +24,7 @@ def run(program: Path) -> tuple[int, str]:
     entry, headers_at = struct.unpack_from("<QQ", image, 24)
     header_bytes, header_count = struct.unpack_from("<HH", image, 54)
     machine = unicorn.Uc(unicorn.UC_ARCH_ARM64, unicorn.UC_MODE_ARM)
-    machine.ctl_set_cpu_model(arm.UC_CPU_ARM64_A72)
+    machine.ctl_set_cpu_model(arm.UC_CPU_ARM64_MAX)
     mapped: set[int] = set()
     headers_in_memory = 0
     for index in range(header_count):
@@ -47,6 +49,7 @@ def run(program: Path) -> tuple[int, str]:
         (AUX_PHENT, header_bytes),
         (AUX_PHNUM, header_count),
         (AUX_PAGESZ, 4096),
+        (AUX_HWCAP, HWCAP_ASIMD | HWCAP_ASIMDDP),
         (AUX_RANDOM, top),
         (0, 0),
     ]
@@ -69,6 +72,11 @@ class _System:
         self._free = HEAP
 
     def call(self, machine: unicorn.Uc, number: int, _: object) -> None:
+        if number != SYSTEM_CALL:  # an instruction that the emulated CPU does not have, for one: it would come again
+            at = machine.reg_read(arm.UC_ARM64_REG_PC)
+            self.written += b"exception %d at %#x" % (number, at)
+            machine.emu_stop()
+            return
         x = [machine.reg_read(register) for register in (arm.UC_ARM64_REG_X0, arm.UC_ARM64_REG_X1, arm.UC_ARM64_REG_X2)]
         result = 0
         match machine.reg_read(arm.UC_ARM64_REG_X8):
@@ -82,6 +90,9 @@ class _System:
                 result = x[2]
             case 93 | 94:  # exit, exit_group
                 self.status = x[0]
+                machine.emu_stop()
+            case 129 | 130 | 131:  # kill, tkill, tgkill: abort() sends itself one, again and again
+                self.written += b"the program ended itself: threads and files are not there"
                 machine.emu_stop()
             case 222:  # mmap, anonymous only; memory is never given back
                 result, self._free = self._free, self._free + -(-x[1] // PAGE) * PAGE

@@ -15,6 +15,10 @@
 
 using namespace swiftprune;
 
+#ifndef CHECK_THREADS
+#define CHECK_THREADS 3  // an emulator without threads sets 1
+#endif
+
 namespace {
 
 uint64_t state = 1;
@@ -126,7 +130,7 @@ bool check_quantized(const char* isa, int bits, int64_t rows, int64_t cols, int6
   if (right && kernel) {
     std::fill_n(y.data.get(), y.size, std::nanf(""));
     run_quant24(*kernel, {bits, static_cast<int>(Dtype::kFloat32), tiled.data.get(), with_bias ? bias.data.get() : nullptr,
-                          x.data.get(), x_stride, y.data.get(), rows, tokens, rows, cols, {}}, 3);
+                          x.data.get(), x_stride, y.data.get(), rows, tokens, rows, cols, {}}, CHECK_THREADS);
     for (int64_t t = 0; t < tokens; ++t)
       for (int64_t r = 0; r < rows; ++r) {
         double sum = with_bias ? bias[r] : 0;
@@ -162,8 +166,8 @@ int main() {
     std::printf("%s: %s\n", isa, ran ? "right" : "not here");
   }
   for (const char* isa : kQuantIsas) {
-    for (const auto& shape : {kShapes[0], kShapes[1], kShapes[4], kShapes[5]})
-      for (int64_t tokens : {1, 3, 5, 11, 33})
+    for (const auto& shape : kShapes)
+      for (int64_t tokens : kTokens)
         for (int bits : {8, 4})
           if (!check_quantized(isa, bits, shape[0], shape[1], tokens, tokens % 2 == 1)) return 1;
     std::printf("%s, 8 and 4 bits: %s\n", isa, quant_kernel_for(isa) ? "right" : "not here");

@@ -55,6 +55,7 @@ def test_the_neon_kernel_in_an_emulator(tmp_path: Path) -> None:
         *compiler,
         "-ffp-contract=off",
         "-DSWIFTPRUNE_NEON=1",
+        "-DCHECK_THREADS=1",
         "-mcpu=cortex_a76",  # which has the dot product instructions
         f"-I{SOURCES}",
         "-o",
