@@ -26,9 +26,10 @@ from swiftprune.errors import CheckpointError, SettingsError
 from swiftprune.formats import FORMATS, CheckpointFormat, spec
 from swiftprune.formats.spec import Packed24, WeightSpec
 from swiftprune.kernels import packing
+from swiftprune.models.architectures import fused_sets
 from swiftprune.models.load import context_length, load_whole_model, read_config
 from swiftprune.models.perplexity import dense_perplexity, perplexity
-from swiftprune.models.plan import FUSED, Block, Linear, Targets
+from swiftprune.models.plan import Block, Linear, Targets
 from swiftprune.progress import Notify, ProgressCallback, ignore_message, no_progress
 from swiftprune.results import Check, LayerResult, PrunedBlock, PrunedWeight
 from swiftprune.stages.check import check as check_result
@@ -219,15 +220,14 @@ def _unsupported_reason(run: Run, linear: Linear, format: CheckpointFormat | Non
 
 
 def _check_fused(targets: Targets) -> None:
-    packed = {linear.name for block in targets.blocks for linear in block.linears}
-    for name, reason in targets.dense.items():
-        parent, _, kind = name.rpartition(".")
-        for fused in FUSED:
-            if kind in fused and (others := {f"{parent}.{other}" for other in fused} & packed):
-                raise SettingsError(
-                    f"{name} stays dense ({reason}), but {', '.join(sorted(others))} would be packed, and engines run "
-                    "them as one layer; change --ignore to name all of them or none, or use --target dense"
-                )
+    packed = [linear.name for block in targets.blocks for linear in block.linears]
+    for together in fused_sets([*targets.dense, *packed]):
+        name, others = together[0], [other for other in together if other not in targets.dense]
+        if name in targets.dense and others:
+            raise SettingsError(
+                f"{name} stays dense ({targets.dense[name]}), but {', '.join(sorted(others))} would be packed, and "
+                "engines run them as one layer; change --ignore to name all of them or none, or use --target dense"
+            )
 
 
 def _state(

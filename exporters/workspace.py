@@ -57,10 +57,15 @@ class Workspace:
         self, out: Path, source: Path, *, resume: bool, overwrite: bool, notify: Notify = ignore_message
     ) -> None:
         self.out = out
-        self._place = out.resolve()  # a link is followed: what it points at is what gets replaced
-        _check_place(out, self._place, source)
-        self.folder = self._beside(".partial")
-        self._replaced = self._beside(".replaced")
+        with disk_errors(out, kept="nothing was changed"):
+            try:
+                self._place = out.resolve()  # a link is followed: what it points at is what gets replaced
+            except RuntimeError:  # as Python up to 3.12 says it
+                raise OSError(errno.ELOOP, os.strerror(errno.ELOOP)) from None
+            _check_place(out, self._place, source)
+            self.folder = self._beside(".partial")
+            self._replaced = self._beside(".replaced")
+            self._replaced.exists()  # OSError where the name has no room for the suffix
         self._resume = resume
         self._overwrite = overwrite
         self._lock = _Lock(self._beside(".lock"), out, notify)
@@ -78,6 +83,8 @@ class Workspace:
         return self
 
     def __exit__(self, *error: object) -> None:
+        if self.folder.is_dir() and _files(self.folder) <= {_STATE}:  # ended before any work
+            shutil.rmtree(self.folder, ignore_errors=True)
         self._lock.release()
 
     def _check_in_the_way(self) -> None:
@@ -302,7 +309,8 @@ class Workspace:
             )
 
 
-_LOCK_BEGINS = b'{"pid": '
+_LOCK_BEGINS = '{"pid": '
+_OWNER = {"pid", "host", "started"}
 
 
 class _Lock:
@@ -319,8 +327,7 @@ class _Lock:
 
         A file of that name that is no lock of an export is left alone: other tools have some.
         """
-        found = self._path.read_bytes()[: len(_LOCK_BEGINS)] if self._path.is_file() else b""
-        if self._path.exists() and not _LOCK_BEGINS.startswith(found):  # one that was cut short, or empty, is ours
+        if self._path.exists() and not self._is_lock():
             raise OutputError(f"{self._path}: is in the way, and no lock of an export; give another --out")
         with disk_errors(self._path):
             self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -350,12 +357,22 @@ class _Lock:
         self._path.unlink(missing_ok=True)
         self._file.release()
 
+    def _is_lock(self) -> bool:
+        """Whether an export wrote the file that is there, be it empty or cut short."""
+        if self._owner():
+            return True
+        try:
+            found = self._path.read_text()
+        except (OSError, ValueError):
+            return False
+        return "}" not in found and (found.startswith(_LOCK_BEGINS) or _LOCK_BEGINS.startswith(found))
+
     def _owner(self) -> dict[str, Any] | None:
         try:
             owner = json.loads(self._path.read_text())
-            return owner if {"pid", "host", "started"} <= set(owner) else None
-        except (OSError, ValueError, TypeError):
+        except (OSError, ValueError, RecursionError):
             return None
+        return owner if isinstance(owner, dict) and set(owner) == _OWNER else None
 
 
 def _described(owner: Mapping[str, Any]) -> str:

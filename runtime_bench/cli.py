@@ -30,6 +30,7 @@ from runtime_bench import (
     pruning,
     quality,
     report,
+    result_files,
     results,
     roofline,
     synthetic,
@@ -350,7 +351,7 @@ def gpu_table_command(
 
     For example: swiftprune-bench gpu-table results/gpu-suite.json && SWIFTPRUNE_GPU_TABLE=gpu-table.json vllm serve ...
     """
-    found = [results.load(path) for path in files]
+    found = [result_files.load(path) for path in files]
     for path, result in zip(files, found, strict=True):
         if not isinstance(result, gpu.GpuResult):
             raise SettingsError(f"{path}: is a result of another command than gpu-suite")
@@ -392,8 +393,8 @@ def gate_command(
     limit, sure = _share(max_regression, "--max-regression"), _share(confidence, "--confidence")
     try:
         comparisons = gate.judge(
-            results.load(new),
-            [results.load(path) for path in against],
+            result_files.load(new),
+            [result_files.load(path) for path in against],
             max_regression=limit,
             confidence=sure,
             metrics=metric or (),
@@ -427,7 +428,7 @@ def report_command(
             raise SettingsError(f"report: {given} is one of the results to show; write to another file")
     if picture and picture.suffix != ".png":
         raise SettingsError(f"report: --picture {picture}: give a file that ends in .png")
-    found = [results.load(path) for path in files]
+    found = [result_files.load(path) for path in files]
     table = report.markdown(found)
     if markdown:
         results.write_text(markdown, table + "\n")
@@ -441,7 +442,7 @@ def report_command(
 @app.command("schema")
 def schema_command() -> None:
     """Print the JSON schema of results."""
-    print(results.schema(), end="")
+    print(result_files.schema(), end="")
 
 
 def _known(name: str, table: dict[str, _T]) -> _T:

@@ -1,4 +1,4 @@
-"""Results on disk: what measurements write, and what `gate` and `report` read.
+"""Results on disk: what measurements write. `result_files.py` reads those of any kind.
 
 Every file is one JSON object with `schema_version` and `kind`. Fields that this version does not know are kept when a
 file is loaded and saved again. The JSON schema is `runtime_bench/schema/result.json`.
@@ -15,7 +15,7 @@ import json
 import math
 import os
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Literal, Self, TypeVar
 
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError, model_validator
 
@@ -27,7 +27,7 @@ from runtime_bench.stored import Stored
 from swiftprune.errors import OutputError, ResultError
 
 SCHEMA_VERSION = 1
-SCHEMA_FILE = Path(__file__).parent / "schema" / "result.json"
+R = TypeVar("R")
 SIDES: tuple[Literal["dense"], Literal["sparse"]] = ("dense", "sparse")
 
 
@@ -175,22 +175,13 @@ class RunResult(Result):
     quality: list[Quality] = Field(default_factory=list)
 
 
-def any_result() -> TypeAdapter[Any]:
-    """Of all kinds, told apart by `kind`."""
-    from runtime_bench.gpu import GpuResult
-    from runtime_bench.layers import LayersResult
-    from runtime_bench.trade_off import TradeOff
-
-    return TypeAdapter(Annotated[RunResult | LayersResult | GpuResult | TradeOff, Field(discriminator="kind")])
-
-
-def load(path: Path) -> Any:
-    """The result in `path`, of whatever kind. Raises ResultError, naming the file and what is wrong."""
+def read(path: Path, kind: TypeAdapter[R]) -> R:
+    """The result in `path`. Raises ResultError, naming the file and what is wrong, when it is none of that `kind`."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ResultError(f"{path}: cannot be read: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ResultError(f"{path}: not JSON: {error}") from None
     version = data.get("schema_version") if isinstance(data, dict) else None
     if not isinstance(version, int):
@@ -200,7 +191,7 @@ def load(path: Path) -> Any:
             f"{path}: schema version {version}, but this swiftprune reads up to {SCHEMA_VERSION}; upgrade swiftprune"
         )
     try:
-        return any_result().validate_python(data)
+        return kind.validate_python(data)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
@@ -222,8 +213,3 @@ def write_text(path: Path, text: str) -> None:
         with contextlib.suppress(OSError):
             aside.unlink(missing_ok=True)
         raise OutputError(f"{path}: cannot be written: {error.strerror}") from None
-
-
-def schema() -> str:
-    """The JSON schema of every kind of result, as it stands in SCHEMA_FILE."""
-    return json.dumps(any_result().json_schema(), indent=1) + "\n"

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, TypeAdapter, model_validator
 
 from exporters import export
 from runtime_bench import results
@@ -155,9 +155,10 @@ def _load(out: Path, data: DemoData, windows: dict[str, torch.Tensor]) -> TradeO
     if not out.exists():
         tokens = {name: taken.numel() for name, taken in windows.items()}
         return TradeOff(machine=machine, model=data.model.name, tokens=tokens, rows=[])
-    stored = results.load(out)
-    if not isinstance(stored, TradeOff):
-        raise ResultError(f"{out}: is a result of kind {stored.kind!r}, not of trade-off; give another --out")
+    try:
+        stored = results.read(out, TypeAdapter(TradeOff))
+    except ResultError as error:
+        raise ResultError(f"{error}; give another --out") from None
     if stored.machine.cpu != machine.cpu:
         raise ResultError(f"{out}: was measured on {stored.machine.cpu}, this is {machine.cpu}; give another --out")
     return stored

@@ -161,6 +161,10 @@ def _find_layers(module: nn.Module, ignored: Ignore) -> tuple[dict[str, Layer], 
 
 
 def _unsuitable(layer: Layer) -> str | None:
+    if layer.weight.is_inference() and not torch.is_inference_mode_enabled():
+        return "its weight was made in torch.inference_mode(), and can be changed there only"
+    if any(step == 0 and size > 1 for step, size in zip(layer.weight.stride(), layer.weight.shape, strict=True)):
+        return "its weight is expanded: many of its elements are one in memory"
     if not isinstance(layer, nn.Linear):
         if layer.groups > 1:
             return f"it is a grouped convolution (groups = {layer.groups})"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -154,9 +155,10 @@ def _replace(model: Any, weight: Weight, dtype: torch.dtype, pair: Callable[[], 
 
     graph = model.graph
     outputs, inputs = (weight.shape[1 - weight.axis], weight.shape[weight.axis])
+    stem = _unused_stem(graph, weight.name)
     stored = [
-        _lazy(f"{weight.name}.values", dtype, (outputs, inputs // GROUP * KEPT), lambda: pair().values),
-        _lazy(f"{weight.name}.metadata", torch.uint8, (outputs, metadata_width(inputs)), lambda: pair().metadata),
+        _lazy(f"{stem}.values", dtype, (outputs, inputs // GROUP * KEPT), lambda: pair().values),
+        _lazy(f"{stem}.metadata", torch.uint8, (outputs, metadata_width(inputs)), lambda: pair().metadata),
     ]
     values = [
         onnx_ir.Value(name=tensor.name, type=onnx_ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor)
@@ -183,6 +185,16 @@ def _replace(model: Any, weight: Weight, dtype: torch.dtype, pair: Callable[[], 
         graph.remove(node, safe=True)
     del graph.initializers[weight.name]
     return stored
+
+
+def _unused_stem(graph: Any, name: str) -> str:
+    """`name`, or that and a number where the graph has values of the names that are made of it."""
+    import onnx_ir
+
+    taken = {value.name for value in (*graph.inputs, *graph.initializers.values())}
+    taken |= {value.name for node in onnx_ir.traversal.RecursiveGraphIterator(graph) for value in node.outputs}
+    stems = itertools.chain([name], (f"{name}.{number}" for number in itertools.count(1)))
+    return next(stem for stem in stems if not taken & {f"{stem}.values", f"{stem}.metadata"})
 
 
 def _lazy(name: str, dtype: torch.dtype, shape: tuple[int, int], make: Any) -> Any:

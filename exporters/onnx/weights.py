@@ -8,7 +8,7 @@ integers of quantized operators.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,13 @@ _OPERANDS: dict[str, tuple[tuple[int, int | None], ...]] = {
     "QLinearMatMul": ((0, 2), (3, 5)),
     "ConvInteger": ((1, 3),),
     "QLinearConv": ((3, 5),),
+}
+# Attributes that are read here, and onnx_ir's method for their type.
+_ATTRIBUTES = {
+    "Gemm": {"alpha": "as_float", "beta": "as_float", "transA": "as_int", "transB": "as_int"},
+    "Transpose": {"perm": "as_ints"},
+    "DequantizeLinear": {"axis": "as_int"},
+    "Constant": {"value": "as_tensor"},
 }
 _QUANTIZED = "integers"
 # Of weights in a layout of their own.
@@ -111,8 +118,56 @@ def load_graph(path: Path, *, oldest: int = 1) -> Any:
         for name, value in graph.initializers.items():
             if value.const_value is None:
                 raise CheckpointError(f"{path}: the initializer {name} has no data")
-            _check_external(path, name, value.const_value)
+            _check_tensor(path, name, value.const_value)
+    for node in _nodes(model):
+        _check_node(path, node)
     return model
+
+
+def _nodes(model: Any) -> Iterator[Any]:
+    """Every node of the main graph and of functions, branches and bodies included."""
+    import onnx_ir
+
+    for body in (model.graph, *model.functions.values()):
+        yield from onnx_ir.traversal.RecursiveGraphIterator(body)
+
+
+def _check_node(path: Path, node: Any) -> None:
+    """Raises CheckpointError where the node is not what the standard says of those that are looked at here."""
+    if node.domain not in ("", "ai.onnx"):
+        return
+    name = f"{path}: the node {node.name or '(unnamed)'} ({node.op_type})"
+    required = max((index for index, _ in _OPERANDS.get(node.op_type, ())), default=-1)
+    if required >= 0 and (len(node.inputs) <= required or not node.outputs):
+        raise CheckpointError(f"{name} has {len(node.inputs)} inputs and {len(node.outputs)} outputs: damaged")
+    for attribute, read in _ATTRIBUTES.get(node.op_type, {}).items():
+        if attribute not in node.attributes:
+            continue
+        if node.attributes[attribute].is_ref():
+            raise CheckpointError(
+                f"{name}: its {attribute} comes from the caller of a function: inline functions first"
+            )
+        try:
+            value = getattr(node.attributes[attribute], read)()
+        except TypeError as error:
+            raise CheckpointError(f"{name}: {first_line(error)}") from error
+        if read == "as_tensor":
+            _check_tensor(path, node.outputs[0].name, value)
+
+
+def _check_tensor(path: Path, name: str, tensor: Any) -> None:
+    """Raises CheckpointError where the tensor's numbers are not there, or fewer or more than its shape says."""
+    import onnx_ir
+
+    if any(size < 0 for size in tensor.shape.dims):
+        raise CheckpointError(f"{path}: {name} has the shape {tuple(tensor.shape.dims)}")
+    if not isinstance(tensor, onnx_ir.ExternalTensor):
+        try:
+            tensor.numpy()  # a view
+        except Exception as error:  # numpy's and onnx_ir's own, of several types
+            raise CheckpointError(f"{path}: {name} is damaged ({first_line(error)})") from error
+        return
+    _check_external(path, name, tensor)
 
 
 def _check_external(path: Path, name: str, tensor: Any) -> None:
@@ -138,41 +193,38 @@ def _check_external(path: Path, name: str, tensor: Any) -> None:
 
 def find_weights(model: Any) -> Weights:
     """Every constant that a MatMul, Gemm or Conv multiplies by, in the order of the nodes."""
-    import onnx_ir
-
     found: dict[int, Weight] = {}
     quantized: dict[str, str] = {}
     inputs = {value.name for value in model.graph.inputs}
-    for graph in (model.graph, *model.functions.values()):
-        for node in onnx_ir.traversal.RecursiveGraphIterator(graph):
-            if node.domain == QUANT_METHOD:
-                raise CheckpointError(f"{node.name}: the model is packed already")
-            if node.op_type in _OPAQUE:
-                quantized[str(node.name or node.outputs[0].name)] = node.op_type
-            if node.domain not in ("", "ai.onnx"):
+    for node in _nodes(model):
+        if node.domain == QUANT_METHOD:
+            raise CheckpointError(f"{node.name}: the model is packed already")
+        if node.op_type in _OPAQUE:
+            quantized[str(node.name or node.outputs[0].name)] = node.op_type
+        if node.domain not in ("", "ai.onnx"):
+            continue
+        for place, (index, zero_index) in enumerate(_OPERANDS.get(node.op_type, ())):
+            source = _source(node.inputs[index] if index < len(node.inputs) else None)
+            if source is None or id(source.value) in found:
                 continue
-            for place, (index, zero_index) in enumerate(_OPERANDS.get(node.op_type, ())):
-                source = _source(node.inputs[index] if index < len(node.inputs) else None)
-                if source is None or id(source.value) in found:
-                    continue
-                zero_point = source.zero_point
-                if zero_index is not None:
-                    zero_point = _constant(node.inputs[zero_index] if zero_index < len(node.inputs) else None)
-                shape = tuple(int(size) for size in source.tensor.shape)
-                # A convolution's weight is its second operand in any form, and counts as the right one.
-                left = place == 0 and node.op_type in _PRODUCTS
-                found[id(source.value)] = Weight(
-                    name=source.value.name,
-                    op=node.op_type if node.op_type != "ConvTranspose" else "Conv",
-                    value=source.value,
-                    tensor=source.tensor,
-                    zero_point=zero_point,
-                    zero_axis=source.zero_axis % len(shape),
-                    nodes=_readers(source.value),
-                    shape=shape,
-                    axis=_summed_axis(node, left, len(shape), source.transposed),
-                    unpackable=_unpackable(source, node, left, shape, inputs, model.graph),
-                )
+            zero_point = source.zero_point
+            if zero_index is not None:
+                zero_point = _constant(node.inputs[zero_index] if zero_index < len(node.inputs) else None)
+            shape = tuple(int(size) for size in source.tensor.shape)
+            # A convolution's weight is its second operand in any form, and counts as the right one.
+            left = place == 0 and node.op_type in _PRODUCTS
+            found[id(source.value)] = Weight(
+                name=source.value.name,
+                op=node.op_type if node.op_type != "ConvTranspose" else "Conv",
+                value=source.value,
+                tensor=source.tensor,
+                zero_point=zero_point,
+                zero_axis=source.zero_axis % len(shape),
+                nodes=_readers(source.value),
+                shape=shape,
+                axis=_summed_axis(node, left, len(shape), source.transposed),
+                unpackable=_unpackable(source, node, left, shape, inputs, model.graph),
+            )
     return Weights(list(found.values()), quantized)
 
 
@@ -275,7 +327,8 @@ def _unpackable(
         return "it is not an initializer of the main graph"
     if value.name in inputs:
         return "it is an input of the graph too, which a caller may set"
-    if value.is_graph_output():
+    transposes = [node.outputs[0] for node, _ in value.uses() if node.op_type == "Transpose"]
+    if value.is_graph_output() or any(output.is_graph_output() for output in transposes):
         return "it is an output of the graph"
     if len(shape) != 2:
         return f"it has {len(shape)} axes, not 2"

@@ -6,6 +6,7 @@ import copy
 import hashlib
 import json
 import logging
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+_LONGEST_NAME = 255  # bytes, of one file, wherever Python runs
 # The float types of safetensors that a checkpoint to be pruned may use, and all others only for tensors left alone.
 _TORCH_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # Of a hub repository, all but its weights.
@@ -252,7 +254,7 @@ def _read_headers(folder: Path) -> dict[str, TensorEntry]:
     for shard in shards:
         if Path(shard).name != shard:
             raise CheckpointError(f"{index_path}: names the shard {shard!r}, which is not a plain file name")
-        if not (folder / shard).exists():
+        if len(os.fsencode(shard)) > _LONGEST_NAME or not (folder / shard).exists():
             raise CheckpointError(f"{folder / shard}: missing, though {INDEX_NAME} names it; download it again")
         tensors.update(shard_entries(folder / shard))
     if weight_map is not None:

@@ -60,6 +60,7 @@ def read_config(folder: Path, *, trust_remote_code: bool = False) -> PretrainedC
             f"{folder / 'config.json'}: transformers cannot read it: {first_line(error)}{hint}"
         ) from error
     config._attn_implementation = None
-    if stores_plain_weights(getattr(config, "quantization_config", None) or {}):
-        del config.quantization_config  # else transformers wants the package that wrote it
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is not None and (not quantization or stores_plain_weights(quantization)):
+        del config.quantization_config  # else transformers wants the package that wrote it, or that it names one
     return config

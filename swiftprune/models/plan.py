@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,13 +19,9 @@ from transformers.pytorch_utils import Conv1D
 from swiftprune.checkpoints.source import Checkpoint
 from swiftprune.errors import CheckpointError, SettingsError, first_line
 from swiftprune.formats.spec import unpackable_reason
+from swiftprune.models.architectures import MULTIPLIED_DIRECTLY
 from swiftprune.models.ignore import DEFAULT_IGNORE, Ignore, compile_ignore
 from swiftprune.models.load import read_config
-
-# Engines run these as one layer, so of each set all are packed or none.
-FUSED = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})
-# Of state-space layers: small, and their modules read the weight and do not call the linear.
-_MULTIPLIED_DIRECTLY = {"dt_proj"}
 
 
 @dataclass(frozen=True)
@@ -188,16 +185,6 @@ def _head(model: nn.Module) -> nn.Module:
     return head
 
 
-def fused_sets(names: Iterable[str]) -> list[list[str]]:
-    """The linears of `names` in sets that engines run as one layer, in order; most are alone."""
-    sets: dict[tuple[str, object], list[str]] = {}
-    for name in names:
-        parent, _, kind = name.rpartition(".")
-        fused = next((index for index, kinds in enumerate(FUSED) if kind in kinds), kind)
-        sets.setdefault((parent, fused), []).append(name)
-    return list(sets.values())
-
-
 def _first_reason(dense: dict[str, str]) -> str:
     return next((f"{name}: {reason}" for name, reason in dense.items()), "the blocks hold no linears")
 
@@ -205,7 +192,7 @@ def _first_reason(dense: dict[str, str]) -> str:
 def _dense_reason(
     name: str, module: nn.Linear, checkpoint: Checkpoint, tensor: str, ignored: Ignore, group: int
 ) -> str | None:
-    if name.rpartition(".")[2] in _MULTIPLIED_DIRECTLY:
+    if name.rpartition(".")[2] in MULTIPLIED_DIRECTLY:
         return "its module multiplies by the weight itself"
     if ignored.search(name):
         return f"matches --ignore {ignored.pattern}"
@@ -278,6 +265,11 @@ def _match_tensors(model: nn.Module, checkpoint: Checkpoint, tensor_of: dict[str
             continue
         tensor = tensor_of[parameter]
         entry = checkpoint.tensors[tensor]
+        if not re.match(r"F\d|BF", entry.dtype_name):
+            raise CheckpointError(
+                f"{checkpoint.folder / entry.shard}: {tensor} is {entry.dtype_name}, where the model has numbers of a "
+                "float type: the checkpoint is quantized or damaged; prune the original one"
+            )
         if entry.shape != tuple(value.shape):
             raise CheckpointError(
                 f"{checkpoint.folder / entry.shard}: {tensor} has shape {entry.shape}, but config.json asks for "

@@ -16,23 +16,25 @@ import runpy
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import nn
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from swiftprune.checkpoints.source import TensorEntry, shard_entries
 from swiftprune.errors import FormatError
 from swiftprune.formats import spec
-from swiftprune.formats.spec import METADATA_SUFFIX, QUANT_METHOD, Quantized
+from swiftprune.formats.spec import METADATA_SUFFIX, QUANT_METHOD, SCALE_SUFFIX, Quantized
 from swiftprune.kernels import native
 from swiftprune.kernels.linear import Linear24
 
 logger = logging.getLogger(__name__)
+# As safetensors calls the types of values.
+_VALUE_TYPES: dict[Quantized | None, tuple[str, ...]] = {None: ("BF16", "F16", "F32"), "int8": ("I8",), "int4": ("U8",)}
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -101,21 +103,10 @@ class SwiftpruneQuantizer(HfQuantizer):  # type: ignore[misc]
             ignored = set(self.quantization_config.ignore)
             return lambda name: name not in ignored
         ending = f".weight{METADATA_SUFFIX}"
-        packed: set[str] = set()
-        stored: set[str] = set()
-        for path in checkpoint_files:
-            with safe_open(path, framework="pt") as file:
-                names = set(file.keys())
-                stored |= names
-                for key in names:
-                    if key.endswith(ending):
-                        if (dtype := file.get_slice(key).get_dtype()) != "U8":
-                            raise FormatError(
-                                f"{path}: {key} is {dtype}, not U8; the file is damaged or of another format"
-                            )
-                        packed.add(key.removesuffix(ending))
-        if missing := sorted(name for name in packed if f"{name}.weight" not in stored):
-            raise FormatError(f"the checkpoint holds {missing[0]}{ending}, but no {missing[0]}.weight")
+        stored = {name: entry for file in checkpoint_files for name, entry in shard_entries(Path(file)).items()}
+        packed = {name.removesuffix(ending) for name in stored if name.endswith(ending)}
+        for name in sorted(packed):
+            _check_stored(stored, f"{name}.weight", self._values)
         shortened = {name.partition(".")[2] for name in packed}
         return lambda name: name in packed or name in shortened or name.partition(".")[2] in packed
 
@@ -140,6 +131,26 @@ class SwiftpruneQuantizer(HfQuantizer):  # type: ignore[misc]
     def is_trainable(self) -> bool:
         """Adapters on top are: packed weights pass gradients through, and have none themselves."""
         return True
+
+
+def _check_stored(stored: Mapping[str, TensorEntry], weight: str, values: Quantized | None) -> None:
+    """Raises FormatError unless all tensors of the packed `weight` are there, in the types of the format.
+
+    transformers itself would make up a tensor that is missing, and convert one of another type.
+    """
+    types = {weight: _VALUE_TYPES[values], weight + METADATA_SUFFIX: ("U8",)}
+    if values:
+        types[weight + SCALE_SUFFIX] = ("BF16",)
+    elif weight + SCALE_SUFFIX in stored:
+        raise FormatError(f"the checkpoint holds {weight}{SCALE_SUFFIX}, but its config.json names no quantized values")
+    for name, allowed in types.items():
+        if name not in stored:
+            raise FormatError(f"the checkpoint holds {weight}{METADATA_SUFFIX}, but no {name}")
+        if (entry := stored[name]).dtype_name not in allowed:
+            raise FormatError(
+                f"{entry.shard}: {name} is {entry.dtype_name}, not {' or '.join(allowed)}; the file is damaged or of "
+                "another format"
+            )
 
 
 def run(command: str, arguments: list[str]) -> None:

@@ -73,6 +73,7 @@ class Run:
         group = self.pattern.group if self.pattern.structured else 1
         self.targets: Targets = find_targets(self.model, checkpoint, ignore=self.settings.ignore, group=group)
         self.masks = KeepMasks(Path(self.settings.mask)) if self.settings.mask else None
+        prepare.check_dtype(self)
         prepare.check_text(self)
         self.settings = prepare.with_conversations(self)
         prepare.check_head(self)

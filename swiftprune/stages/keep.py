@@ -38,6 +38,9 @@ class KeepMasks:
         """Raises SettingsError for a mask that belongs to none of `tensors`, the weights that can be pruned."""
         known = list(tensors)
         expected = {name for tensor in known for name in _names(tensor)}
+        for tensor in known:
+            if len(several := [name for name in _names(tensor) if name in self._arrays]) > 1:
+                raise SettingsError(f"--mask {self.path}: {several[0]!r} and {several[1]!r} are both masks of {tensor}")
         if unknown := [name for name in self._arrays if name not in expected]:
             near = difflib.get_close_matches(unknown[0], known, n=1)
             raise SettingsError(

@@ -17,8 +17,9 @@ from torch.nn import functional as F
 
 from swiftprune.compute import autocast
 from swiftprune.errors import SettingsError
+from swiftprune.models.architectures import fused_sets
 from swiftprune.models.perplexity import dense_perplexity, perplexity
-from swiftprune.models.plan import Block, fused_sets
+from swiftprune.models.plan import Block
 from swiftprune.progress import ProgressCallback, no_progress
 from swiftprune.results import PrunedBlock, PrunedWeight, layer_result
 from swiftprune.stages.text import windows_to_train_and_to_judge

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,6 +25,7 @@ from swiftprune.calibration.runner import BlockRunner
 from swiftprune.checkpoints.source import Checkpoint, Orders
 from swiftprune.errors import CheckpointError, SettingsError
 from swiftprune.formats.spec import GROUP
+from swiftprune.models.architectures import HEAD_NORMS, ROLES, find_roles
 from swiftprune.models.plan import Block, Targets, decoder_blocks
 from swiftprune.stages.clock import Tick
 from swiftprune.stages.text import calibration_tokens
@@ -43,43 +43,6 @@ STEPS = 16
 HIDDEN_ROWS = 16384
 GROUPS_AT_ONCE = 512
 TOLERANCE = 0.02  # of the hidden states behind the last block, permuted against not, in whatever type is computed in
-
-
-@dataclass(frozen=True)
-class _Family:
-    """Names of the linears in the decoder blocks of an architecture."""
-
-    mlp_in: tuple[str, ...]
-    mlp_out: str
-    attention_out: str
-    value: str
-    fused_qkv: bool
-    readers: frozenset[str]
-
-    @property
-    def writers(self) -> set[str]:
-        return {self.mlp_out, self.attention_out}
-
-
-_FAMILIES = (
-    _Family(
-        ("gate_proj", "up_proj"),
-        "down_proj",
-        "o_proj",
-        "v_proj",
-        False,
-        frozenset({"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"}),
-    ),
-    _Family(
-        ("dense_h_to_4h",),
-        "dense_4h_to_h",
-        "dense",
-        "query_key_value",
-        True,
-        frozenset({"query_key_value", "dense_h_to_4h"}),
-    ),
-)
-_HEAD_NORMS = {"q_norm", "k_norm"}
 
 
 def search_permutation(scores: Tensor) -> Tensor:
@@ -197,13 +160,12 @@ class _Search:
         self._model = model
         self._list, modules = decoder_blocks(model)
         kinds = {name.rpartition(".")[2] for name, child in modules.named_modules() if isinstance(child, nn.Linear)}
-        known = [family for family in _FAMILIES if kinds == family.readers | family.writers]
-        if not known:
+        if (roles := find_roles(kinds)) is None:
             raise SettingsError(
-                f"--permute knows the decoder blocks of Llama and GPT-NeoX, not those of {type(model).__name__} "
+                f"--permute knows the decoder blocks of {' and '.join(ROLES)}, not those of {type(model).__name__} "
                 f"(linears {', '.join(sorted(kinds))})"
             )
-        self._family = known[0]
+        self._roles = roles
         config: Any = model.config
         self._heads = int(config.num_attention_heads)
         self._blocks = len(modules)
@@ -221,18 +183,18 @@ class _Search:
             name, linear = linears[kind]
             return linear.weight.float().square() * energy[name] if name in energy else None
 
-        family = self._family
-        if (out := scores(family.mlp_out)) is not None:
+        roles = self._roles
+        if (out := scores(roles.mlp_out)) is not None:
             order = search_permutation(out)
-            self._put(linears[family.mlp_out], 1, order)
-            for kind in family.mlp_in:
+            self._put(linears[roles.mlp_out], 1, order)
+            for kind in roles.mlp_in:
                 self._put(linears[kind], 0, order)
-        if (out := scores(family.attention_out)) is not None:
-            inside, rows = self._head_orders(out, linears[family.value][1])
-            self._put(linears[family.attention_out], 1, inside)
-            self._put(linears[family.value], 0, rows)
-        share = max(1, HIDDEN_ROWS // self._blocks // len(family.readers))
-        for kind in sorted(family.readers):
+        if (out := scores(roles.attention_out)) is not None:
+            inside, rows = self._head_orders(out, linears[roles.value][1])
+            self._put(linears[roles.attention_out], 1, inside)
+            self._put(linears[roles.value], 0, rows)
+        share = max(1, HIDDEN_ROWS // self._blocks // len(roles.readers))
+        for kind in sorted(roles.readers):
             if (read := scores(kind)) is not None:
                 some = read[:: max(1, len(read) // share)]
                 self._hidden_scores.append(some / some.mean().clamp_min(torch.finfo(torch.float32).tiny))
@@ -240,14 +202,14 @@ class _Search:
     def _head_orders(self, scores: Tensor, value: nn.Linear) -> tuple[Tensor, Tensor]:
         """The orders of the inputs of the attention's output (N, heads x D), and of the rows of `value`."""
         size = scores.shape[1] // self._heads
-        key_values = self._heads if self._family.fused_qkv else value.out_features // size
+        key_values = self._heads if self._roles.fused_qkv else value.out_features // size
         per_head = scores.view(len(scores), key_values, -1, size)
         inside, rows = [], torch.arange(value.out_features)
         for head in range(key_values):
             order = search_permutation(per_head[:, head].reshape(-1, size))
             sharing = per_head.shape[2]
             inside += [(head * sharing + index) * size + order for index in range(sharing)]
-            start = (3 * head + 2) * size if self._family.fused_qkv else head * size
+            start = (3 * head + 2) * size if self._roles.fused_qkv else head * size
             rows[start : start + size] = start + order
         return torch.cat(inside), rows
 
@@ -266,10 +228,10 @@ class _Search:
         for name, module in model.named_modules():
             kind = name.rpartition(".")[2]
             if isinstance(module, nn.Linear) and name.startswith(f"{self._list}."):
-                self._put((name, module), 1 if kind in self._family.readers else 0, order)
+                self._put((name, module), 1 if kind in self._roles.readers else 0, order)
             elif id(module) in ends:
                 self.orders[f"{name}.weight"][1] = order
-            elif kind not in _HEAD_NORMS:
+            elif kind not in HEAD_NORMS:
                 for key, parameter in module.named_parameters(recurse=False):
                     if parameter.shape != (width,):
                         raise SettingsError(f"--permute does not know what {name}.{key} of {type(model).__name__} is")

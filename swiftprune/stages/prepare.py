@@ -13,13 +13,14 @@ from swiftprune.calibration.sampling import conversation_start
 from swiftprune.calibration.text import has_conversations
 from swiftprune.calibration.text_files import COMPRESSED, ROWS
 from swiftprune.checkpoints.source import Checkpoint
-from swiftprune.config import PruneSettings
+from swiftprune.config import DTYPES, PruneSettings
 from swiftprune.errors import CheckpointError, SettingsError, TextError
 from swiftprune.methods.mask import first_violation
 from swiftprune.methods.scores import KEEP, Method
 from swiftprune.methods.statistics import Needs
+from swiftprune.models.architectures import fused_sets
 from swiftprune.models.load import context_length
-from swiftprune.models.plan import Targets, fused_sets
+from swiftprune.models.plan import Targets
 from swiftprune.progress import Notify
 from swiftprune.stages import distill, memory, permute
 from swiftprune.stages.keep import violations
@@ -125,6 +126,18 @@ def check_head(run: Run) -> None:
         if needed:
             raise CheckpointError(f"{run.checkpoint.folder}: holds no output head, which {what} needs")
     run.notify("The checkpoint holds no output head; its body is pruned, and the output has none either.")
+
+
+def check_dtype(run: Run) -> None:
+    """The type in config.json is the one that engines multiply in, unless another is asked for."""
+    config = run.checkpoint.config
+    dtype = config.get("dtype", config.get("torch_dtype"))
+    known = dtype is None or str(dtype).removeprefix("torch.") in ("auto", *DTYPES)
+    if run.settings.dtype is None and not known:
+        raise CheckpointError(
+            f"{run.checkpoint.folder / 'config.json'}: its dtype is {dtype}, in which no packed weight multiplies; "
+            f"choose one with --dtype: {', '.join(DTYPES)}"
+        )
 
 
 def check_text(run: Run) -> None:

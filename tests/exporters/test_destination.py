@@ -169,10 +169,18 @@ def test_the_lock_names_its_process_and_goes(project: Path) -> None:
 @pytest.mark.parametrize("mask", ["", "nope.npz"], ids=["done", "failed"])
 def test_a_lock_file_of_another_tool_is_left_alone(project: Path, mask: str) -> None:
     lock = project / "out.lock"
-    lock.write_text("[[package]]\n")
-    with pytest.raises(OutputError, match=r"out\.lock: is in the way, and no lock of an export"):
-        export(project / "models" / "llama", project / "out", PruneSettings(calibration="none", mask=mask))
-    assert lock.read_text() == "[[package]]\n"
+    for content in ("[[package]]\n", '{"pid": 7, "name": "another tool"}', '{"pid":7}', '{"pid": 7, "host": "a"}'):
+        lock.write_text(content)
+        with pytest.raises(OutputError, match=r"out\.lock: is in the way, and no lock of an export"):
+            export(project / "models" / "llama", project / "out", PruneSettings(calibration="none", mask=mask))
+        assert lock.read_text() == content
+
+
+def test_names_that_cannot_be_are_refused_before_any_work(project: Path) -> None:
+    (project / "loop").symlink_to("loop")
+    for out, why in (("x" * 250, "File name too long"), ("x" * 300, "File name too long"), ("loop", "Too many levels")):
+        with pytest.raises(OutputError, match=rf"cannot be written: {why}.*; give another --out"):
+            export(project / "models" / "llama", project / out, NO_DATA)
 
 
 def test_a_finished_export_beside_is_not_taken_for_a_leftover(project: Path) -> None:

@@ -168,6 +168,15 @@ REFUSED: dict[str, tuple[Any, str]] = {
         onnx_graphs.model([one("MatMul")], {"w": SQUARE}, {"x": [2, 16]}, {"y": [2, 16], "w": [16, 16]}),
         "w: it is an output of the graph",
     ),
+    "transposed output": (
+        onnx_graphs.model(
+            [helper.make_node("Transpose", ["w"], ["wt"], perm=[1, 0]), helper.make_node("MatMul", ["x", "wt"], ["y"])],
+            {"w": SQUARE.T.copy()},
+            {"x": [2, 16]},
+            {"y": [2, 16], "wt": [16, 16]},
+        ),
+        "w: it is an output of the graph",
+    ),
     "dense": (linear(np.ones((4, 8), np.float32)), r"w: not 2:4: row 0, group 0 \(inputs 0..3\) has 4 non-zeros"),
     "not finite": (linear(np.full((4, 8), np.nan, np.float32)), "w: not 2:4: .*NaN"),
     "odd": (linear(np.ones((4, 6), np.float32)), "w: in_features = 6 is not a multiple of 4"),
@@ -241,6 +250,12 @@ def damaged(folder: Path, how: str) -> Path:
             model.opset_import[0].version = 99
         case "no opset":
             del model.opset_import[:]
+        case "negative":
+            model.graph.initializer[0].dims[0] = -32
+        case "no outputs":
+            del model.graph.node[0].output[:]
+        case "no inputs":
+            del model.graph.node[0].input[:]
     onnx.save(model, path)
     if how == "garbage":
         path.write_bytes(b"\x08garbage")
@@ -260,6 +275,9 @@ def damaged(folder: Path, how: str) -> Path:
         ("old opset", r"has opset 17 of the standard operators; 18 to \d+ are supported"),
         ("new opset", "has opset 99 of the standard operators"),
         ("no opset", "has opset None of the standard operators"),
+        ("negative", r"m\.onnx: w has the shape \(-32, 16\)"),
+        ("no outputs", r"the node lin \(MatMul\) has 2 inputs and 0 outputs: damaged"),
+        ("no inputs", r"the node lin \(MatMul\) has 0 inputs and 1 outputs: damaged"),
         ("garbage", "not a readable ONNX model"),
         ("cut", "not a readable ONNX model"),
     ],
@@ -272,6 +290,40 @@ def test_damaged_models_say_where(tmp_path: Path, how: str, message: str) -> Non
     if how != "old opset":  # which is only too old for the packed operator
         with pytest.raises(CheckpointError, match=message.replace("18 to", "1 to")):
             check_weights(path)
+
+
+@pytest.mark.parametrize("where", ["initializer", "Constant"])
+def test_tensors_of_other_sizes_than_their_shape_are_damaged(tmp_path: Path, where: str) -> None:
+    proto = linear(sparse(16, 32))
+    proto.graph.initializer[0].dims[0] = 33
+    if where == "Constant":
+        constant = helper.make_node("Constant", [], ["w"], value=proto.graph.initializer.pop())
+        proto.graph.node.insert(0, constant)
+    with pytest.raises(CheckpointError, match=r"m\.onnx: w is damaged \("):
+        check_weights(save(proto, tmp_path / "m.onnx"))
+
+
+def test_attributes_of_another_type_are_damage(tmp_path: Path) -> None:
+    proto = linear(sparse(16, 32), form="Gemm")
+    proto.graph.node[0].attribute.append(helper.make_attribute("alpha", 1))
+    with pytest.raises(CheckpointError, match=r"the node lin \(Gemm\): .*alpha.* not of type FLOAT"):
+        check_weights(save(proto, tmp_path / "m.onnx"))
+
+
+def test_names_that_are_taken_are_not_used_again(tmp_path: Path) -> None:
+    weight = sparse(16, 16)
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["w.values"]),
+        helper.make_node("Add", ["w.values", "w.1.metadata"], ["y"]),
+    ]
+    bias = np.arange(16, dtype=np.float32)
+    proto = onnx_graphs.model(
+        nodes, {"w": np.ascontiguousarray(weight.T), "w.1.metadata": bias}, {"x": [2, 16]}, {"y": [2, 16]}
+    )
+    assert pack_model(save(proto, tmp_path / "m.onnx"), tmp_path / "p.onnx").packed == {"w": (16, 16)}
+    x = np.random.default_rng(0).standard_normal((2, 16)).astype(np.float32)
+    for y in both(tmp_path / "m.onnx", tmp_path / "p.onnx", x):
+        assert np.allclose(y, x @ weight.T + bias, atol=1e-4)
 
 
 def test_packing_twice_is_refused(tmp_path: Path) -> None:

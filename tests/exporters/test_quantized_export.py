@@ -173,11 +173,20 @@ def test_a_packed_weight_that_is_not_whole_is_refused(
     save_file(tensors | {name: tensors[name].float()}, shard, metadata={"format": "pt"})
     with pytest.raises(FormatError, match=f"{name} is F32, not U8"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    weight = name.removesuffix("_meta")
-    del tensors[weight]
-    save_file(tensors, shard, metadata={"format": "pt"})
-    with pytest.raises(FormatError, match=f"holds {name}, but no {weight}"):
-        AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    weight, scale = name.removesuffix("_meta"), name.removesuffix("_meta") + "_scale"
+    damages: list[tuple[dict[str, Tensor | None], str]] = [
+        ({weight: tensors[weight].double()}, f"{weight} is F64, not "),
+        ({weight: tensors[weight].int()}, f"{weight} is I32, not "),
+        ({weight: None}, f"holds {name}, but no {weight}"),
+        ({scale: None}, f"holds {name}, but no {scale}")
+        if values
+        else ({scale: torch.ones(1)}, f"holds {scale}, but its config"),
+    ]
+    for changed, message in damages:
+        kept = {key: tensor for key, tensor in {**tensors, **changed}.items() if tensor is not None}
+        save_file(kept, shard, metadata={"format": "pt"})
+        with pytest.raises(FormatError, match=message):
+            AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 
 
 def test_damaged_checkpoints_are_refused(tiny_models: Models, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from runtime_bench import cli, demo_data, layers, methods, plots, pruning, results, synthetic
+from runtime_bench import cli, demo_data, layers, methods, plots, pruning, result_files, synthetic
 from runtime_bench.demo_data import DemoData
 from runtime_bench.machine import this_machine
 from runtime_bench.measure import Timing, interleaved
@@ -261,7 +261,7 @@ def test_layer_sweep(tmp_path: Path) -> None:
     run = CliRunner().invoke(cli.app, [*command, "--out", str(out), "--plot", str(plot)])
     assert run.exit_code == 0, run.output
     assert torch.get_num_threads() == threads
-    bench = results.load(out)
+    bench = result_files.load(out)
     assert len(bench.cells) == 2 * 2 * 2 * 2
     assert run.stdout.count("\n| ") >= 16
     assert all("reference" not in cell.backend and "torch F.linear" in cell.dense for cell in bench.cells)

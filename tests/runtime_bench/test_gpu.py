@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from pydantic import ValidationError
 from torch import Tensor
 
-from runtime_bench import gpu, gpu_backends, results
+from runtime_bench import gpu, gpu_backends, result_files, results
 from runtime_bench.gpu import Call, CudaDevice, GpuResult, GpuTime
 from runtime_bench.gpu_backends import BACKENDS, DTYPES, Backend
 from runtime_bench.machine import Gpu
@@ -422,7 +422,7 @@ def test_results_survive_the_disk(tmp_path: Path) -> None:
     ]
     result = measure(device, backends)
     results.save(result, tmp_path / "gpu.json")
-    loaded = results.load(tmp_path / "gpu.json")
+    loaded = result_files.load(tmp_path / "gpu.json")
     assert isinstance(loaded, GpuResult)
     assert loaded == result
     assert loaded.machine.gpu

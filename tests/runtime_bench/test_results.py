@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from runtime_bench import results
+from runtime_bench import result_files, results
 from swiftprune.errors import OutputError, ResultError
 from tests.runtime_bench.sample_results import layers_result, run_result, trade_off_result
 
@@ -24,7 +24,7 @@ def test_round_trip_keeps_fields_that_are_not_known(result: Any, tmp_path: Path)
     data["machine"]["later"] = 2
     (data.get("cases") or data.get("cells") or data["rows"])[0]["later"] = 3
     path.write_text(json.dumps(data))
-    loaded = results.load(path)
+    loaded = result_files.load(path)
     assert type(loaded) is type(result)
     results.save(loaded, path)
     assert json.loads(path.read_text()) == data
@@ -32,7 +32,7 @@ def test_round_trip_keeps_fields_that_are_not_known(result: Any, tmp_path: Path)
 
 def test_speedups_survive(tmp_path: Path) -> None:
     results.save(run_result(), tmp_path / "a.json")
-    loaded = results.load(tmp_path / "a.json")
+    loaded = result_files.load(tmp_path / "a.json")
     for before, after in zip(run_result().cases, loaded.cases, strict=True):
         assert after.metrics[0].speedups == before.metrics[0].speedups
 
@@ -63,7 +63,7 @@ def test_unusable_files_are_answered(change: Any, message: str, tmp_path: Path) 
     path = tmp_path / "a.json"
     path.write_text(json.dumps(data))
     with pytest.raises(ResultError, match=message) as caught:
-        results.load(path)
+        result_files.load(path)
     assert str(path) in str(caught.value)
 
 
@@ -81,15 +81,15 @@ def test_unusable_trade_offs_are_answered(change: Any, message: str, tmp_path: P
     change(data)
     (tmp_path / "a.json").write_text(json.dumps(data))
     with pytest.raises(ResultError, match=message):
-        results.load(tmp_path / "a.json")
+        result_files.load(tmp_path / "a.json")
 
 
-@pytest.mark.parametrize("text", ["", "[1, 2]", '{"schema_version": 1', "\x00"])
+@pytest.mark.parametrize("text", ["", "[1, 2]", '{"schema_version": 1', "\x00", "[" * 100_000])
 def test_what_is_no_result_at_all(text: str, tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     path.write_text(text)
     with pytest.raises(ResultError, match=r"a\.json: (not JSON|no schema_version)"):
-        results.load(path)
+        result_files.load(path)
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,12 +104,12 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
 
 def test_the_schema_in_the_repository_is_up_to_date() -> None:
     """`swiftprune-bench schema > runtime_bench/schema/result.json` makes it."""
-    assert results.SCHEMA_FILE.read_text() == results.schema()
+    assert result_files.SCHEMA_FILE.read_text() == result_files.schema()
 
 
 def test_results_fit_the_schema() -> None:
     jsonschema = pytest.importorskip("jsonschema")
-    schema = json.loads(results.SCHEMA_FILE.read_text())
+    schema = json.loads(result_files.SCHEMA_FILE.read_text())
     for result in (run_result(), layers_result(), trade_off_result()):
         jsonschema.validate(result.model_dump(mode="json"), schema)
     with pytest.raises(jsonschema.ValidationError):
@@ -120,4 +120,4 @@ def test_committed_results_load() -> None:
     folder = Path(__file__).parents[2] / "docs" / "results"
     for path in folder.glob("*.json"):
         if "schema_version" in json.loads(path.read_text()):
-            results.load(path)
+            result_files.load(path)

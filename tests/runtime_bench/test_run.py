@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from exporters import export
-from runtime_bench import check, cli, engines, onednn, report, results, roofline, run
+from runtime_bench import check, cli, engines, onednn, report, result_files, roofline, run
 from runtime_bench.engines import Job, Loaded, Options, Round
 from runtime_bench.engines.worker import Worker
 from runtime_bench.results import Check, RunResult
@@ -50,7 +50,7 @@ def test_transformers_end_to_end(sides: dict[str, Path], tmp_path: Path, dense_l
     dtype = "float32" if dense_linears == "onednn" and not onednn.takes(torch.bfloat16) else "bfloat16"
     outcome = CliRunner().invoke(cli.app, [*command, "--dense-linears", dense_linears, "--dtype", dtype])
     assert outcome.exit_code == 0, outcome.output
-    found = results.load(tmp_path / "transformers-tiny-2of4.json")
+    found = result_files.load(tmp_path / "transformers-tiny-2of4.json")
     assert isinstance(found, RunResult)
     assert (found.rounds, found.starts, found.threads, found.dense_linears) == (3, starts, 1, dense_linears)
     assert set(found.dense.linears) == {"dense"}
@@ -91,7 +91,7 @@ def test_onnxruntime_end_to_end(
     options = ["--concurrency", "1,2", "--prompt-tokens", "8", "--new-tokens", "4", "--rounds", "2", "--threads", "1"]
     outcome = CliRunner().invoke(cli.app, [*command, *options])
     assert outcome.exit_code == 0, outcome.output
-    found = results.load(tmp_path / "onnxruntime-llama-3.2-1b-bfloat16-values.json")
+    found = result_files.load(tmp_path / "onnxruntime-llama-3.2-1b-bfloat16-values.json")
     assert isinstance(found, RunResult)
     assert (found.engine, found.dtype) == ("onnxruntime", "float32")
     assert found.check

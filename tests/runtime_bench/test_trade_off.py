@@ -71,7 +71,7 @@ def test_what_cannot_be_measured_together_is_refused(data: DemoData, tmp_path: P
     with pytest.raises(SettingsError, match="no recipe 'wnada'; known: wanda, balanced"):
         measure(data, ["wnada"], out)
     results.save(layers_result(), out)
-    with pytest.raises(ResultError, match="is a result of kind 'layers', not of trade-off"):
+    with pytest.raises(ResultError, match=r"kind: Input should be 'trade-off' .*; give another --out"):
         measure(data, ["wanda"], out)
     out.unlink()
     measure(data, [], out)

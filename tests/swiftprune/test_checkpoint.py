@@ -16,6 +16,7 @@ from exporters import export
 from swiftprune.checkpoints.source import Checkpoint
 from swiftprune.config import PruneSettings
 from swiftprune.errors import CheckpointError, SettingsError
+from swiftprune.models.load import load_whole_model
 from swiftprune.stages.context import Run
 from swiftprune.stages.run import stream_blocks
 from tests import models
@@ -74,6 +75,7 @@ def test_missing_shard(sharded: Path) -> None:
         ({"model.layers.9.nothing": "model-00001-of-00003.safetensors"}, "which does not hold it"),
         ({"x": "../outside.safetensors"}, "not a plain file name"),
         ({"x": "absent.safetensors"}, "absent.safetensors: missing"),
+        ({"x": "x" * 300}, "xxx: missing"),
     ],
 )
 def test_index_that_lies(entry: dict[str, str], message: str, sharded: Path) -> None:
@@ -105,7 +107,15 @@ def test_missing_tensor(tiny_copy: Path) -> None:
 def test_wrong_dtype(tiny_copy: Path) -> None:
     name = "model.layers.1.self_attn.v_proj.weight"
     edit_tensors(tiny_copy, lambda tensors: tensors.update({name: tensors[name].to(torch.int8)}))
-    with pytest.raises(CheckpointError, match=r"v_proj\.weight is I8; pruning needs BF16, F16 or F32"):
+    with pytest.raises(CheckpointError, match=r"v_proj\.weight is I8, where the model has numbers of a float type"):
+        open_pipeline(tiny_copy)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool])
+def test_embeddings_of_another_type(dtype: torch.dtype, tiny_copy: Path) -> None:
+    name = "model.embed_tokens.weight"
+    edit_tensors(tiny_copy, lambda tensors: tensors.update({name: tensors[name].to(dtype)}))
+    with pytest.raises(CheckpointError, match=r"embed_tokens\.weight is (I8|BOOL), where the model has"):
         open_pipeline(tiny_copy)
 
 
@@ -149,6 +159,21 @@ def test_encoder_without_causal_language_model(tiny_copy: Path) -> None:
     edit_config(tiny_copy, model_type="vit", architectures=["ViTModel"])
     with pytest.raises(CheckpointError, match="no causal language model for model_type 'vit'"):
         open_pipeline(tiny_copy)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "int8", 16])
+def test_a_type_that_no_weight_multiplies_in(dtype: object, tiny_copy: Path) -> None:
+    edit_config(tiny_copy, dtype=dtype)
+    with pytest.raises(
+        CheckpointError, match=rf"config\.json: its dtype is {dtype}, .* --dtype: bfloat16, float16, float32"
+    ):
+        open_pipeline(tiny_copy)
+    Run(Checkpoint.open(tiny_copy), PruneSettings(calibration="none", dtype="bfloat16"))
+
+
+def test_an_empty_quantization_is_none(tiny_copy: Path) -> None:
+    edit_config(tiny_copy, quantization_config={})
+    load_whole_model(tiny_copy)
 
 
 @pytest.mark.parametrize("value", ["awq", [4], {"sparsity_config": "2:4"}, {"sparsity_config": [1]}])

@@ -200,6 +200,7 @@ def test_masks_that_do_not_fit_are_refused(tiny_models: Callable[[str], Path], t
     refused(good | {DOWN: good[DOWN].T}, r"has shape \(160, 64\) and type bool")
     refused(good | {DOWN: np.packbits(good[DOWN])[:-1]}, "or its bits as 1280 uint8")
     refused(good | {DOWN: good[DOWN] * 0.5}, "holds other values than 0 and 1")
+    refused(good | {f"{DOWN}.mask": good[DOWN]}, rf"'{DOWN}' and '{DOWN}\.mask' are both masks of {DOWN}")
     three = good[DOWN].copy()
     three[7, 8:12] = [1, 1, 1, 0]
     refused(good | {DOWN: three}, "is not 2:4: row 7, group 2 has 3 non-zeros")

@@ -18,8 +18,8 @@ from exporters.workspace import Workspace
 from swiftprune.config import PruneSettings
 from swiftprune.errors import CheckpointError, SettingsError
 from swiftprune.methods.mask import n_of_m
+from swiftprune.models.architectures import fused_sets
 from swiftprune.models.perplexity import dense_perplexity, perplexity
-from swiftprune.models.plan import fused_sets
 from swiftprune.stages import keep_dense
 from swiftprune.stages.distill import Distillation
 from swiftprune.stages.keep_dense import select_dense

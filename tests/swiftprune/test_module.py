@@ -263,6 +263,10 @@ def test_layers_that_stay_dense_say_why() -> None:
             self.transposed = nn.ConvTranspose2d(8, 8, 3)
             self.norm = nn.LayerNorm(8)
             self.head = nn.Linear(8, 4)
+            self.expanded = nn.Linear(8, 4)
+            self.expanded.weight = nn.Parameter(torch.ones(1, 8).expand(4, 8), requires_grad=False)
+            with torch.inference_mode():
+                self.inferred = nn.Linear(8, 4)
             self.unused = nn.Linear(8, 4)
             self.used = nn.Linear(8, 4)
 
@@ -284,6 +288,8 @@ def test_layers_that_stay_dense_say_why() -> None:
         "computed": "its weight is not a parameter but computed from others",
         "transposed": "ConvTranspose2d is not a Linear, Conv1d or Conv2d",
         "head": "matches ignore ^head",
+        "expanded": "its weight is expanded: many of its elements are one in memory",
+        "inferred": "its weight was made in torch.inference_mode(), and can be changed there only",
     }
     module = Model()
     before = copy.deepcopy(module.state_dict())
