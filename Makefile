@@ -94,7 +94,7 @@ bench-prune: setup
 	$(BIN)/swiftprune-bench prune --folder $(DEMO) --out build/results/prune.json
 
 bench-methods: setup
-	$(BIN)/swiftprune-bench methods --folder $(DEMO) --seeds 3 --out build/results/methods.json
+	$(BIN)/swiftprune-bench trade-off methods --folder $(DEMO) --seeds 3 --out build/results/methods.json
 
 # Hours: every recipe of pruning stages, of which one takes an hour by itself. What the JSON holds is not run again.
 bench-quality: setup

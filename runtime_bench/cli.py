@@ -25,7 +25,6 @@ from runtime_bench import (
     gpu_tables,
     known_models,
     layers,
-    methods,
     plots,
     pruning,
     quality,
@@ -103,33 +102,16 @@ def prune_command(
     _finish(result, pruning.markdown(result), out)
 
 
-@app.command("methods")
-def methods_command(
-    folder: Folder = DEMO_FOLDER,
-    method: Annotated[list[str] | None, typer.Option(help="Repeat for several. Default: all.")] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Calibration seeds 0..N-1 for each method.")] = 1,
-    samples: int = 32,
-    seqlen: int = 512,
-    pattern: Annotated[str, typer.Option(help="2:4, or unstructured:0.5, say.")] = "2:4",
-    out: Result = None,
-) -> None:
-    """Quality: held-out perplexity and seconds of each pruning method on the demo model."""
-    names = method or [name for name in METHODS if name != KEEP]
-    for name in names:
-        find_method(name)
-    with ProgressBars(Console(stderr=True)) as progress:
-        data = demo_data.fetch(folder, progress)
-        result = methods.compare(
-            data, names, list(range(seeds)), samples=samples, seqlen=seqlen, pattern=pattern, progress=progress
-        )
-    _finish(result, methods.markdown(result), out)
-
-
 @app.command("trade-off")
 def trade_off_command(
     recipe: Annotated[
-        list[str] | None, typer.Argument(help=f"Of: {'; '.join(trade_off.RECIPES)}. Default: all.")
+        list[str] | None,
+        typer.Argument(
+            help=f"Of: {'; '.join(trade_off.RECIPES)}; or a method, or `methods` for all of them. "
+            "Default: all but methods."
+        ),
     ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Calibration seeds 0..N-1 for each recipe.")] = 1,
     folder: Folder = DEMO_FOLDER,
     out: Annotated[Path, typer.Option(help="JSON file; recipes that it holds already are not run again.")] = Path(
         "trade-off.json"
@@ -141,9 +123,11 @@ def trade_off_command(
 ) -> None:
     """Quality against time: perplexity of the demo model after each recipe of pruning stages, on two held-out texts."""
     names = recipe or list(trade_off.RECIPES)
+    if "methods" in names:
+        names = [*(name for name in names if name != "methods"), *(name for name in METHODS if name != KEEP)]
     with ProgressBars(Console(stderr=True)) as progress:
         data = demo_data.fetch(folder, progress)
-        result = trade_off.measure(data, names, out, keep=keep, progress=progress)
+        result = trade_off.measure(data, names, out, seeds=seeds, keep=keep, progress=progress)
     if plot:
         plots.trade_off(result, plot)
     _finish(result, report.markdown([result]), out)

@@ -1,4 +1,4 @@
-"""Quality against time: what each stage of the pipeline gives, alone and together, on the demo model."""
+"""Quality against time: what each method and stage gives, alone and together, on the demo model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from typing import Any, Literal, Self
 import torch
 from pydantic import Field, TypeAdapter, model_validator
 
+import swiftprune.serve.transformers  # noqa: F401 - registers the packed format
 from exporters import export
+from exporters.checkpoint import Target
 from runtime_bench import results
 from runtime_bench.conditions import Conditions, judged, watch
 from runtime_bench.demo_data import DemoData
@@ -24,6 +26,7 @@ from swiftprune.calibration.text_files import read_text
 from swiftprune.compute import autocast, faster_type
 from swiftprune.config import DTYPES, PruneSettings, QualityName, make_settings
 from swiftprune.errors import ResultError, SettingsError
+from swiftprune.methods.scores import KEEP, METHODS
 from swiftprune.models.load import load_whole_model
 from swiftprune.models.perplexity import perplexity
 from swiftprune.progress import ProgressCallback, no_progress
@@ -52,8 +55,13 @@ RECIPES: dict[str, tuple[QualityName | None, dict[str, Any]]] = {
     "admm, less text": (None, {"method": "admm", "samples": 24, "seqlen": 256}),
     "admm + permute": (None, {"method": "admm", "permute": True}),
     "admm + blocks": (None, {"method": "admm", "refine": ("blocks",)}),
+    "admm, int8": (None, {"method": "admm", "values": "int8"}),
+    "admm, int4": (None, {"method": "admm", "values": "int4"}),
     "balanced": ("balanced", {}),
+    "balanced, int8": ("balanced", {"values": "int8"}),
+    "balanced, int4": ("balanced", {"values": "int4"}),
     "best": ("best", {}),
+    "best, int4": ("best", {"values": "int4"}),
 }
 
 
@@ -122,16 +130,19 @@ def measure(
     recipes: Sequence[str],
     out: Path,
     *,
+    seeds: int = 1,
     keep: Path | None = None,
     progress: ProgressCallback = no_progress,
 ) -> TradeOff:
     """Runs the recipes that `out` does not hold yet, writing it after each, and returns all it holds then.
 
-    Perplexity is measured in bfloat16 arithmetic where the machine is faster in it, else in float32, for all alike.
-    Raises SettingsError for an unknown recipe, ResultError when `out` is of another machine.
+    A recipe is a name of RECIPES or of METHODS, and is run once for each of `seeds` calibration seeds. Perplexity is
+    measured in bfloat16 arithmetic where the machine is faster in it, else in float32, for all alike. Raises
+    SettingsError for an unknown recipe, ResultError when `out` is of another machine.
     """
-    if unknown := [name for name in recipes if name not in RECIPES]:
-        raise SettingsError(f"no recipe {unknown[0]!r}; known: {', '.join(RECIPES)}")
+    known = recipes_and_methods()
+    if unknown := [name for name in recipes if name not in known]:
+        raise SettingsError(f"no recipe {unknown[0]!r}; known: {', '.join(known)}")
     tokenizer = load_tokenizer(data.model)
     windows = {
         path.stem: token_windows(read_text(path), tokenizer, SEQLEN, str(path))[:WINDOWS]
@@ -139,15 +150,24 @@ def measure(
     }
     result = _load(out, data, windows)
     load = round(os.getloadavg()[0], 2)  # later it is that of the recipe before
-    for name in (DENSE, *recipes):
-        if result.row(name) is None:
+    for name, seed in ((DENSE, 0), *((name, seed) for name in recipes for seed in range(seeds))):
+        if result.row(_seeded(name, seed)) is None:
             with watch() as seen:
-                row = _run(data, name, windows, keep, progress)
+                row = _run(data, name, seed, windows, keep, progress)
             assert seen.result
             conditions = judged(seen.result.model_copy(update={"load_before": load}))
             result.rows.append(row.model_copy(update={"conditions": conditions}))
             results.save(result, out)
     return result
+
+
+def recipes_and_methods() -> dict[str, tuple[QualityName | None, dict[str, Any]]]:
+    """RECIPES, and each method that prunes by itself."""
+    return {name: (None, {"method": name}) for name in METHODS if name != KEEP} | RECIPES
+
+
+def _seeded(name: str, seed: int) -> str:
+    return f"{name}, seed {seed}" if seed else name
 
 
 def _load(out: Path, data: DemoData, windows: dict[str, torch.Tensor]) -> TradeOff:
@@ -165,8 +185,15 @@ def _load(out: Path, data: DemoData, windows: dict[str, torch.Tensor]) -> TradeO
 
 
 def _run(
-    data: DemoData, name: str, windows: dict[str, torch.Tensor], keep: Path | None, progress: ProgressCallback
+    data: DemoData,
+    recipe: str,
+    seed: int,
+    windows: dict[str, torch.Tensor],
+    keep: Path | None,
+    progress: ProgressCallback,
 ) -> Row:
+    name = _seeded(recipe, seed)
+
     def staged(stage: str, done: float, total: float) -> None:
         progress(f"{name}: {stage}", done, total)
 
@@ -178,12 +205,13 @@ def _run(
             validations=[],
             perplexity=_perplexities(data.model, windows, staged),
         )
-    quality, given = RECIPES[name]
-    settings = make_settings(quality, {"calibration": str(data.calibration)} | given)
+    quality, given = recipes_and_methods()[recipe]
+    settings = make_settings(quality, {"calibration": str(data.calibration), "seed": seed} | given)
+    target: Target = "packed" if settings.values else "dense"
     with tempfile.TemporaryDirectory(dir=data.model.parent) as temporary:
         folder = (keep or Path(temporary)) / name.replace(" ", "")
         start = time.perf_counter()
-        report = export(data.model, folder, settings, target="dense", overwrite=True, progress=staged)
+        report = export(data.model, folder, settings, target=target, overwrite=True, progress=staged)
         elapsed = time.perf_counter() - start
         seconds = {stage: value for stage, value in report.seconds.items() if stage not in _NOT_PRUNING}
         seconds["other"] = max(0.0, elapsed - sum(report.seconds.values()))

@@ -14,13 +14,12 @@ import torch
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from runtime_bench import cli, demo_data, layers, methods, plots, pruning, result_files, synthetic
+from runtime_bench import cli, demo_data, layers, plots, pruning, result_files, synthetic
 from runtime_bench.demo_data import DemoData
 from runtime_bench.machine import this_machine
 from runtime_bench.measure import Timing, interleaved
 from swiftprune.calibration.text import load_tokenizer, token_windows
 from swiftprune.calibration.text_files import read_text
-from swiftprune.errors import SettingsError
 from swiftprune.formats.spec import QUANT_METHOD
 from swiftprune.kernels import native
 from swiftprune.models.perplexity import perplexity
@@ -37,7 +36,6 @@ def tiny_data(
     shutil.copytree(tiny_models("llama-gqa-tied"), data.model)
     data.calibration.write_text(read_text(text_file))
     data.held_out.write_text(read_text(text_file)[:6000])
-    monkeypatch.setattr(methods, "SEQLEN", 128)
     return data
 
 
@@ -142,20 +140,6 @@ def test_perplexity_against_transformers_own_loss(tiny_data: DemoData) -> None:
     assert perplexity(model, windows) == pytest.approx(float(torch.tensor(losses).mean().exp()), rel=1e-5)
 
 
-def test_method_table(tiny_data: DemoData) -> None:
-    table = methods.compare(tiny_data, ["magnitude", "wanda", "sparsegpt"], [0, 1], samples=4, seqlen=32)
-    assert [(row.method, row.seed) for row in table.rows] == [
-        (method, seed) for method in ("magnitude", "wanda", "sparsegpt") for seed in (0, 1)
-    ]
-    assert table.rows[0].perplexity == table.rows[1].perplexity  # no calibration, no seed
-    assert table.rows[2].perplexity != table.rows[3].perplexity
-    again = methods.compare(tiny_data, ["magnitude"], [0], samples=4, seqlen=32)
-    assert again.dense_perplexity == table.dense_perplexity  # the model was put back between methods
-    text = methods.markdown(table)
-    assert len(text.splitlines()) == 6
-    assert "| wanda |" in text
-
-
 def test_bench_commands_write_json(tiny_data: DemoData, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(pruning, "SHAPE", (64, 128))
     monkeypatch.setattr(pruning, "ROUNDS", 4)
@@ -166,26 +150,6 @@ def test_bench_commands_write_json(tiny_data: DemoData, monkeypatch: pytest.Monk
     assert [row.target for row in result.comparisons] == [0.25, 0.25, 0.25, 5, 5, 12.29]
     assert result.comparisons[-1].slow_name == "sparsegpt"
     assert "memcpy" in run.output
-
-    out = tmp_path / "results" / "methods.json"
-    run = CliRunner().invoke(
-        cli.app,
-        [
-            "methods",
-            "--folder",
-            str(tmp_path),
-            "--method",
-            "wanda",
-            "--samples",
-            "2",
-            "--seqlen",
-            "32",
-            "--out",
-            str(out),
-        ],
-    )
-    assert run.exit_code == 0, run.output
-    assert json.loads(out.read_text())["rows"][0]["method"] == "wanda"
 
 
 def test_synthetic_checkpoints_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,11 +166,6 @@ def test_synthetic_checkpoints_load(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert float(model.get_submodule("model.layers.1.mlp.up_proj").weight.float().std()) == pytest.approx(0.02, rel=0.1)
     other = synthetic.write("tiny", tmp_path / "again", shard_bytes=50_000)
     assert all((other / path.name).read_bytes() == path.read_bytes() for path in folder.glob("*.safetensors"))
-
-
-def test_a_mistyped_pattern_is_answered(tiny_data: DemoData) -> None:
-    with pytest.raises(SettingsError, match="--format"):
-        methods.compare(tiny_data, ["wanda"], [0], samples=1, seqlen=8, pattern="nonsense")
 
 
 def call_time(milliseconds: float) -> layers.CallTime:

@@ -30,6 +30,7 @@ def data(tiny_models: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest
         "RECIPES",
         {
             "wanda": (None, {"method": "wanda", "samples": 2, "seqlen": 32}),
+            "int4": (None, {"method": "wanda", "samples": 2, "seqlen": 32, "values": "int4"}),
             "balanced": ("balanced", {"steps": 2, "samples": 2, "seqlen": 32, "compute": "float32"}),
         },
     )
@@ -66,9 +67,21 @@ def test_recipes_are_measured_once_and_drawn(data: DemoData, tmp_path: Path) -> 
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_any_method_with_several_seeds_and_quantized_recipes(data: DemoData, tmp_path: Path) -> None:
+    result = measure(data, ["magnitude", "wanda", "int4"], tmp_path / "result.json", seeds=2)
+    rows = {row.recipe: row for row in result.rows}
+    assert list(rows) == [
+        "dense",
+        *(f"{name}{seed}" for name in ("magnitude", "wanda", "int4") for seed in ("", ", seed 1")),
+    ]
+    assert rows["magnitude"].perplexity == rows["magnitude, seed 1"].perplexity  # no calibration, no seed
+    assert rows["wanda"].perplexity != rows["wanda, seed 1"].perplexity
+    assert rows["int4"].perplexity != rows["wanda"].perplexity
+
+
 def test_what_cannot_be_measured_together_is_refused(data: DemoData, tmp_path: Path) -> None:
     out = tmp_path / "result.json"
-    with pytest.raises(SettingsError, match="no recipe 'wnada'; known: wanda, balanced"):
+    with pytest.raises(SettingsError, match=r"no recipe 'wnada'; known: .*, wanda, .*, balanced"):
         measure(data, ["wnada"], out)
     results.save(layers_result(), out)
     with pytest.raises(ResultError, match=r"kind: Input should be 'trade-off' .*; give another --out"):
