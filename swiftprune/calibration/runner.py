@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from swiftprune.calibration.observers import InputObserver
 from swiftprune.calibration.residual import residual_writers
 from swiftprune.checkpoints.source import Checkpoint
 from swiftprune.compute import autocast
 from swiftprune.errors import CheckpointError, SwiftpruneError, first_line
-from swiftprune.formats.spec import GROUP
 from swiftprune.methods.statistics import InputStats, Needs
 from swiftprune.models.plan import Block, Linear, Targets, decoder_blocks
 
@@ -173,20 +173,20 @@ class BlockRunner:
         `dense_hidden` moves on to the next block, `hidden` only with `advance`.
         """
         writers = self._residual_writers(block) if needs == "drift" else {}
-        recorder = _Recorder(needs, max(1, SAMPLE_TOKENS // len(self.hidden)), writers)
+        observer = InputObserver(needs, max(1, SAMPLE_TOKENS // len(self.hidden)), writers)
         for index, hidden in enumerate(self.hidden):
-            recorder.new_sample()
+            observer.new_sample()
             if self.dense_hidden is not None:
                 dense = self.dense_hidden[index]
-                with self._watched(block, recorder.keep_dense):
+                with self._watched(block, observer.update_dense):
                     self.dense_hidden[index] = self.run(block, index, dense, dense=True)
-                recorder.residual_drift = (dense - hidden).flatten(0, -2)
-            with self._watched(block, recorder.add):
+                observer.residual_drift = (dense - hidden).flatten(0, -2)
+            with self._watched(block, observer.update):
                 out = self.run(block, index, hidden)
             if advance:
                 self.hidden[index] = out
             tick()
-        return recorder.stats
+        return observer.stats
 
     @contextmanager
     def _watched(self, block: Block, watch: Callable[[Linear, Tensor], None]) -> Iterator[None]:
@@ -251,65 +251,6 @@ class BlockRunner:
 
 class _ChangedError(Exception):
     """Hidden states do not go from block to block as they are."""
-
-
-class _Recorder:
-    """Accumulates InputStats; linears that are fed the same tensor (q, k, v) share one object and its cost."""
-
-    def __init__(self, needs: Needs, tokens_kept: int, writers: Mapping[str, float]) -> None:
-        self.stats: dict[str, InputStats] = {}
-        self.residual_drift: Tensor | None = None
-        """(T, H): what the residual stream lacks in the sample at hand."""
-        self._needs = needs
-        self._writers = writers
-        self._tokens_kept = tokens_kept
-        self._seen: list[tuple[Tensor, InputStats]] = []
-        self._dense: dict[str, Tensor] = {}
-
-    def new_sample(self) -> None:
-        self._seen = []
-        self._dense = {}
-
-    def keep_dense(self, linear: Linear, inputs: Tensor) -> None:
-        self._dense[linear.name] = inputs
-
-    def add(self, linear: Linear, inputs: Tensor) -> None:
-        for seen, stats in self._seen:
-            if seen is inputs:
-                self.stats[linear.name] = stats
-                return
-        stats = self.stats.setdefault(linear.name, InputStats(token_count=0))
-        self._seen.append((inputs, stats))
-        rows = _rows(inputs)
-        stats.token_count += len(rows)
-        step = max(1, len(rows) // self._tokens_kept)
-        some = rows[step // 2 :: step][: self._tokens_kept].clone()
-        stats.sample = some if stats.sample is None else torch.cat((stats.sample, some))
-        if self._needs in ("nothing", "input_sq_sum"):  # of nothing, whether inputs are finite
-            stats.input_sq_sum = _plus(stats.input_sq_sum, rows.square().sum(0))
-        elif self._needs == "group_gram":
-            groups = rows.T.reshape(-1, GROUP, len(rows))
-            stats.group_gram = _plus(stats.group_gram, groups @ groups.mT)
-        else:
-            stats.gram = _plus_product(stats.gram, rows, rows)
-        if self._needs == "drift":
-            stats.input_drift = _plus_product(stats.input_drift, _rows(self._dense[linear.name]) - rows, rows)
-            if factor := self._writers.get(linear.name):
-                assert self.residual_drift is not None
-                stats.residual_drift = _plus_product(stats.residual_drift, self.residual_drift / factor, rows)
-
-
-def _rows(inputs: Tensor) -> Tensor:
-    return inputs.reshape(-1, inputs.shape[-1]).float()
-
-
-def _plus(total: Tensor | None, term: Tensor) -> Tensor:
-    return term if total is None else total.add_(term)
-
-
-def _plus_product(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
-    """`total` + left^T right, in place: for wide layers a second (K, K) would be as large as a block."""
-    return left.T @ right if total is None else total.addmm_(left.T, right)
 
 
 def _without_shared_containers(arguments: _Arguments) -> _Arguments:

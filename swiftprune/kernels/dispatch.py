@@ -24,7 +24,6 @@ REFERENCE = "reference"
 QUANTIZED_REFERENCE = f"{REFERENCE}-quantized"
 SLOW = frozenset((REFERENCE, QUANTIZED_REFERENCE))  # which unpack the weight for every call
 DENSE = "dense"  # what a checkpoint holds dense
-BACKENDS = ("avx512_bf16", "avx512", "avx2", "neon", "generic", REFERENCE)
 BACKEND_VARIABLE = "SWIFTPRUNE_BACKEND"
 _GOOD_SHAPE = (256, 256)  # which every backend takes
 
@@ -104,6 +103,8 @@ def linear_backend(
     TRITON_INTERPRET=1 is set and they are asked for. Raises SettingsError when the backend is unknown or cannot run
     here: another one never takes its place in silence.
     """
+    from swiftprune.kernels import native
+
     kernels()  # says so when there are no native ones
     device = torch.device(device)
     asked = requested or os.environ.get(BACKEND_VARIABLE)
@@ -113,12 +114,13 @@ def linear_backend(
     if device.type == "cuda":
         facts = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
         return gpu_backend(dtype, shape, *facts, asked, by)
-    if asked not in (None, *BACKENDS) and os.environ.get("TRITON_INTERPRET") == "1":
+    known = (*native.LINEAR_ISAS, REFERENCE)
+    if asked not in (None, *known) and os.environ.get("TRITON_INTERPRET") == "1":
         return gpu_backend(dtype, shape, "Triton's interpreter", (8, 0), asked, by)
     available = linear_backends(dtype, device)
     if asked is None:
         return available[0]
-    if asked not in BACKENDS:
+    if asked not in known:
         _parsed(asked, by)
     if asked not in available:
         raise SettingsError(
@@ -179,7 +181,7 @@ def gpu_backend(
 
 def _parsed(text: str, by: str) -> Plan:
     """Raises SettingsError, with all that is known, when it is neither a backend of GPUs nor a plan of some."""
-    from swiftprune.kernels import gpu
+    from swiftprune.kernels import gpu, native
     from swiftprune.kernels.plan import Plan
 
     try:
@@ -187,5 +189,6 @@ def _parsed(text: str, by: str) -> Plan:
     except SettingsError as error:
         if {",", "<"} & set(text):
             raise SettingsError(f"{error}{by}") from error
-        known = ", ".join((*BACKENDS, *gpu.BACKENDS))
-        raise SettingsError(f"unknown backend {text!r}{by}; known: {known}") from error
+        known = ", ".join((*native.LINEAR_ISAS, REFERENCE, *gpu.BACKENDS))
+        without = "" if native.LINEAR_ISAS else " (swiftprune was installed without its native kernels)"
+        raise SettingsError(f"unknown backend {text!r}{by}; known: {known}{without}") from error
