@@ -198,8 +198,8 @@ def _check_target(settings: PruneSettings, target: Target) -> None:
         raise SettingsError(
             f"--target {target} stores {spec.FORMAT} only; for --format {settings.pattern} use --target dense"
         )
-    if settings.values and target != "packed":
-        raise SettingsError(f"--values {settings.values} is for --target packed, not for {target}")
+    if settings.values and target not in ("packed", "onnx"):
+        raise SettingsError(f"--values {settings.values} is for --target packed and onnx, not for {target}")
     if target in _ONNX:
         require_packages()
 
@@ -263,7 +263,7 @@ def _estimate(run: Run, target: Target) -> int:
     sizes = run.checkpoint.tensors
     total = run.checkpoint.nbytes
     if target in _ONNX:  # the dense ONNX file comes on top, in float32 before it is packed
-        total += run.checkpoint.parameter_count * (4 + 2)
+        total += run.checkpoint.parameter_count * (4 + (4 if run.settings.values else 2))
     elif target != "dense":
         for block in run.targets.blocks:
             for linear in block.linears:
@@ -291,8 +291,9 @@ class _ShardWriter:
         self.keep_fitted_samples = workspace.keep_fitted_samples
         self._run = run
         self._target = target
-        self._format = FORMATS.get(target)
-        """None where zeros stay in place; the ONNX targets are made from such a checkpoint."""
+        # ONNX files are made from zeros in place, which 16-bit types do not hold of quantized values.
+        self._format = FORMATS.get("packed" if target == "onnx" and run.settings.values else target)
+        """None where zeros stay in place."""
         self._workspace = workspace
         self._blocks = run.targets.blocks
         self._outside = self._split_outside()
@@ -499,7 +500,7 @@ class _ShardWriter:
         )
         config = self._config()
         if self._target == "onnx":
-            config["quantization_config"] = spec.declaration(spec.FORMAT, list(self._dense))
+            config["quantization_config"] = spec.declaration(spec.FORMAT, list(self._dense), self._run.settings.values)
         workspace.write_json(f"{ONNX_FOLDER}/config.json", config)
         workspace.write_text(f"{ONNX_FOLDER}/{model_card.NAME}", self._card(report.check, made.file_bytes, repository))
         for name in (MANIFEST, *self._copied()):

@@ -149,7 +149,7 @@ def export_command(
         typer.Option(
             metavar="TYPE",
             help="Of the kept weights. [b]int8[/]: 5 bits a weight in all, at next to no loss; [b]int4[/]: 3.1 bits. "
-            "Both for --target packed, in transformers on CPUs.",
+            "Both for --target packed, on CPUs.",
             show_default="that of --dtype",
         ),
     ] = None,
@@ -471,9 +471,7 @@ def print_report(report: ExportReport, console: Console) -> None:
     for reason, names in reasons.items():
         whole.add_row("left dense", escape(f"{names[0]}{and_more(names)}: {reason}"))
     whole.add_row("written to", escape(report.out))
-    if report.settings.values:
-        whole.add_row("next", "import swiftprune.serve.transformers; from_pretrained as ever")
-    elif report.target in _SERVED_BY:
+    if report.target in _SERVED_BY:
         whole.add_row("next", escape(_SERVED_BY[report.target].format(out=report.out)))
     if report.hub:
         whole.add_row("pushed to", escape(report.hub))

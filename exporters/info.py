@@ -104,7 +104,7 @@ def _use(folder: Path, config: dict[str, Any], target: str | None, zeros: str | 
         backend = dispatch.linear_backend(config_type, quantized=spec.find_quantized(str(values)))
         return f"packed 2:4 weights{f', {values} values' if values else ''}", {
             "transformers": f"{ours} and imported: backend {backend} on this CPU",
-            "vLLM": f"{_NO}: it does not run {values} values yet" if values else f"{ours}: vllm serve {folder}",
+            "vLLM": f"{ours}: vllm serve {folder}",
             "ONNX Runtime": f"{_NO}: export the base model with --target onnx",
         }
     if stored == bitmask.FORMAT or (declared.get("sparsity_config") or {}).get("format") == bitmask.FORMAT:

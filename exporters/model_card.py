@@ -96,7 +96,7 @@ def model_card(
         f"| size | {bytes_before / 1e6:,.1f} -> {bytes_after / 1e6:,.1f} MB |",
         f"| perplexity on calibration text that was held back | {_quality(check)} |",
         "\n## Use\n",
-        (_TRANSFORMERS if settings.values else _USE[target]).replace("{folder}", folder),
+        _USE[target].replace("{folder}", folder),
         "swiftprune is installed from its repository; a package of that name on an index may be another.",
         "`swiftprune.json` holds all settings and what pruning did to each linear.",
     ]

@@ -11,6 +11,8 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
+from swiftprune.formats.spec import Packed24
+
 FloatArray = NDArray[np.float32]
 
 
@@ -84,6 +86,30 @@ def packed(
     metadata = (rows[:, 0::2] | rows[:, 1::2] << 4).astype(np.uint8)
     write_packed(path, np.array(values, np.float32).reshape(outputs, inputs // 2), metadata, dtype, x_dtype)
     return weight
+
+
+def write_quantized(path: Path, packed: Packed24, x_dtype: str = "FLOAT") -> Path:
+    """y = x W^T by the operator of quantized values."""
+    import onnx_ir
+
+    from exporters.onnx.matmul24 import NAMES, matmul24
+
+    element = TensorProto.DataType.Value(x_dtype)
+    assert packed.scales is not None
+    graph = helper.make_graph(
+        [helper.make_node(NAMES[packed.quantized], ["x", "v", "m", "s"], ["y"], domain="swiftprune", name="lin")],
+        "graph",
+        [helper.make_tensor_value_info("x", element, ["batch", "time", "inputs"])],
+        [helper.make_tensor_value_info("y", element, ["batch", "time", packed.values.shape[0]])],
+        [
+            numpy_helper.from_array(packed.values.numpy(), "v"),
+            numpy_helper.from_array(packed.metadata.numpy(), "m"),
+            helper.make_tensor("s", TensorProto.BFLOAT16, packed.scales.shape, packed.scales.float().numpy().ravel()),
+        ],
+    )
+    function = onnx_ir.serde.serialize_function(matmul24(20, packed.quantized))
+    opsets = [helper.make_opsetid("", 20), helper.make_opsetid("swiftprune", 1)]
+    return save(helper.make_model(graph, opset_imports=opsets, functions=[function], ir_version=10), path)
 
 
 def write_packed(

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 from pydantic import BaseModel
+from safetensors.torch import load_file, save_file
 
 from exporters.onnx.check import check_weights
 from exporters.onnx.decoder import build_decoder
 from exporters.onnx.pack import pack_model
+from exporters.onnx.packed_rows import PackedRows
 from exporters.workspace import disk_errors
+from swiftprune.checkpoints.source import INDEX_NAME, read_json
 from swiftprune.config import DTYPES, DtypeName
 from swiftprune.errors import FormatError
+from swiftprune.formats import FORMATS
+from swiftprune.formats.spec import Packed24, Quantized
+from swiftprune.kernels import packing
 from swiftprune.models.load import load_whole_model
 from swiftprune.progress import ProgressCallback, no_progress
 
@@ -51,19 +59,26 @@ def write_decoder(
     """Writes the pruned dense `checkpoint` to the new folder `out` as model.onnx and what its engines want beside it.
 
     `packed`: the values in `dtype`, computing in float32. Else standard operators only, all in `dtype`, zeros in place.
-    `pruned_weights` is the number of weights, zeros counted, that must be 2:4 in the file.
+    `pruned_weights` is the number of weights, zeros counted, that must be 2:4 in the file. Quantized values of a packed
+    `checkpoint` are written as they are.
 
     Raises FormatError when fewer are, or when the answers are not those of the checkpoint; CheckpointError when the
     architecture cannot be exported; SettingsError when a package is missing.
     """
-    dense = out.with_name("dense-onnx") if packed else out
-    for folder in (dense, out):
+    dense, unpacked = out.with_name("dense-onnx") if packed else out, out.with_name("unpacked")
+    for folder in (dense, out, unpacked):
         shutil.rmtree(folder, ignore_errors=True)
+    rows_of = None
+    if quantized := read_json(checkpoint / "config.json").get("quantization_config"):
+        rows_of = PackedRows(_unpacked(checkpoint, unpacked, quantized["values"], progress))
+        checkpoint = unpacked
     builder = build_decoder(
         checkpoint, dense, dtype="float32" if packed else dtype, standard_ops=not packed, progress=progress
     )
     if packed:
-        report = pack_model(dense / "model.onnx", out / "model.onnx", dtype=DTYPES[dtype], progress=progress)
+        report = pack_model(
+            dense / "model.onnx", out / "model.onnx", dtype=DTYPES[dtype], rows_of=rows_of, progress=progress
+        )
         found, weight_bytes, left = (
             sum(n * k for n, k in report.packed.values()),
             report.weight_bytes_after,
@@ -86,7 +101,10 @@ def write_decoder(
         )
     opset, ir_version = _versions(out / "model.onnx")
     tolerance = _TOLERANCE.get("float32" if packed else dtype)
-    difference, equal = (None, None) if tolerance is None else _check(checkpoint, out, tolerance, progress)
+    difference, equal = (None, None)
+    if tolerance is not None:
+        difference, equal = _check(checkpoint, out, tolerance, exact_inputs=rows_of is None, progress=progress)
+    shutil.rmtree(unpacked, ignore_errors=True)
     file_bytes = sum(path.stat().st_size for path in out.glob("model.onnx*"))
     return DecoderReport(
         builder=builder,
@@ -106,14 +124,50 @@ def _versions(path: Path) -> tuple[int, int]:
     return next(opset.version for opset in model.opset_import if opset.domain == ""), int(model.ir_version)
 
 
-def _check(checkpoint: Path, out: Path, tolerance: float, progress: ProgressCallback) -> tuple[float, int]:
-    """Raises FormatError when the file's logits are not the checkpoint's."""
+def _unpacked(checkpoint: Path, out: Path, values: Quantized, progress: ProgressCallback) -> Iterator[Packed24]:
+    """Writes the packed `checkpoint` to the folder `out` with dense weights in float32; yields the packed ones."""
+    shards = sorted({str(shard) for shard in read_json(checkpoint / INDEX_NAME)["weight_map"].values()})
+    placed: dict[str, str] = {}
+    with disk_errors(out):
+        out.mkdir()
+        for path in checkpoint.iterdir():
+            if path.is_file() and path.suffix != ".safetensors" and path.name not in (INDEX_NAME, "config.json"):
+                shutil.copyfile(path, out / path.name)
+    for index, shard in enumerate(shards):
+        progress("unpack", index, len(shards))
+        tensors = load_file(checkpoint / shard)
+        dense = dict(tensors)
+        for name in tensors:
+            if packed := FORMATS["packed"].decode(name, tensors):
+                yield packed
+                for part in FORMATS["packed"].names(name):
+                    del dense[part]
+                dense[name] = packing.unpack(packed, name)
+        placed |= dict.fromkeys(dense, shard)
+        with disk_errors(out):
+            save_file(dense, out / shard, metadata={"format": "pt"})
+    config = read_json(checkpoint / "config.json")
+    del config["quantization_config"]
+    with disk_errors(out):
+        (out / "config.json").write_text(json.dumps(config | {"dtype": "float32"}))
+        (out / INDEX_NAME).write_text(json.dumps({"metadata": {}, "weight_map": placed}))
+    progress("unpack", len(shards), len(shards))
+
+
+def _check(
+    checkpoint: Path, out: Path, tolerance: float, *, exact_inputs: bool, progress: ProgressCallback
+) -> tuple[float, int]:
+    """Raises FormatError when the file's logits are not the checkpoint's.
+
+    Where kernels round their inputs, that is asked of the file as any runtime runs it, without them.
+    """
     progress("check the answers", 0, 1)
     expected, tokens = _expected(checkpoint)
-    found = _logits(out / "model.onnx", tokens)
+    found = _logits(out / "model.onnx", tokens, kernels=exact_inputs)
     progress("check the answers", 1, 1)
     difference, largest = float((found - expected).abs().max()), float(expected.abs().max())
-    equal = int((found.argmax(-1) == expected.argmax(-1)).sum())
+    run = found if exact_inputs else _logits(out / "model.onnx", tokens)
+    equal = int((run.argmax(-1) == expected.argmax(-1)).sum())
     if not difference <= tolerance * largest:
         raise FormatError(
             f"{out}: the ONNX file's logits differ from the checkpoint's by {difference:.3g} (the largest is "
@@ -133,11 +187,11 @@ def _expected(checkpoint: Path) -> tuple[torch.Tensor, list[int]]:
     return model(tokens).logits[0, -CHECK_TOKENS:].float(), tokens[0].tolist()
 
 
-def _logits(path: Path, tokens: list[int]) -> torch.Tensor:
+def _logits(path: Path, tokens: list[int], *, kernels: bool = True) -> torch.Tensor:
     """The same of the ONNX file: the prompt at once, then the given tokens one by one through the cache."""
     import swiftprune.serve.onnxruntime
 
-    decoder = swiftprune.serve.onnxruntime.Decoder(swiftprune.serve.onnxruntime.session(path))
+    decoder = swiftprune.serve.onnxruntime.Decoder(swiftprune.serve.onnxruntime.session(path, kernels=kernels))
     row = np.asarray([tokens])
     steps = [decoder.step(row[:, :_PROMPT_TOKENS])]
     steps += [decoder.step(row[:, at : at + 1]) for at in range(_PROMPT_TOKENS, len(tokens))]

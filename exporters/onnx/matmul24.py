@@ -1,8 +1,9 @@
-"""The operator of packed weights: `swiftprune::MatMul24(x, values, metadata)`, defined in each model that uses it.
+"""The operators of packed weights: `swiftprune::MatMul24(x, values, metadata)`, defined in each model that uses it,
+and `MatMul24Int8` and `MatMul24Int4`, which have scales as a fourth input.
 
-y (..., N) = x (..., K) W^T, with W the 2:4 weight (N, K) that the pair holds by the specification in
-swiftprune/formats/spec.py: values (N, K/2) in float32, float16 or bfloat16, metadata (N, ceil(K/8)) uint8. x and y
-are of one float type; the values are cast to it.
+y (..., N) = x (..., K) W^T, with W the 2:4 weight (N, K) that these tensors hold by the specification in
+swiftprune/formats/spec.py. Of MatMul24: values (N, K/2) in float32, float16 or bfloat16, metadata (N, ceil(K/8)) uint8.
+The others are version 2 of the format. x and y are of one float type; the stored weights are cast to it.
 
 The body is made of standard operators, so any runtime that reads ONNX functions runs the model. Since the pair is
 constant, runtimes fold the body into a dense MatMul when they load it. Where a kernel of the operator's name is
@@ -15,14 +16,15 @@ from typing import Any
 
 import numpy as np
 
-from swiftprune.formats.spec import GROUP, KEPT, QUANT_METHOD
+from swiftprune.formats.spec import CODEBOOK, GROUP, KEPT, QUANT_METHOD, SCALED_INPUTS, Quantized
 
 DOMAIN = QUANT_METHOD
 DOMAIN_VERSION = 1
-NAME = "MatMul24"
+NAMES: dict[Quantized | None, str] = {None: "MatMul24", "int8": "MatMul24Int8", "int4": "MatMul24Int4"}
+"""By how values are stored."""
 
 
-def matmul24(opset: int) -> Any:
+def matmul24(opset: int, quantized: Quantized | None = None) -> Any:
     """The model-local function as an onnx_ir.Function, over standard operators of version `opset` (18 or later)."""
     import onnx
     import onnx_ir
@@ -43,17 +45,36 @@ def matmul24(opset: int) -> Any:
         constant("start", [0]),
         constant("rows", [0, -1]),
     )
-    # One nibble a group: the low half of a byte, then the high half. Of an odd number of groups one half is unused.
-    low = add("BitwiseAnd", "metadata", constant("low_bits", 0xF, np.uint8), out="low")
-    high = add("BitShift", "metadata", constant("half_byte", 4, np.uint8), out="high", direction="RIGHT")
-    halves = add(
-        "Concat",
-        add("Unsqueeze", low, last, out="low_column"),
-        add("Unsqueeze", high, last, out="high_column"),
-        out="halves",
-        axis=-1,
-    )
-    pairs = add("Reshape", "values", constant("by_group", [0, -1, KEPT]), out="pairs")  # (N, K/4, 2)
+    low_bits, half_byte = constant("low_bits", 0xF, np.uint8), constant("half_byte", 4, np.uint8)
+
+    def nibbles_of(bytes_: str) -> str:
+        """(N, w) uint8 -> (N, w, 2): the low half of each byte, then the high half."""
+        low = add("BitwiseAnd", bytes_, low_bits, out=f"{bytes_}_low")
+        high = add("BitShift", bytes_, half_byte, out=f"{bytes_}_high", direction="RIGHT")
+        columns = [add("Unsqueeze", half, last, out=f"{half}_column") for half in (low, high)]
+        return add("Concat", *columns, out=f"{bytes_}_halves", axis=-1)
+
+    def stored() -> str:
+        """(N, K/4, 2): what stands in the kept positions of each group, in the type that it is computed in."""
+        if quantized is None:
+            return add("Reshape", "values", constant("by_group", [0, -1, KEPT]), out="pairs")
+        scales = add("Cast", "scales", out="wide_scales", to=TensorProto.FLOAT)  # (N, 1) or (N, ceil(K/128))
+        if quantized == "int8":
+            pairs = add("Reshape", "values", constant("by_group", [0, -1, KEPT]), out="integers")
+            numbers = add("Cast", pairs, out="numbers", to=TensorProto.FLOAT)
+        else:
+            codes = add("Cast", nibbles_of("values"), out="codes", to=TensorProto.INT64)
+            numbers = add("Gather", constant("codebook", CODEBOOK, np.float32), codes, out="numbers")
+            count = add("Shape", "values", out="count", start=1, end=2)
+            zero, one = constant("zero", 0), constant("one", 1)
+            groups = add("Range", zero, add("Squeeze", count, start, out="group_count"), one, out="each_group")
+            of_group = add("Div", groups, constant("sharing", SCALED_INPUTS // GROUP), out="scale_of_group")
+            scales = add("Gather", scales, of_group, out="scale_by_group", axis=1)
+        return add("Mul", numbers, add("Unsqueeze", scales, last, out="scale_column"), out="scaled")
+
+    # One nibble a group. Of an odd number of groups the last half of a byte is unused.
+    halves = nibbles_of("metadata")
+    pairs = stored()
     groups = add("Shape", pairs, out="groups", start=1, end=2)
     nibbles = add("Slice", add("Reshape", halves, rows, out="all_nibbles"), start, groups, first, out="nibbles")
     # A nibble is pos0 | pos1 << 2.
@@ -80,8 +101,8 @@ def matmul24(opset: int) -> Any:
     add("MatMul", "x", add("Transpose", weight, out="columns", perm=[1, 0]), out="y")
     proto = helper.make_function(
         DOMAIN,
-        NAME,
-        ["x", "values", "metadata"],
+        NAMES[quantized],
+        ["x", "values", "metadata", *(["scales"] if quantized else [])],
         ["y"],
         nodes,
         [onnx.helper.make_opsetid("", opset)],

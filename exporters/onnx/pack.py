@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 from exporters.onnx import matmul24
+from exporters.onnx.packed_rows import PackedRows
 from exporters.onnx.weights import PACK_OPSET, Weight, find_weights, load_graph
 from exporters.workspace import disk_errors
 from swiftprune.errors import FormatError, OutputError
 from swiftprune.formats import spec
-from swiftprune.formats.spec import GROUP, KEPT, Packed24, metadata_width
+from swiftprune.formats.spec import SCALE_DTYPE, Packed24, Quantized, WeightSpec
 from swiftprune.kernels import packing
 from swiftprune.models.ignore import DEFAULT_IGNORE, Ignore, compile_ignore
 from swiftprune.progress import ProgressCallback, no_progress
@@ -28,6 +29,7 @@ from swiftprune.progress import ProgressCallback, no_progress
 _OLDEST_IR = 8  # the first with functions in models
 # Each tensor on a page of its own, so that runtimes map it and the packed values are aligned.
 _ALIGNMENT = 4096
+_PARTS = ("values", "metadata", "scales")
 
 
 @dataclass(frozen=True)
@@ -52,15 +54,18 @@ def pack_model(
     dtype: torch.dtype | None = None,
     ignore: str | None = None,
     overwrite: bool = False,
+    rows_of: PackedRows | None = None,
     progress: ProgressCallback = no_progress,
 ) -> PackReport:
     """Writes the ONNX model `source` to `out` with its 2:4 weights packed, big tensors beside it in `out`.data.
 
     `dtype` is the type of the packed values, by default that of each weight; it must hold every weight exactly.
     Weights whose names match `ignore` (see `Ignore`), that are not 2:4, or that other nodes read too stay dense and
-    are listed. Reads one weight at a time. Raises CheckpointError for a damaged source, FormatError when nothing can be
-    packed or a weight does not fit `dtype`, and OutputError when `out` cannot be written, which then is as it was:
-    when it exists and is not to be replaced (`overwrite`), or holds what `source` is read from.
+    are listed. Weights that are among `rows_of` are written as they stand there. Reads one weight at a time.
+
+    Raises CheckpointError for a damaged source, FormatError when nothing can be packed or a weight does not fit
+    `dtype`, and OutputError when `out` cannot be written, which then is as it was: when it exists and is not to be
+    replaced (`overwrite`), or holds what `source` is read from.
     """
     import onnx_ir
     from onnx_ir.passes.common import LiftConstantsToInitializersPass
@@ -78,8 +83,12 @@ def pack_model(
     before = after = 0
 
     @functools.lru_cache(maxsize=1)  # values and metadata are written one after the other
-    def pair(weight: Weight, stored: torch.dtype) -> Packed24:
-        return packing.pack(weight.read().to(stored), weight.name)
+    def pack(weight: Weight, stored: WeightSpec) -> Packed24:
+        if stored.quantized and rows_of:
+            return rows_of.find(weight.read(), weight.name)
+        return packing.pack(weight.read().to(stored.dtype), weight.name)
+
+    kinds: set[Quantized | None] = set()
 
     for index, weight in enumerate(found.found):
         progress("pack", index, len(found.found))
@@ -90,20 +99,23 @@ def pack_model(
         if reason := _not_2of4(rows):
             dense[weight.name] = reason
             continue
-        stored = dtype or rows.dtype
-        _check_fits(weight.name, rows, stored)
+        quantized = rows_of.quantized if rows_of and rows_of.holds(rows) else None
+        stored = WeightSpec((rows.shape[0], rows.shape[1]), dtype or rows.dtype, quantized)
+        if not quantized:
+            _check_fits(weight.name, rows, stored.dtype)
         before += rows.nbytes
-        packed[weight.name] = (rows.shape[0], rows.shape[1])
-        after += sum(
-            tensor.nbytes for tensor in _replace(model, weight, stored, functools.partial(pair, weight, stored))
-        )
+        after += stored.nbytes
+        packed[weight.name] = stored.shape
+        kinds.add(quantized)
+        _replace(model, weight, stored, functools.partial(pack, weight, stored))
     progress("pack", len(found.found), len(found.found))
     if not packed:
         listed = "; ".join(f"{name}: {reason}" for name, reason in list(dense.items())[:5]) or "it multiplies by none"
         raise FormatError(f"{source}: no weight can be packed: {listed}")
     opset = model.opset_imports[""]
-    function = matmul24.matmul24(opset)
-    model.functions[function.identifier()] = function
+    for kind in kinds:
+        function = matmul24.matmul24(opset, kind)
+        model.functions[function.identifier()] = function
     model.opset_imports[matmul24.DOMAIN] = matmul24.DOMAIN_VERSION
     model.ir_version = max(model.ir_version, _OLDEST_IR)
     with written_aside(out) as folder:
@@ -149,27 +161,29 @@ def _check_fits(name: str, rows: Tensor, dtype: torch.dtype) -> None:
         )
 
 
-def _replace(model: Any, weight: Weight, dtype: torch.dtype, pair: Callable[[], Packed24]) -> list[Any]:
-    """Puts MatMul24 in the place of the nodes of `weight`; the pair is made when it is written."""
+def _replace(model: Any, weight: Weight, stored: WeightSpec, pack: Callable[[], Packed24]) -> None:
+    """Puts MatMul24 in the place of the nodes of `weight`; `pack` is called when it is written."""
     import onnx_ir
 
     graph = model.graph
-    outputs, inputs = (weight.shape[1 - weight.axis], weight.shape[weight.axis])
     stem = _unused_stem(graph, weight.name)
-    stored = [
-        _lazy(f"{stem}.values", dtype, (outputs, inputs // GROUP * KEPT), lambda: pair().values),
-        _lazy(f"{stem}.metadata", torch.uint8, (outputs, metadata_width(inputs)), lambda: pair().metadata),
+    parts = [stored.values, (stored.metadata, torch.uint8)] + ([(stored.scales, SCALE_DTYPE)] if stored.scales else [])
+    tensors = [
+        _lazy(f"{stem}.{part}", dtype, shape, functools.partial(_part, pack, index))
+        for index, (part, (shape, dtype)) in enumerate(zip(_PARTS, parts, strict=False))
     ]
     values = [
         onnx_ir.Value(name=tensor.name, type=onnx_ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor)
-        for tensor in stored
+        for tensor in tensors
     ]
     for value in values:
         graph.register_initializer(value)
     for node in weight.nodes:
         product, tail = node.outputs[0], []
         bias = node.inputs[2] if node.op_type == "Gemm" and len(node.inputs) > 2 else None
-        packed = onnx_ir.node(matmul24.NAME, [node.inputs[0], *values], domain=matmul24.DOMAIN, name=node.name)
+        packed = onnx_ir.node(
+            matmul24.NAMES[stored.quantized], [node.inputs[0], *values], domain=matmul24.DOMAIN, name=node.name
+        )
         if bias is not None:
             tail = [onnx_ir.node("Add", [packed.outputs[0], bias], name=f"{node.name}/bias")]
         new = [packed, *tail]
@@ -184,7 +198,10 @@ def _replace(model: Any, weight: Weight, dtype: torch.dtype, pair: Callable[[], 
     for node, _ in list(weight.value.uses()):  # a Transpose that nothing reads any more
         graph.remove(node, safe=True)
     del graph.initializers[weight.name]
-    return stored
+
+
+def _part(pack: Callable[[], Packed24], index: int) -> Tensor:
+    return pack().tensors[index]
 
 
 def _unused_stem(graph: Any, name: str) -> str:
@@ -194,7 +211,7 @@ def _unused_stem(graph: Any, name: str) -> str:
     taken = {value.name for value in (*graph.inputs, *graph.initializers.values())}
     taken |= {value.name for node in onnx_ir.traversal.RecursiveGraphIterator(graph) for value in node.outputs}
     stems = itertools.chain([name], (f"{name}.{number}" for number in itertools.count(1)))
-    return next(stem for stem in stems if not taken & {f"{stem}.values", f"{stem}.metadata"})
+    return next(stem for stem in stems if not taken & {f"{stem}.{part}" for part in _PARTS})
 
 
 def _lazy(name: str, dtype: torch.dtype, shape: tuple[int, int], make: Any) -> Any:

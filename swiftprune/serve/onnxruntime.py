@@ -32,6 +32,7 @@ from swiftprune.checkpoints.source import from_hub
 from swiftprune.errors import CheckpointError, SettingsError
 from swiftprune.formats.spec import QUANT_METHOD
 from swiftprune.kernels import dispatch, native
+from swiftprune.kernels.cpu import KERNELS
 from swiftprune.kernels.dispatch import BACKEND_VARIABLE, REFERENCE
 
 logger = logging.getLogger(__name__)
@@ -226,17 +227,17 @@ def count_linears(path: Path) -> Iterator[dict[str, int]]:
 
 
 def _kernels_made() -> Counter[str]:
-    """Kernels that the library has made in this process, by instruction set."""
+    """Kernels that the library has made in this process, by backend."""
     if native.ONNXRUNTIME_LIBRARY is None:
         return Counter()
     loaded = _load_library()
-    return Counter({isa: loaded.swiftprune_kernels_created(index) for index, isa in enumerate(native.LINEAR_ISAS)})
+    return Counter({name: loaded.swiftprune_kernels_created(name.encode()) for name in KERNELS})
 
 
 @functools.cache
 def _load_library() -> Any:
     loaded = ctypes.CDLL(str(library()))
-    loaded.swiftprune_kernels_created.argtypes = [ctypes.c_size_t]
+    loaded.swiftprune_kernels_created.argtypes = [ctypes.c_char_p]
     loaded.swiftprune_kernels_created.restype = ctypes.c_int64
     return loaded
 

@@ -16,7 +16,7 @@ import runpy
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +25,14 @@ from torch import nn
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from swiftprune.checkpoints.source import TensorEntry, shard_entries
-from swiftprune.errors import FormatError
+from swiftprune.checkpoints.source import shard_entries
 from swiftprune.formats import spec
-from swiftprune.formats.spec import METADATA_SUFFIX, QUANT_METHOD, SCALE_SUFFIX, Quantized
+from swiftprune.formats.spec import QUANT_METHOD, Quantized
 from swiftprune.kernels import native
 from swiftprune.kernels.linear import Linear24
+from swiftprune.serve.stored import check_stored, packed_modules
 
 logger = logging.getLogger(__name__)
-# As safetensors calls the types of values.
-_VALUE_TYPES: dict[Quantized | None, tuple[str, ...]] = {None: ("BF16", "F16", "F32"), "int8": ("I8",), "int4": ("U8",)}
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -102,11 +100,9 @@ class SwiftpruneQuantizer(HfQuantizer):  # type: ignore[misc]
         if not checkpoint_files or not all(file.endswith(".safetensors") for file in checkpoint_files):
             ignored = set(self.quantization_config.ignore)
             return lambda name: name not in ignored
-        ending = f".weight{METADATA_SUFFIX}"
         stored = {name: entry for file in checkpoint_files for name, entry in shard_entries(Path(file)).items()}
-        packed = {name.removesuffix(ending) for name in stored if name.endswith(ending)}
-        for name in sorted(packed):
-            _check_stored(stored, f"{name}.weight", self._values)
+        check_stored(stored, self._values)
+        packed = set(packed_modules(stored))
         shortened = {name.partition(".")[2] for name in packed}
         return lambda name: name in packed or name in shortened or name.partition(".")[2] in packed
 
@@ -131,26 +127,6 @@ class SwiftpruneQuantizer(HfQuantizer):  # type: ignore[misc]
     def is_trainable(self) -> bool:
         """Adapters on top are: packed weights pass gradients through, and have none themselves."""
         return True
-
-
-def _check_stored(stored: Mapping[str, TensorEntry], weight: str, values: Quantized | None) -> None:
-    """Raises FormatError unless all tensors of the packed `weight` are there, in the types of the format.
-
-    transformers itself would make up a tensor that is missing, and convert one of another type.
-    """
-    types = {weight: _VALUE_TYPES[values], weight + METADATA_SUFFIX: ("U8",)}
-    if values:
-        types[weight + SCALE_SUFFIX] = ("BF16",)
-    elif weight + SCALE_SUFFIX in stored:
-        raise FormatError(f"the checkpoint holds {weight}{SCALE_SUFFIX}, but its config.json names no quantized values")
-    for name, allowed in types.items():
-        if name not in stored:
-            raise FormatError(f"the checkpoint holds {weight}{METADATA_SUFFIX}, but no {name}")
-        if (entry := stored[name]).dtype_name not in allowed:
-            raise FormatError(
-                f"{entry.shard}: {name} is {entry.dtype_name}, not {' or '.join(allowed)}; the file is damaged or of "
-                "another format"
-            )
 
 
 def run(command: str, arguments: list[str]) -> None:

@@ -13,6 +13,7 @@ import onnxruntime
 import onnxruntime_genai
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
@@ -25,6 +26,8 @@ from exporters.onnx.export import CHECK_TOKENS
 from runtime_bench import demo_data
 from swiftprune.config import PruneSettings
 from swiftprune.errors import CheckpointError, FormatError, OutputError, SettingsError
+from swiftprune.formats.spec import QUANTIZED, Quantized
+from swiftprune.kernels import native
 from tests import models
 
 ROOT = Path(__file__).parent.parent.parent
@@ -90,6 +93,33 @@ def test_each_architecture_answers_as_transformers(
     assert fast.linears[backend] == sum(node.op_type == "MatMul24" for node in model.graph.node) > 0
     assert greedy(fast, PROMPT, 20) == expected
     assert greedy(plain_session(path), PROMPT, 20) == expected
+
+
+@pytest.mark.parametrize("values", QUANTIZED)
+@pytest.mark.parametrize("name", ["llama-gqa-tied", "gpt-neox"])  # by either builder
+def test_quantized_values_are_those_of_the_packed_checkpoint(
+    name: str, values: Quantized, tiny_models: Callable[[str], Path], tmp_path: Path
+) -> None:
+    settings = PruneSettings(calibration="none", values=values)
+    made = export(tiny_models(name), tmp_path / "onnx", settings, target="onnx").onnx
+    assert made
+    assert made.max_logit_difference is not None
+    assert made.max_logit_difference < 1e-4  # as any runtime runs the file
+    export(tiny_models(name), tmp_path / "packed", settings)
+    shards = (tmp_path / "packed").glob("*.safetensors")
+    stored = {key: tensor for path in shards for key, tensor in load_file(path).items()}
+    packed = [key.removesuffix("_scale") for key in stored if key.endswith("weight_scale")]
+    rows = {row.numpy().tobytes() for key in packed for row in stored[key]}
+    path = tmp_path / "onnx" / "model.onnx"
+    onnx.checker.check_model(str(path), full_check=True)
+    graph = onnx.load(path).graph
+    written = {tensor.name: tensor for tensor in graph.initializer if tensor.name.endswith(".values")}
+    assert {row.tobytes() for tensor in written.values() for row in onnx.numpy_helper.to_array(tensor)} == rows
+    session = swiftprune.serve.onnxruntime.session(path)
+    assert session.linears == {f"{native.QUANT_ISAS[0]}-{values}": len(written), "dense": 1}
+    declared = json.loads((path.parent / "config.json").read_text())["quantization_config"]
+    assert (declared["version"], declared["values"]) == (2, values)
+    assert not list(tmp_path.glob("onnx.*"))
 
 
 @pytest.mark.parametrize(("name", "dtype"), [("llama-gqa-tied", "float32"), ("gpt-neox", "float16")])

@@ -90,7 +90,7 @@ def test_from_checkpoint_to_transformers(
     told = describe(tmp_path / "out")
     assert told.kind == f"packed 2:4 weights, {quantized} values"
     assert told.packed_linears == len(weights)
-    assert told.engines["vLLM"].startswith("no")
+    assert told.engines["vLLM"].startswith("sparse")
 
 
 @pytest.mark.parametrize("quantized", QUANTIZED)
@@ -149,8 +149,8 @@ def test_weights_that_are_sparse_already(tiny_models: Models, tmp_path: Path) ->
 
 def test_what_values_do_not_go_with(tiny_models: Models, tmp_path: Path) -> None:
     model = tiny_models("qwen2")
-    for target in ("dense", "torch", "sparse24-bitmask", "onnx"):
-        with pytest.raises(SettingsError, match=f"--values int8 is for --target packed, not for {target}"):
+    for target in ("dense", "torch", "sparse24-bitmask", "onnx-dense"):
+        with pytest.raises(SettingsError, match=f"--values int8 is for --target packed and onnx, not for {target}"):
             export(model, tmp_path / "out", PruneSettings(calibration="none", values="int8"), target=target)
     with pytest.raises(SettingsError, match="--values int4 is for --format 2:4 only"):
         export(model, tmp_path / "out", PruneSettings(calibration="none", values="int4", pattern="4:8"), target="dense")
@@ -177,10 +177,11 @@ def test_a_packed_weight_that_is_not_whole_is_refused(
     damages: list[tuple[dict[str, Tensor | None], str]] = [
         ({weight: tensors[weight].double()}, f"{weight} is F64, not "),
         ({weight: tensors[weight].int()}, f"{weight} is I32, not "),
-        ({weight: None}, f"holds {name}, but no {weight}"),
-        ({scale: None}, f"holds {name}, but no {scale}")
+        ({weight: tensors[weight][:, :-8].clone()}, rf"{name} is \(.*\) beside values"),
+        ({weight: None}, f"holds {name} without {weight}"),
+        ({scale: None}, f"holds {name} without {scale}")
         if values
-        else ({scale: torch.ones(1)}, f"holds {scale}, but its config"),
+        else ({scale: torch.ones(1)}, f"holds {scale}, but config"),
     ]
     for changed, message in damages:
         kept = {key: tensor for key, tensor in {**tensors, **changed}.items() if tensor is not None}

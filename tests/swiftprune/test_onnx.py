@@ -17,8 +17,12 @@ from onnx import TensorProto, helper, numpy_helper
 
 import swiftprune.serve.onnxruntime
 from swiftprune.errors import CheckpointError, SettingsError
+from swiftprune.formats.spec import QUANTIZED, Packed24, Quantized
 from swiftprune.kernels import native
+from swiftprune.kernels.linear import Linear24
+from swiftprune.kernels.packing import unpack
 from tests import onnx_graphs
+from tests.quantized import random_packed
 
 TYPES = [("FLOAT", "FLOAT"), ("FLOAT", "FLOAT16"), ("FLOAT", "BFLOAT16"), ("FLOAT16", "FLOAT16")]
 ISAS = native.linear_isas(torch.float32)
@@ -109,6 +113,81 @@ def test_worked_example_in_bits(tmp_path: Path) -> None:
             run(swiftprune.serve.onnxruntime.session(tmp_path / "m.onnx", kernels=kernels), x)
             == 0.5 * 10 - 1000 + 2 * 10000
         )
+
+
+@settings(max_examples=25)
+@given(
+    rows=st.integers(1, 40),
+    groups=st.integers(1, 90),
+    tokens=st.integers(0, 20),
+    seed=st.integers(0, 1000),
+    quantized=st.sampled_from(QUANTIZED),
+)
+def test_quantized_values(
+    tmp_path_factory: pytest.TempPathFactory, rows: int, groups: int, tokens: int, seed: int, quantized: Quantized
+) -> None:
+    """The function's body is the specification; the kernel gives the bits that it gives in torch."""
+    packed = random_packed(rows, groups, quantized, seed)
+    path = onnx_graphs.write_quantized(tmp_path_factory.mktemp("model") / "m.onnx", packed)
+    fast, plain = swiftprune.serve.onnxruntime.session(path), swiftprune.serve.onnxruntime.session(path, kernels=False)
+    assert fast.linears == {f"{native.QUANT_ISAS[0]}-{quantized}": 1}
+    x = torch.randn(1, tokens, 4 * groups, generator=torch.Generator().manual_seed(seed))
+    assert np.allclose(run(plain, x.numpy()), x.double() @ unpack(packed).double().T, rtol=1e-5, atol=1e-4)
+    assert (run(fast, x.numpy()) == Linear24.from_packed(packed)(x).double().numpy()).all()
+
+
+@pytest.mark.parametrize("quantized", QUANTIZED)
+@pytest.mark.parametrize("isa", native.QUANT_ISAS)
+def test_quantized_values_on_every_kernel(
+    quantized: Quantized, isa: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packed = random_packed(70, 90, quantized)
+    x = torch.randn(1, 33, 360, generator=torch.Generator().manual_seed(0))
+    for x_dtype, dtype in (("FLOAT", torch.float32), ("FLOAT16", torch.float16)):
+        path = onnx_graphs.write_quantized(tmp_path / "m.onnx", packed, x_dtype)
+        for asked in (isa, f"{isa}-{quantized}"):
+            monkeypatch.setenv("SWIFTPRUNE_BACKEND", asked)
+            session = swiftprune.serve.onnxruntime.session(path)
+            assert session.linears == {f"{isa}-{quantized}": 1}
+        monkeypatch.delenv("SWIFTPRUNE_BACKEND")
+        expected = Linear24.from_packed(packed, backend=f"{isa}-{quantized}", dtype=dtype)(x.to(dtype))
+        assert (run(session, x.to(dtype).numpy()) == expected.double().numpy()).all()
+    monkeypatch.setenv("SWIFTPRUNE_BACKEND", "avx512_bf16")
+    with pytest.raises(CheckpointError, match=rf"cannot run {quantized} values on this machine; available: .*{isa}"):
+        swiftprune.serve.onnxruntime.session(path)
+
+
+@pytest.mark.parametrize("quantized", QUANTIZED)
+def test_onnx_s_own_evaluator_runs_the_body_of_quantized_values(quantized: Quantized, tmp_path: Path) -> None:
+    from onnx.reference import ReferenceEvaluator
+
+    packed = random_packed(5, 45, quantized)
+    path = onnx_graphs.write_quantized(tmp_path / "m.onnx", packed)
+    onnx.checker.check_model(str(path), full_check=True)
+    x = torch.randn(2, 3, 180, generator=torch.Generator().manual_seed(0))
+    (y,) = ReferenceEvaluator(str(path)).run(None, {"x": x.numpy()})
+    assert np.allclose(y, (x @ unpack(packed).T).numpy(), atol=1e-3)
+
+
+def test_damaged_quantized_weights_are_refused(tmp_path: Path) -> None:
+    packed = random_packed(3, 40, "int8")
+    assert packed.scales is not None
+    bad_value, bad_scale = packed.values.clone(), packed.scales.clone()
+    bad_value[1, 7], bad_scale[2, 0] = -128, torch.nan
+    wrong = r"MatMul24Int8 lin: a scale is infinite or not a number, or a value is -128"
+    for damaged, message in (
+        (Packed24(bad_value, packed.metadata, packed.scales), wrong),
+        (Packed24(packed.values, packed.metadata, bad_scale), wrong),
+        (
+            Packed24(packed.values, packed.metadata, packed.scales[:2]),
+            r"scales must be \(3, 1\) beside values \(3, 80\)",
+        ),
+        (Packed24(packed.values, packed.metadata[:, 1:], packed.scales), r"metadata must be \(3, 20\)"),
+        (Packed24(packed.values, packed.metadata * 0, packed.scales), "metadata of row 0, group 0 is 0"),
+    ):
+        path = onnx_graphs.write_quantized(tmp_path / "m.onnx", damaged)
+        with pytest.raises(CheckpointError, match=message):
+            swiftprune.serve.onnxruntime.session(path)
 
 
 def test_threads_do_not_change_a_bit(tmp_path: Path) -> None:

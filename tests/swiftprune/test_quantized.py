@@ -5,12 +5,10 @@ from __future__ import annotations
 import copy
 import dataclasses
 import itertools
-import math
 from collections.abc import Callable
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -23,28 +21,11 @@ from swiftprune.kernels.linear import Linear24
 from swiftprune.kernels.packing import keep_mask, pack, prune_and_pack, unpack
 from swiftprune.kernels.score_factors import ScoreFactors
 from swiftprune.methods.rounding import round_kept
+from tests.quantized import random_packed
 
-NIBBLES = torch.tensor([0x4, 0x8, 0xC, 0x9, 0xD, 0xE], dtype=torch.uint8)
 KERNELS = [(isa, quantized) for isa in native.QUANT_ISAS for quantized in QUANTIZED]
 BACKENDS = [*KERNELS, *(("reference", quantized) for quantized in QUANTIZED)]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
-
-
-def random_packed(rows: int, groups: int, quantized: Quantized, seed: int = 0) -> Packed24:
-    """Any bits that the format allows."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def numbers(low: int, high: int, *shape: int) -> Tensor:
-        return torch.randint(low, high, shape, generator=generator)
-
-    nibbles = F.pad(NIBBLES[numbers(0, 6, rows, groups)], (0, groups % 2))
-    metadata = nibbles[:, 0::2] | nibbles[:, 1::2] << 4
-    if quantized == "int8":
-        values, scales = numbers(-127, 128, rows, 2 * groups).to(torch.int8), numbers(-300, 300, rows, 1)
-    else:
-        values = numbers(0, 256, rows, groups).to(torch.uint8)
-        scales = numbers(-300, 300, rows, math.ceil(groups / 32))
-    return Packed24(values, metadata, (scales / 4096).bfloat16())
 
 
 def slow_integers(packed: Packed24) -> Tensor:

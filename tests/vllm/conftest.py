@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import json
 import logging
 import os
 import shutil
@@ -12,9 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from exporters import Target, export
+from swiftprune import unpack
 from swiftprune.config import PruneSettings
+from swiftprune.formats.spec import Packed24, Quantized
 from tests import models
 
 if TYPE_CHECKING:
@@ -50,6 +54,37 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
             models.write_model(source, type(config)(**config.to_dict() | _SIZE))
         if not out.exists():
             export(source, out, PruneSettings(calibration="none"), target=target)
+        return out
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def quantized(checkpoints: Checkpoints, tmp_path_factory: pytest.TempPathFactory) -> Callable[[Quantized], Path]:
+    """The checkpoint packed with quantized values; beside it, under `dense`, the same weights stored dense."""
+    root = tmp_path_factory.mktemp("quantized")
+
+    @functools.cache
+    def get(values: Quantized) -> Path:
+        source = checkpoints("llama-gqa-tied", "dense").parent / "llama-gqa-tied"
+        out, dense = root / values, root / values / "dense"
+        export(source, out, PruneSettings(calibration="none", values=values))
+        dense.mkdir()
+        stored = {name: tensor for shard in out.glob("*.safetensors") for name, tensor in load_file(shard).items()}
+        weights = {name.removesuffix("_meta") for name in stored if name.endswith("_meta")}
+        tensors = {
+            name: unpack(Packed24(tensor, stored[f"{name}_meta"], stored[f"{name}_scale"]))
+            if name in weights
+            else tensor
+            for name, tensor in stored.items()
+            if not name.endswith(("_meta", "_scale"))
+        }
+        save_file(tensors, dense / "model.safetensors", metadata={"format": "pt"})
+        config = json.loads((out / "config.json").read_text())
+        del config["quantization_config"]
+        (dense / "config.json").write_text(json.dumps(config))
+        for file in source.glob("tokenizer*"):
+            shutil.copy(file, dense)
         return out
 
     return get

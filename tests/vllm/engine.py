@@ -15,6 +15,7 @@ from vllm.lora.request import LoRARequest
 TOKENS = 16
 # Differences of log probabilities: of sums in another order, and of activations rounded to eight bits in every layer.
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25}
+ROUNDED = 0.6  # of random weights whose kernels round every linear's inputs to 8 bits
 # Prompts of different lengths, more than run at once, longer than what is prefilled at once, two with a common start.
 PROMPTS = [[*range(5, 5 + length)] for length in (1, 3, 17, 40)] + [[*range(5, 45), 7, 9], [250, 3, 250, 3]]
 LIMITS: dict[str, Any] = {

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 from transformers import AutoConfig
 
+from swiftprune.formats.spec import QUANTIZED, Quantized
 from tests.vllm.conftest import Checkpoints
 from tests.vllm.engine import PROMPTS, TOKENS, TOLERANCE, Answer, answers, ask, assert_same, engine
 
@@ -64,8 +66,10 @@ def with_and_without(folder: Path, adapter: Path) -> tuple[list[Answer], list[An
         return answers(llm, adapter=adapter), answers(llm)
 
 
-def test_a_load_without_reading(checkpoints: Checkpoints) -> None:
+def test_a_load_without_reading(checkpoints: Checkpoints, quantized: Callable[[Quantized], Path]) -> None:
     """To measure a model without its weights; whatever stands in memory is made a valid pair."""
     for target in ("packed", "sparse24-bitmask"):
         found = ask(checkpoints("llama-gqa-tied", target), dtype="float32", load_format="dummy")
         assert [len(answer.tokens) for answer in found] == [TOKENS] * len(PROMPTS)
+    for values in QUANTIZED:
+        assert len(ask(quantized(values), dtype="float32", load_format="dummy")) == len(PROMPTS)

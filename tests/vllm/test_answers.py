@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,10 @@ import torch
 from exporters import export
 from runtime_bench import demo_data
 from swiftprune.config import PruneSettings
+from swiftprune.formats.spec import QUANTIZED, Quantized
 from swiftprune.kernels import native
 from tests.vllm.conftest import Answers, Checkpoints
-from tests.vllm.engine import PROMPTS, TOKENS, TOLERANCE, answers, ask, assert_same, engine
+from tests.vllm.engine import PROMPTS, ROUNDED, TOKENS, TOLERANCE, answers, ask, assert_same, engine
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -39,6 +41,33 @@ def test_compiled_or_on_two_devices(dtype: str, devices: int, checkpoints: Check
     packed = ask(folder, dtype=dtype, enforce_eager=devices > 1, tensor_parallel_size=devices)
     compared = assert_same(dense_answers("llama-gqa-tied", dtype), packed, TOLERANCE[dtype])
     assert compared >= len(PROMPTS) * TOKENS // 2
+
+
+@pytest.mark.parametrize("values", QUANTIZED)
+def test_quantized_values(
+    values: Quantized, quantized: Callable[[Quantized], Path], log: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the bit what was stored; and on the kernels that round inputs too, about that."""
+    folder = quantized(values)
+    dense = ask(folder / "dense", dtype="float32")
+    fast = ask(folder, dtype="float32")
+    kernel = f"{native.QUANT_ISAS[0]}-{values}"
+    assert log[0].startswith(f"INFO swiftprune: 12 2:4 linears run on the backend {kernel}. For torch.float32 on cpu")
+    assert assert_same(dense, fast, ROUNDED) >= len(PROMPTS) * TOKENS // 4
+    monkeypatch.setenv("SWIFTPRUNE_BACKEND", "reference")
+    exact = ask(folder, dtype="float32")
+    assert assert_same(dense, exact, TOLERANCE["float32"]) == len(PROMPTS) * TOKENS
+    assert log[-1].startswith(
+        "WARNING swiftprune: 12 2:4 linears run on the backend reference-quantized, which unpacks"
+    )
+
+
+def test_quantized_values_compiled_and_on_two_devices(quantized: Callable[[Quantized], Path]) -> None:
+    eager = ask(quantized("int8"), dtype="bfloat16")
+    compiled = ask(quantized("int8"), dtype="bfloat16", enforce_eager=False)
+    assert assert_same(eager, compiled, TOLERANCE["bfloat16"]) >= len(PROMPTS) * TOKENS // 2
+    shared = ask(quantized("int8"), dtype="bfloat16", tensor_parallel_size=2)
+    assert assert_same(eager, shared, TOLERANCE["bfloat16"]) >= len(PROMPTS) * TOKENS // 2
 
 
 def test_by_its_hub_id(hub_id: Path, dense_answers: Answers) -> None:

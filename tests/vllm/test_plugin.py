@@ -77,7 +77,7 @@ def narrow(name: str) -> Any:
     [
         (put(f"{Q}.weight_meta", (3, 1), 0x45), r"qkv_proj\.weight: metadata of row 3, group 2 is 0x5"),
         (put(f"{Q}.weight", (3, 1), float("nan")), r"qkv_proj\.weight: value \(3, 1\) is nan"),
-        (narrow(f"{Q}.weight_meta"), rf"{Q}\.weight_meta is \(256, 31\) U8 beside values"),
+        (narrow(f"{Q}.weight_meta"), rf"{Q}\.weight_meta is \(256, 31\) beside values"),
     ],
     ids=["not a pair of positions", "not finite", "too narrow"],
 )
@@ -91,7 +91,7 @@ def test_other_formats_and_versions_are_refused(checkpoints: Checkpoints, tmp_pa
     folder = Path(shutil.copytree(checkpoints("llama-gqa-tied", "packed"), tmp_path / "model"))
     quantization = json.loads((folder / "config.json").read_text())["quantization_config"]
     edit_config(folder, quantization_config=quantization | {"version": 99})
-    with pytest.raises(FormatError, match="version 99 of the packed format, but vLLM reads 1 here"):
+    with pytest.raises(FormatError, match="version 99 of the packed format, but vLLM reads 1 and 2 here"):
         ask(folder)
     edit_config(folder, quantization_config=quantization | {"format": "2:4-cutlass"})
     with pytest.raises(FormatError, match="format '2:4-cutlass'; vLLM can run '2:4' only"):
@@ -144,3 +144,6 @@ def test_inputs_that_cannot_be_shared_out() -> None:
     assert config.get_quant_method(torch.nn.Embedding(2, 2), "embed") is None
     with pytest.raises(FormatError, match=r"a share of 36 of its 72 inputs .* use another --tensor-parallel-size"):
         method.create_weights(layer, 36, [8], 72, 8, torch.float32, weight_loader=lambda *_: None)
+    method = SwiftpruneConfig([], values="int4").get_quant_method(layer, "model.layers.0.mlp.down_proj")
+    with pytest.raises(FormatError, match=r"a share of 160 of its 320 inputs .* must be multiples of 128"):
+        method.create_weights(layer, 160, [8], 320, 8, torch.float32, weight_loader=lambda *_: None)

@@ -21,7 +21,7 @@ struct CustomOpDomain;
 struct KernelInfo;
 struct KernelContext;
 
-enum class ElementType : int { kUndefined = 0, kFloat = 1, kUint8 = 2, kFloat16 = 10, kBFloat16 = 16 };
+enum class ElementType : int { kUndefined = 0, kFloat = 1, kUint8 = 2, kInt8 = 3, kFloat16 = 10, kBFloat16 = 16 };
 enum class ErrorCode : int { kFail = 1, kInvalidArgument = 2 };
 
 // A function of the table: where it stands, and how it is called. Those that return a Status return null for success.

@@ -1,9 +1,10 @@
 // swiftprune::MatMul24(x, values, metadata) for ONNX Runtime: y (..., N) = x (..., K) W^T, W the packed 2:4 weight of
-// the specification (swiftprune/formats/spec.py). A library of its own, registered with a session by
-// `register_custom_ops_library`; it takes the place of the model-local function of the same name.
+// the specification (swiftprune/formats/spec.py); and MatMul24Int8 and MatMul24Int4, which have scales as a fourth input. A
+// library of its own, registered with a session by `register_custom_ops_library`; its operators take the place of the
+// model-local functions of the same names.
 //
-// values and metadata are initializers. They are checked and tiled when the session is made; after that
-// their memory is not read again. x is of the type of the values, or fp32 beside 16-bit values; sums are in fp32.
+// All inputs but x are initializers. They are checked and tiled when the session is made; after that their memory is not
+// read again. x is of the type of the values, or fp32 beside 16-bit values; beside quantized ones of any float type.
 #ifdef __linux__
 #include <sys/mman.h>
 #include <unistd.h>
@@ -23,6 +24,7 @@
 #include "group.h"
 #include "linear24.h"
 #include "onnxruntime_abi.h"
+#include "quantized.h"
 #include "sparse24.h"
 #include "tiled.h"
 #include "threads.h"
@@ -30,9 +32,12 @@
 namespace swiftprune {
 namespace {
 
-constexpr size_t kInputCount = 3;
+std::atomic<int64_t> created[std::size(kLinearIsas)], created_quantized[2][std::size(kQuantIsas)];
+const char* const kQuantNames[] = {"int8", "int4"};
 
-std::atomic<int64_t> created[std::size(kLinearIsas)];
+std::string quantized_name(size_t isa, int bits) {
+  return std::string(kQuantIsas[isa]) + "-" + kQuantNames[bits == 4];
+}
 
 void check(const ort::Api& api, ort::Status* status) {
   if (!status) return;
@@ -48,7 +53,7 @@ ort::Status* guarded(const ort::Api& api, const std::string& name, F work) {
     work();
     return nullptr;
   } catch (const std::exception& error) {
-    const std::string message = "swiftprune::MatMul24" + (name.empty() ? "" : " " + name) + ": " + error.what();
+    const std::string message = "swiftprune::" + name + ": " + error.what();
     return api(ort::CreateStatus, ort::ErrorCode::kInvalidArgument, message.c_str());
   }
 }
@@ -125,43 +130,28 @@ size_t choose_isa(Dtype dtype, Dtype x_dtype) {
                            " values on this machine; available: " + available);
 }
 
+size_t choose_quantized_isa(int bits) {
+  const char* asked = std::getenv("SWIFTPRUNE_BACKEND");
+  std::string available;
+  for (size_t i = 0; i < std::size(kQuantIsas); ++i) {
+    if (!quant_kernel_for(kQuantIsas[i])) continue;
+    const std::string name = quantized_name(i, bits);
+    if (!asked || asked == name || std::strcmp(asked, kQuantIsas[i]) == 0) return i;
+    available += (available.empty() ? "" : ", ") + name;
+  }
+  throw std::runtime_error(std::string("backend '") + (asked ? asked : "") + "' (SWIFTPRUNE_BACKEND) cannot run " +
+                           kQuantNames[bits == 4] + " values on this machine; available: " + available);
+}
+
 struct FreeMemory {
   void operator()(void* memory) const { std::free(memory); }
 };
 
+// What of kernels there is for every kind of values: shapes, the tiled weight, and the call.
 class Kernel {
  public:
-  Kernel(ort::Api api, const ort::KernelInfo* info, Dtype dtype, Dtype x_dtype, std::string name)
-      : api_(api), dtype_(dtype), x_dtype_(x_dtype), name_(std::move(name)) {
-    const Tensor values = initializer(info, 1, "values"), metadata = initializer(info, 2, "metadata");
-    if (values.shape.size() != 2 || values.shape[0] <= 0 || values.shape[1] <= 0 || values.shape[1] % kKept)
-      throw std::runtime_error("values must be (N, K/2) with K a multiple of 4, not " + values.shape_text());
-    rows_ = values.shape[0];
-    cols_ = values.shape[1] / kKept * kGroup;
-    const int64_t stride = metadata_stride(cols_);
-    if (metadata.shape != std::vector<int64_t>{rows_, stride})
-      throw std::runtime_error("metadata must be (" + std::to_string(rows_) + ", " + std::to_string(stride) +
-                               ") beside values " + values.shape_text() + ", not " + metadata.shape_text());
-    check_metadata(static_cast<const uint8_t*>(metadata.data), rows_, cols_);
-
-    const size_t isa = choose_isa(dtype, x_dtype);
-    run_ = linear24_for(kLinearIsas[isa], dtype, x_dtype);
-    bytes_ = tiled_bytes(dtype, rows_, cols_);
-    tiled_.reset(std::aligned_alloc(kCacheLine, ceil_div(bytes_, kCacheLine) * kCacheLine));
-    if (!tiled_) throw std::bad_alloc();
-    advise_huge_pages(tiled_.get(), bytes_);
-    const int64_t blocks = blocks_of(rows_), parts = parts_of(bytes_);
-    std::atomic<bool> valid{true};
-    in_parallel(static_cast<int>(parts), [&](int i) {
-      if (!to_tiled(dtype, values.data, static_cast<const uint8_t*>(metadata.data), rows_, cols_, tiled_.get(),
-                     blocks * i / parts, blocks * (i + 1) / parts))
-        valid = false;
-    });
-    if (!valid) throw std::runtime_error("a stored value is infinite or not a number");  // metadata was checked
-    page_out(values, rows_ * cols_ / 2 * (dtype == Dtype::kFloat32 ? 4 : 2));
-    page_out(metadata, rows_ * stride);
-    ++created[isa];
-  }
+  Kernel(ort::Api api, std::string name) : api_(api), name_(std::move(name)) {}
+  virtual ~Kernel() = default;
 
   const ort::Api& api() const { return api_; }
   const std::string& name() const { return name_; }
@@ -182,27 +172,49 @@ class Kernel {
     void* y = nullptr;
     check(api_, api_(ort::GetTensorMutableData, output, &y));
     if (tokens == 0) return;
-
-    const int x_dtype = static_cast<int>(x_dtype_);
-    const swiftprune_linear24_args args{static_cast<int>(dtype_), x_dtype, x_dtype, tiled_.get(), nullptr, x.data, cols_,
-                                        y, rows_, tokens, rows_, cols_};
-    Call call{args, run_, blocks_of(rows_), parts_of(tokens * bytes_)};
-    if (call.parts == 1) return run_(&args, 0, call.blocks);
-    check(api_, api_(ort::KernelContextParallelFor, context, Call::part, static_cast<size_t>(call.parts), size_t{0},
-                     static_cast<void*>(&call)));
+    multiply(x.data, y, tokens, [&](int count, const std::function<void(int)>& work) {
+      if (count == 1) return work(0);
+      const auto part = [](void* data, size_t i) { (*static_cast<const std::function<void(int)>*>(data))(static_cast<int>(i)); };
+      check(api_, api_(ort::KernelContextParallelFor, context, static_cast<void (*)(void*, size_t)>(part),
+                       static_cast<size_t>(count), size_t{0},
+                       const_cast<void*>(static_cast<const void*>(&work))));
+    });
   }
 
- private:
-  struct Call {
-    const swiftprune_linear24_args& args;
-    swiftprune_linear24_fn run;
-    int64_t blocks, parts;
-    static void part(void* data, size_t index) {
-      const auto& call = *static_cast<const Call*>(data);
-      const auto i = static_cast<int64_t>(index);
-      call.run(&call.args, call.blocks * i / call.parts, call.blocks * (i + 1) / call.parts);
-    }
-  };
+ protected:
+  virtual void multiply(const void* x, void* y, int64_t tokens, const Parallel& parallel) const = 0;
+
+  // Reads the shape off metadata (N, ceil(K/8)) beside values of which each holds `per_value` weights.
+  void set_shape(const Tensor& values, const Tensor& metadata, int64_t per_value) {
+    if (values.shape.size() != 2 || values.shape[0] <= 0 || values.shape[1] <= 0 || values.shape[1] * per_value % kGroup)
+      throw std::runtime_error("values must be (N, K/" + std::to_string(per_value) + ") with K a multiple of 4, not " +
+                               values.shape_text());
+    rows_ = values.shape[0];
+    cols_ = values.shape[1] * per_value;
+    require(metadata, "metadata", values, {rows_, metadata_stride(cols_)});
+    check_metadata(static_cast<const uint8_t*>(metadata.data), rows_, cols_);
+  }
+
+  static void require(const Tensor& tensor, const char* what, const Tensor& values, const std::vector<int64_t>& shape) {
+    if (tensor.shape == shape) return;
+    throw std::runtime_error(std::string(what) + " must be (" + std::to_string(shape[0]) + ", " + std::to_string(shape[1]) +
+                             ") beside values " + values.shape_text() + ", not " + tensor.shape_text());
+  }
+
+  // Memory for the tiled weight of so many bytes, filled by `fill(first, last)`, which says whether those blocks are valid.
+  template <class Fill>
+  bool tile(int64_t bytes, Fill fill) {
+    bytes_ = bytes;
+    tiled_.reset(std::aligned_alloc(kCacheLine, ceil_div(bytes_, kCacheLine) * kCacheLine));
+    if (!tiled_) throw std::bad_alloc();
+    advise_huge_pages(tiled_.get(), bytes_);
+    const int64_t blocks = blocks_of(rows_), parts = parts_of(bytes_);
+    std::atomic<bool> valid{true};
+    in_parallel(static_cast<int>(parts), [&](int i) {
+      if (!fill(blocks * i / parts, blocks * (i + 1) / parts)) valid = false;
+    });
+    return valid;
+  }
 
   // The runtime does not say how many threads it has, so the parts are as many as the machine can run at once.
   int64_t parts_of(int64_t bytes) const {
@@ -219,11 +231,70 @@ class Kernel {
   }
 
   ort::Api api_;
-  Dtype dtype_, x_dtype_;
   std::string name_;
   int64_t rows_ = 0, cols_ = 0, bytes_ = 0;
-  swiftprune_linear24_fn run_ = nullptr;
   std::unique_ptr<void, FreeMemory> tiled_;
+};
+
+class FloatKernel : public Kernel {
+ public:
+  FloatKernel(ort::Api api, const ort::KernelInfo* info, Dtype dtype, Dtype x_dtype, std::string name)
+      : Kernel(api, std::move(name)), dtype_(dtype), x_dtype_(x_dtype) {
+    const Tensor values = initializer(info, 1, "values"), metadata = initializer(info, 2, "metadata");
+    set_shape(values, metadata, kGroup / kKept);
+    const size_t isa = choose_isa(dtype, x_dtype);
+    run_ = linear24_for(kLinearIsas[isa], dtype, x_dtype);
+    const bool valid = tile(tiled_bytes(dtype, rows_, cols_), [&](int64_t first, int64_t last) {
+      return to_tiled(dtype, values.data, static_cast<const uint8_t*>(metadata.data), rows_, cols_, tiled_.get(), first, last);
+    });
+    if (!valid) throw std::runtime_error("a stored value is infinite or not a number");  // metadata was checked
+    page_out(values, rows_ * cols_ / 2 * (dtype == Dtype::kFloat32 ? 4 : 2));
+    page_out(metadata, rows_ * metadata_stride(cols_));
+    ++created[isa];
+  }
+
+ private:
+  void multiply(const void* x, void* y, int64_t tokens, const Parallel& parallel) const override {
+    const int x_dtype = static_cast<int>(x_dtype_);
+    const swiftprune_linear24_args args{static_cast<int>(dtype_), x_dtype, x_dtype, tiled_.get(), nullptr, x, cols_,
+                                        y, rows_, tokens, rows_, cols_};
+    const int64_t blocks = blocks_of(rows_), parts = parts_of(tokens * bytes_);
+    parallel(static_cast<int>(parts), [&](int i) { run_(&args, blocks * i / parts, blocks * (i + 1) / parts); });
+  }
+
+  Dtype dtype_, x_dtype_;
+  swiftprune_linear24_fn run_ = nullptr;
+};
+
+class QuantizedKernel : public Kernel {
+ public:
+  QuantizedKernel(ort::Api api, const ort::KernelInfo* info, int bits, Dtype x_dtype, std::string name)
+      : Kernel(api, std::move(name)), bits_(bits), x_dtype_(x_dtype) {
+    const Tensor values = initializer(info, 1, "values"), metadata = initializer(info, 2, "metadata"),
+                 scales = initializer(info, 3, "scales");
+    set_shape(values, metadata, bits == 8 ? 2 : 4);
+    require(scales, "scales", values, {rows_, bits == 8 ? 1 : quant_chunks(cols_)});
+    const size_t isa = choose_quantized_isa(bits);
+    kernel_ = quant_kernel_for(kQuantIsas[isa]);
+    const bool valid = tile(quant_bytes(bits, rows_, cols_), [&](int64_t first, int64_t last) {
+      return to_quant_tiled(bits, static_cast<const uint8_t*>(values.data), static_cast<const uint8_t*>(metadata.data),
+                            static_cast<const uint16_t*>(scales.data), rows_, cols_, tiled_.get(), first, last);
+    });
+    if (!valid) throw std::runtime_error("a scale is infinite or not a number, or a value is -128");
+    page_out(values, rows_ * values.shape[1]);
+    page_out(metadata, rows_ * metadata_stride(cols_));
+    ++created_quantized[bits == 4][isa];
+  }
+
+ private:
+  void multiply(const void* x, void* y, int64_t tokens, const Parallel& parallel) const override {
+    run_quant24(*kernel_, {bits_, static_cast<int>(x_dtype_), tiled_.get(), nullptr, x, cols_, y, rows_, tokens, rows_, cols_, {}},
+                static_cast<int>(parts_of(tokens * bytes_)), parallel);
+  }
+
+  int bits_;
+  Dtype x_dtype_;
+  const QuantKernel* kernel_ = nullptr;
 };
 
 std::string node_name(const ort::Api& api, const ort::KernelInfo* info) {
@@ -235,18 +306,25 @@ std::string node_name(const ort::Api& api, const ort::KernelInfo* info) {
   return name;
 }
 
-// One operator for each pair of types.
+// One operator for each pair of types; `bits` are those of quantized values, else 0.
 struct Op : ort::CustomOp {
   Dtype x_dtype, dtype;
+  int bits;
 
-  Op(Dtype x_dtype, Dtype dtype) : x_dtype(x_dtype), dtype(dtype) {
-    name = [](const CustomOp*) { return "MatMul24"; };
+  Op(Dtype x_dtype, Dtype dtype, int bits = 0) : x_dtype(x_dtype), dtype(dtype), bits(bits) {
+    name = [](const CustomOp* self) {
+      const auto& op = *static_cast<const Op*>(self);
+      return op.bits == 8 ? "MatMul24Int8" : op.bits == 4 ? "MatMul24Int4" : "MatMul24";
+    };
     execution_provider = [](const CustomOp*) -> const char* { return nullptr; };
-    input_count = [](const CustomOp*) { return kInputCount; };
+    input_count = [](const CustomOp* self) { return static_cast<const Op*>(self)->bits ? size_t{4} : size_t{3}; };
     output_count = [](const CustomOp*) { return size_t{1}; };
     input_type = [](const CustomOp* self, size_t index) {
       const auto& op = *static_cast<const Op*>(self);
-      return index == 0 ? element_type(op.x_dtype) : index == 1 ? element_type(op.dtype) : ort::ElementType::kUint8;
+      if (index == 0) return element_type(op.x_dtype);
+      if (index == 2) return ort::ElementType::kUint8;
+      if (index == 3) return ort::ElementType::kBFloat16;
+      return op.bits == 8 ? ort::ElementType::kInt8 : op.bits == 4 ? ort::ElementType::kUint8 : element_type(op.dtype);
     };
     output_type = [](const CustomOp* self, size_t) { return element_type(static_cast<const Op*>(self)->x_dtype); };
     input_characteristic = output_characteristic = input_memory_type = [](const CustomOp*, size_t) { return 0; };
@@ -255,9 +333,16 @@ struct Op : ort::CustomOp {
     create_kernel_v2 = [](const CustomOp* self, const void* const* table, const ort::KernelInfo* info, void** kernel) {
       const ort::Api api{table};
       const auto& op = *static_cast<const Op*>(self);
-      std::string name;
-      if (ort::Status* status = guarded(api, name, [&] { name = node_name(api, info); })) return status;
-      return guarded(api, name, [&] { *kernel = new Kernel(api, info, op.dtype, op.x_dtype, name); });
+      std::string name = self->name(self);
+      if (ort::Status* status = guarded(api, name, [&] { name += " " + node_name(api, info); })) return status;
+      return guarded(api, name, [&] {
+        Kernel* made = nullptr;
+        if (op.bits)
+          made = new QuantizedKernel(api, info, op.bits, op.x_dtype, name);
+        else
+          made = new FloatKernel(api, info, op.dtype, op.x_dtype, name);
+        *kernel = made;
+      });
     };
     compute_v2 = [](void* kernel, ort::KernelContext* context) {
       const auto& own = *static_cast<const Kernel*>(kernel);
@@ -268,8 +353,10 @@ struct Op : ort::CustomOp {
 };
 
 const Op kOps[] = {
-    {Dtype::kFloat32, Dtype::kFloat32}, {Dtype::kFloat32, Dtype::kFloat16},   {Dtype::kFloat32, Dtype::kBFloat16},
-    {Dtype::kFloat16, Dtype::kFloat16}, {Dtype::kBFloat16, Dtype::kBFloat16},
+    {Dtype::kFloat32, Dtype::kFloat32},    {Dtype::kFloat32, Dtype::kFloat16},      {Dtype::kFloat32, Dtype::kBFloat16},
+    {Dtype::kFloat16, Dtype::kFloat16},    {Dtype::kBFloat16, Dtype::kBFloat16},    {Dtype::kFloat32, Dtype::kFloat32, 8},
+    {Dtype::kFloat16, Dtype::kFloat16, 8}, {Dtype::kBFloat16, Dtype::kBFloat16, 8}, {Dtype::kFloat32, Dtype::kFloat32, 4},
+    {Dtype::kFloat16, Dtype::kFloat16, 4}, {Dtype::kBFloat16, Dtype::kBFloat16, 4},
 };
 
 }  // namespace
@@ -284,7 +371,7 @@ SWIFTPRUNE_EXPORT swiftprune::ort::Status* RegisterCustomOps(swiftprune::ort::Se
   const ort::Api api{base->get_api(ort::kApiVersion)};
   if (!api.table) return nullptr;  // the runtime has said that the version is unknown to it, and finds no operator
   static ort::CustomOpDomain* domain = nullptr;
-  return guarded(api, "", [&] {
+  return guarded(api, "MatMul24", [&] {
     if (!domain) {
       ort::CustomOpDomain* made = nullptr;
       check(api, api(ort::CreateCustomOpDomain, "swiftprune", &made));
@@ -295,7 +382,13 @@ SWIFTPRUNE_EXPORT swiftprune::ort::Status* RegisterCustomOps(swiftprune::ort::Se
   });
 }
 
-// Kernels made so far in this process that run on an instruction set of `kLinearIsas`; -1 past the last.
-SWIFTPRUNE_EXPORT int64_t swiftprune_kernels_created(size_t isa) {
-  return isa < std::size(swiftprune::kLinearIsas) ? swiftprune::created[isa].load() : -1;
+// Kernels made so far in this process that run on the backend of that name, `avx512` or `avx512_vnni-int8` say.
+SWIFTPRUNE_EXPORT int64_t swiftprune_kernels_created(const char* backend) {
+  using namespace swiftprune;
+  for (size_t i = 0; i < std::size(kLinearIsas); ++i)
+    if (std::strcmp(backend, kLinearIsas[i]) == 0) return created[i].load();
+  for (int bits : {8, 4})
+    for (size_t i = 0; i < std::size(kQuantIsas); ++i)
+      if (backend == quantized_name(i, bits)) return created_quantized[bits == 4][i].load();
+  return 0;
 }

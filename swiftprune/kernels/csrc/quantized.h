@@ -16,8 +16,10 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 
 #include "sparse24.h"
+#include "threads.h"
 #include "tiled.h"
 
 namespace swiftprune {
@@ -95,8 +97,11 @@ struct QuantKernel {
 
 constexpr const char* kQuantIsas[] = {"avx512_vnni", "avx_vnni", "avx2", "neon_dotprod", "generic"};
 
-// The whole product on so many threads: the inputs are rounded once, for all of them.
-void run_quant24(const QuantKernel&, swiftprune_quant24_args, int threads);
+// Runs work(i) for every i in [0, count), as in_parallel does.
+using Parallel = std::function<void(int count, const std::function<void(int)>& work)>;
+
+// The whole product in so many parts at once: the inputs are rounded once, for all of them.
+void run_quant24(const QuantKernel&, swiftprune_quant24_args, int parts, const Parallel& parallel = in_parallel);
 
 // Null when the name is unknown or this CPU (or its operating system) cannot run it.
 const QuantKernel* quant_kernel_for(const char* isa);

@@ -121,7 +121,7 @@ void from_quant_tiled(int bits, const void* tiled, int64_t rows, int64_t cols, u
   run(tiled, rows, cols, values, metadata, scales, first, last);
 }
 
-void run_quant24(const QuantKernel& kernel, swiftprune_quant24_args args, int threads) {
+void run_quant24(const QuantKernel& kernel, swiftprune_quant24_args args, int parts, const Parallel& parallel) {
   // Of inputs; below, waking another thread costs more than rounding them alone.
   constexpr int64_t kInputsPerThread = 64 << 10;
   static thread_local Scratch scratch;
@@ -131,10 +131,10 @@ void run_quant24(const QuantKernel& kernel, swiftprune_quant24_args args, int th
   const auto split = [](int64_t wanted, int64_t most) {
     return static_cast<int>(std::max<int64_t>(1, std::min(wanted, most)));
   };
-  const int rounding = split(std::min<int64_t>(threads, all * kQuantInputs / kInputsPerThread), chunks);
-  in_parallel(rounding, [&](int i) { kernel.quantize(args, chunks * i / rounding, chunks * (i + 1) / rounding); });
-  const int count = split(threads, blocks);
-  in_parallel(count, [&](int i) { kernel.multiply(args, blocks * i / count, blocks * (i + 1) / count); });
+  const int rounding = split(std::min<int64_t>(parts, all * kQuantInputs / kInputsPerThread), chunks);
+  parallel(rounding, [&](int i) { kernel.quantize(args, chunks * i / rounding, chunks * (i + 1) / rounding); });
+  const int count = split(parts, blocks);
+  parallel(count, [&](int i) { kernel.multiply(args, blocks * i / count, blocks * (i + 1) / count); });
 }
 
 }  // namespace swiftprune

@@ -22,19 +22,36 @@ from vllm.model_executor.layers import linear as vllm_linear
 from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
-from vllm.model_executor.parameter import BasevLLMParameter, ModelWeightParameter
+from vllm.model_executor.parameter import (
+    BasevLLMParameter,
+    ChannelQuantScaleParameter,
+    GroupQuantScaleParameter,
+    ModelWeightParameter,
+)
 
 from swiftprune.checkpoints.source import Checkpoint
 from swiftprune.errors import FormatError
 from swiftprune.formats import bitmask, spec
-from swiftprune.formats.spec import GROUP, KEPT, METADATA_SUFFIX, QUANT_METHOD, Packed24, metadata_width
+from swiftprune.formats.spec import (
+    GROUP,
+    METADATA_SUFFIX,
+    QUANT_METHOD,
+    SCALE_DTYPE,
+    SCALE_SUFFIX,
+    SCALED_INPUTS,
+    Packed24,
+    Quantized,
+    WeightSpec,
+)
 from swiftprune.kernels import dispatch, packing
 from swiftprune.kernels.linear import Linear24
+from swiftprune.serve.stored import check_stored
 
 # Only children of the logger `vllm` show.
 logger = init_logger("vllm.swiftprune")
 
 _GROUPS_PER_BYTE = 2
+_METADATA, _SCALES = f"weight{METADATA_SUFFIX}", f"weight{SCALE_SUFFIX}"
 _ALL = "Linear"
 _SLOW = ", which unpacks the weight in every call: right, but no faster than dense"
 
@@ -47,8 +64,16 @@ class SwiftpruneConfig(QuantizationConfig):  # type: ignore[misc]
     compressed-tensors may also give regular expressions, after `re:`, and `Linear` for all.
     """
 
-    def __init__(self, ignore: Sequence[str], *, targets: Sequence[str] = (_ALL,), from_bitmask: bool = False) -> None:
+    def __init__(
+        self,
+        ignore: Sequence[str],
+        *,
+        targets: Sequence[str] = (_ALL,),
+        from_bitmask: bool = False,
+        values: Quantized | None = None,
+    ) -> None:
         super().__init__()
+        self.values = values
         self.ignore = list(ignore)
         self.targets = list(targets)
         self.from_bitmask = from_bitmask
@@ -60,8 +85,11 @@ class SwiftpruneConfig(QuantizationConfig):  # type: ignore[misc]
         if _is_bitmask(config):
             sparsity = config["sparsity_config"]
             return cls(sparsity.get("ignore") or [], targets=sparsity.get("targets") or [_ALL], from_bitmask=True)
-        spec.check_declared(config.get("format"), config.get("version"), "vLLM")
-        return cls(config.get("ignore") or [])
+        values = config.get("values")
+        spec.check_declared(
+            config.get("format"), config.get("version"), "vLLM", (spec.VERSION, spec.QUANTIZED_VERSION), values
+        )
+        return cls(config.get("ignore") or [], values=values)
 
     @classmethod
     def override_quantization_method(cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, **_: Any) -> str | None:
@@ -72,7 +100,7 @@ class SwiftpruneConfig(QuantizationConfig):  # type: ignore[misc]
         """Reads every header of a local checkpoint before any work: a damaged file is named at once."""
         folder = Path(model_name)
         if folder.is_dir() and any(folder.glob("*.safetensors")):
-            _check_headers(Checkpoint(folder))
+            check_stored(Checkpoint(folder).tensors, self.values)
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         self.ignore = hf_to_vllm_mapper.apply_list(self.ignore)
@@ -107,14 +135,14 @@ class SwiftpruneConfig(QuantizationConfig):  # type: ignore[misc]
             return
         _enter_compile_key(sorted(f"{backend} {dtype} {on}" for backend, dtype, on in self._served))
         for (backend, dtype, on), count in self._served.items():
-            slow = backend == dispatch.REFERENCE
+            slow = backend in dispatch.SLOW
             logger.log(
                 logging.WARNING if slow else logging.INFO,
                 "swiftprune: %d 2:4 linears run on the backend %s%s. %s",
                 count,
                 backend,
                 _SLOW if slow else "",
-                _why(dtype, on),
+                _why(dtype, on, self.values),
             )
         self._served.clear()
 
@@ -153,12 +181,15 @@ class SwiftpruneLinearMethod(LinearMethodBase):  # type: ignore[misc]
         **_: Any,
     ) -> None:
         rows, cols = sum(output_partition_sizes), input_size_per_partition
-        if cols % GROUP or (cols != input_size and cols % (GROUP * _GROUPS_PER_BYTE)):
+        together = SCALED_INPUTS if self.config.values == "int4" else GROUP * _GROUPS_PER_BYTE
+        if cols % GROUP or (cols != input_size and cols % together):
             raise FormatError(
                 f"{self.prefix}: a share of {cols} of its {input_size} inputs cannot be cut out of the packed weight; "
-                f"shares must be multiples of {GROUP * _GROUPS_PER_BYTE}: use another --tensor-parallel-size"
+                f"shares must be multiples of {together}: use another --tensor-parallel-size"
             )
-        values = torch.empty(rows, cols // GROUP * KEPT, dtype=params_dtype)
+        weight = WeightSpec((rows, cols), params_dtype, self.config.values)
+        shape, dtype = weight.values
+        values = torch.empty(shape, dtype=dtype)
         if self.config.from_bitmask:
             mask = torch.empty(rows, cols // (GROUP * _GROUPS_PER_BYTE), dtype=torch.uint8)
             tensors = {bitmask.VALUES: values, bitmask.MASK: mask}
@@ -167,13 +198,21 @@ class SwiftpruneLinearMethod(LinearMethodBase):  # type: ignore[misc]
             )
             layer.register_parameter(bitmask.SHAPE, ignored)
         else:
-            metadata = torch.empty(rows, metadata_width(cols), dtype=torch.uint8)
-            tensors = {"weight": values, "weight" + METADATA_SUFFIX: metadata}
+            tensors = {"weight": values, _METADATA: torch.empty(weight.metadata, dtype=torch.uint8)}
         for name, tensor in tensors.items():
             loader = _explained(weight_loader, f"{self.prefix}.{name}")
             layer.register_parameter(
                 name, ModelWeightParameter(data=tensor, input_dim=1, output_dim=0, weight_loader=loader)
             )
+        if weight.scales:
+            data = torch.empty(weight.scales, dtype=SCALE_DTYPE)
+            loader = _explained(weight_loader, f"{self.prefix}.{_SCALES}")
+            if self.config.values == "int4":
+                scales = GroupQuantScaleParameter(data=data, input_dim=1, output_dim=0, weight_loader=loader)
+            else:
+                scales = ChannelQuantScaleParameter(data=data, output_dim=0, weight_loader=loader)
+            layer.register_parameter(_SCALES, scales)
+        self._dtype = params_dtype
         self.config.started(self.prefix)
 
     def process_weights_after_loading(self, layer: Any) -> None:
@@ -187,11 +226,13 @@ class SwiftpruneLinearMethod(LinearMethodBase):  # type: ignore[misc]
             packed = packing.canonical(bitmask.from_bitmask(layer.compressed.data, mask, name), name)
             del layer.compressed, layer.bitmask, layer.shape
         else:
-            packed = Packed24(layer.weight.data, layer.weight_meta.data)
-            del layer.weight, layer.weight_meta
+            names = ("weight", _METADATA, _SCALES) if self.config.values else ("weight", _METADATA)
+            packed = Packed24(*(layer.get_parameter(name).data for name in names))
+            for tensor in names:
+                delattr(layer, tensor)
         if _holds_random_weights():
             packed = _any_packed(packed)
-        layer.linear24 = Linear24.from_packed(packed, name=name)
+        layer.linear24 = Linear24.from_packed(packed, name=name, dtype=self._dtype)
         # By this vLLM's LoRA finds the device on which adapters of the layer belong; nothing reads numbers from it.
         layer.weight_packed = packed.values.new_empty(0)
         self.config.finished(self.prefix, layer.linear24, packed.values.device.type)
@@ -214,6 +255,9 @@ def _any_packed(packed: Packed24) -> Packed24:
     metadata = torch.full_like(packed.metadata, 0x44)
     if packed.shape[1] // GROUP % _GROUPS_PER_BYTE:
         metadata[:, -1] = 0x4
+    if packed.scales is not None:
+        values = packed.values if packed.quantized == "int4" else packed.values.clamp(min=-127)
+        return Packed24(values, metadata, torch.nan_to_num(packed.scales, 0, 0, 0))
     return Packed24(torch.nan_to_num(packed.values, 0, 0, 0), metadata)
 
 
@@ -259,22 +303,6 @@ def _is_bitmask(config: dict[str, Any]) -> bool:
     return sparsity.get("format") == bitmask.FORMAT and not config.get("config_groups")
 
 
-def _check_headers(checkpoint: Checkpoint) -> None:
-    """Raises FormatError when the two tensors of a packed weight do not belong together."""
-    for name, entry in checkpoint.tensors.items():
-        if not name.endswith(f".weight{METADATA_SUFFIX}"):
-            continue
-        values = checkpoint.tensors.get(name.removesuffix(METADATA_SUFFIX))
-        file = checkpoint.folder / entry.shard
-        if values is None:
-            raise FormatError(f"{file}: holds {name} without {name.removesuffix(METADATA_SUFFIX)}")
-        expected = (values.shape[0], metadata_width(GROUP // KEPT * values.shape[1]))
-        if entry.shape != expected or entry.dtype_name != "U8":
-            raise FormatError(
-                f"{file}: {name} is {entry.shape} {entry.dtype_name} beside values {values.shape}, not {expected} U8"
-            )
-
-
 def _explained(load: Callable[..., None], name: str) -> Callable[..., None]:
     """vLLM's loader, whose bare assertions become an error that names the tensor."""
 
@@ -290,8 +318,8 @@ def _explained(load: Callable[..., None], name: str) -> Callable[..., None]:
     return loader
 
 
-def _why(dtype: torch.dtype, device: str) -> str:
-    available = ", ".join(dispatch.linear_backends(dtype, device))
+def _why(dtype: torch.dtype, device: str, values: Quantized | None) -> str:
+    available = ", ".join(dispatch.linear_backends(dtype, device, values))
     if asked := os.environ.get(dispatch.BACKEND_VARIABLE):
         return f"{dispatch.BACKEND_VARIABLE}={asked} asks for it; for {dtype} on {device} there are: {available}."
     order = ", fastest first" if device == "cpu" else ""

@@ -1,0 +1,54 @@
+"""What files say of packed weights, checked before an engine reads them.
+
+Loaders of engines make up a tensor that is missing, convert one of another type, and name neither in their errors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from swiftprune.checkpoints.source import TensorEntry
+from swiftprune.errors import FormatError
+from swiftprune.formats.spec import METADATA_SUFFIX, SCALE_SUFFIX, Quantized, WeightSpec
+
+WEIGHT = ".weight"
+# As safetensors calls the types of values.
+_VALUE_TYPES: dict[Quantized | None, tuple[str, ...]] = {None: ("BF16", "F16", "F32"), "int8": ("I8",), "int4": ("U8",)}
+
+
+def packed_modules(stored: Mapping[str, TensorEntry]) -> list[str]:
+    """Names of the linears that are stored packed."""
+    ending = WEIGHT + METADATA_SUFFIX
+    return sorted(name.removesuffix(ending) for name in stored if name.endswith(ending))
+
+
+def check_stored(stored: Mapping[str, TensorEntry], values: Quantized | None) -> None:
+    """Raises FormatError, with file and tensor, unless all tensors of every packed weight are there and fit together.
+
+    `values` is what config.json says of them.
+    """
+    for module in packed_modules(stored):
+        _check_weight(stored, module + WEIGHT, values)
+
+
+def _check_weight(stored: Mapping[str, TensorEntry], weight: str, values: Quantized | None) -> None:
+    metadata, scales = weight + METADATA_SUFFIX, weight + SCALE_SUFFIX
+    if not values and scales in stored:
+        raise FormatError(f"{stored[scales].shard}: holds {scales}, but config.json names no quantized values")
+    types = {weight: _VALUE_TYPES[values], metadata: ("U8",)} | ({scales: ("BF16",)} if values else {})
+    for name, allowed in types.items():
+        if name not in stored:
+            raise FormatError(f"{stored[metadata].shard}: holds {metadata} without {name}")
+        if (dtype := stored[name].dtype_name) not in allowed:
+            raise FormatError(
+                f"{stored[name].shard}: {name} is {dtype}, not {' or '.join(allowed)}; the file is damaged or of "
+                "another format"
+            )
+    rows, width = (*stored[weight].shape, 0, 0)[:2]
+    expected = WeightSpec((rows, width * (4 if values == "int4" else 2)), torch.float32, values)
+    for name, shape in ((weight, (rows, width)), (metadata, expected.metadata), (scales, expected.scales)):
+        if name in types and stored[name].shape != shape:
+            found, beside = stored[name].shape, stored[weight].shape
+            raise FormatError(f"{stored[name].shard}: {name} is {found} beside values {beside}, not {shape}")
