@@ -446,7 +446,8 @@ def print_report(report: ExportReport, console: Console) -> None:
             else "not compared: ONNX Runtime runs no bfloat16 on CPUs",
         )
     if report.distillation:
-        first, last = report.distillation[0], min(report.distillation, key=lambda point: point.divergence)
+        written = [point for point in report.distillation if point.rounded] or report.distillation
+        first, last = report.distillation[0], min(written, key=lambda point: point.divergence)
         whole.add_row(
             "distilled",
             f"perplexity on held-back calibration text {first.perplexity:.2f} -> {last.perplexity:.2f} in "

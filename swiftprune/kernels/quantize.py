@@ -87,28 +87,11 @@ def quantize(weight: Tensor, keep_mask: Tensor, quantized: Quantized, name: str 
     return pack_values(_all_values(weight, scales, quantized), scales, keep_mask, name)
 
 
-def fake_quantize(weight: Tensor, packed: Packed24) -> Tensor:
-    """`weight` (N, K) fp32 rounded to what `packed` could store with its own scales, wherever it is kept."""
-    assert packed.quantized is not None
-    assert packed.scales is not None
-    scales = _of_each_input(packed.scales, weight.shape[1])
-    return from_values(to_values(weight, scales, packed.quantized), scales)
-
-
-def requantize(weight: Tensor, packed: Packed24, name: str = "weight") -> Packed24:
-    """Packs `weight` (N, K), which `fake_quantize` has rounded, with the scales and the mask of `packed`."""
-    assert packed.quantized is not None
-    assert packed.scales is not None
-    check_finite(weight, name)
-    values = _all_values(weight.float(), packed.scales, packed.quantized)
-    return pack_values(values, packed.scales, reference.stored_mask(packed), name)
-
-
 def _all_values(weight: Tensor, scales: Tensor, quantized: Quantized) -> Tensor:
-    return to_values(weight, _of_each_input(scales, weight.shape[1]), quantized)
+    return to_values(weight, of_each_input(scales, weight.shape[1]), quantized)
 
 
-def _of_each_input(scales: Tensor, in_features: int) -> Tensor:
+def of_each_input(scales: Tensor, in_features: int) -> Tensor:
     """(N, K) of scales (N, S), or (N, 1) as they are."""
     return scales if scales.shape[1] == 1 else scales.repeat_interleave(SCALED_INPUTS, dim=1)[:, :in_features]
 

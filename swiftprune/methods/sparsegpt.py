@@ -70,14 +70,19 @@ def _most(saliency: Tensor, pattern: Pattern) -> Tensor:
     return saliency > (saliency.flatten().kthvalue(count).values if count else -1.0)
 
 
-def inverse_factor(gram: Tensor, dead: Tensor, name: str) -> Tensor:
-    """Upper Cholesky factor of (gram + damping)^-1, (K, K) fp32."""
+def damped(gram: Tensor, dead: Tensor) -> Tensor:
+    """`gram` with something added to its diagonal, and 1 in the place of the inputs that are `dead`, never active."""
     hessian = gram.clone()
     diagonal = hessian.diagonal()
     diagonal[dead] = 1
     diagonal += DAMPING * diagonal.mean()
+    return hessian
+
+
+def inverse_factor(gram: Tensor, dead: Tensor, name: str) -> Tensor:
+    """Upper Cholesky factor of the inverse of `damped`, (K, K) fp32."""
     try:
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped(gram, dead)))
         factor: Tensor = torch.linalg.cholesky(inverse, upper=True)
         return factor
     except RuntimeError as error:

@@ -12,7 +12,7 @@ import functools
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol
@@ -24,12 +24,13 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from swiftprune.compute import autocast
 from swiftprune.errors import CheckpointError, SettingsError, first_line
-from swiftprune.formats.spec import Packed24
+from swiftprune.formats.spec import SCALE_DTYPE, SCALED_INPUTS, Packed24
 from swiftprune.kernels import packing
-from swiftprune.kernels.quantize import fake_quantize, requantize
+from swiftprune.kernels.quantize import of_each_input
 from swiftprune.models.plan import Block
 from swiftprune.progress import ProgressCallback, no_progress
 from swiftprune.results import PrunedBlock, PrunedWeight, layer_result
+from swiftprune.stages.round_values import rounds_last, seconds_to_round
 from swiftprune.stages.text import windows_to_train_and_to_judge
 
 if TYPE_CHECKING:
@@ -54,6 +55,8 @@ PATIENCE = 3
 # Logits in memory at a time: 16 MiB in fp32, which caches hold, and the same again for the teacher's.
 _CHUNK_LOGITS = 1 << 22
 _SAVE_SECONDS = 60.0
+# Of the minutes to train, what scales and norms are tuned for once values are rounded.
+TUNING_SHARE = 0.25
 ACTIVATION_BYTES = 800_000_000
 """Of a step, about, for models that are distilled on CPUs."""
 
@@ -119,29 +122,32 @@ def distill(run: Run, store: BlockStore) -> None:
         student = run.load_whole(torch.float32)
         pruned = run.put_pruned(student, store)
         keep_masks = {name: packing.keep_mask(weight) for name, weight in pruned.items()}
-        quantized = {
-            name: weight for name, weight in pruned.items() if isinstance(weight, Packed24) and weight.quantized
-        }
-        first = run.targets.blocks[0].name
         distillation = Distillation(
             student,
             teacher,
             keep_masks,
-            first.rpartition(".")[0] + ".",
+            within_blocks(run),
             tokens,
-            rounding={name: functools.partial(fake_quantize, packed=packed) for name, packed in quantized.items()},
             compute=run.compute,
             seed=run.settings.seed,
             store=store,
             progress=run.progress,
         )
-        run.validations = distillation.run(_budget(run))
+        run.validations = distillation.run(_budget(run, store))
         distillation.save()
     for block in run.targets.blocks:
-        run.save(store, _distilled(run, student, block, quantized))
+        run.save(store, trained_block(run, student, block))
 
 
-def _distilled(run: Run, student: nn.Module, block: Block, quantized: Mapping[str, Packed24]) -> PrunedBlock:
+def within_blocks(run: Run) -> str:
+    """What the names of all parameters in decoder blocks begin with."""
+    return run.targets.blocks[0].name.rpartition(".")[0] + "."
+
+
+def trained_block(
+    run: Run, student: nn.Module, block: Block, scaled: Mapping[str, Scaled] = MappingProxyType({})
+) -> PrunedBlock:
+    """What training made of a block, `scaled` the parameters of which scales were trained."""
     linears = {linear.tensor: linear for linear in block.linears}
     weights: dict[str, PrunedWeight] = {}
     results = []
@@ -153,8 +159,8 @@ def _distilled(run: Run, student: nn.Module, block: Block, quantized: Mapping[st
             continue
         linear = linears.get(tensor)
         weight = parameter.detach().cpu()
-        if packed := quantized.get(name):
-            weights[tensor] = requantize(weight, packed, tensor)
+        if name in scaled:
+            weights[tensor] = scaled[name].packed()
         else:
             weights[tensor] = run.to_store(tensor, weight, linear is not None)
         if linear:
@@ -162,12 +168,18 @@ def _distilled(run: Run, student: nn.Module, block: Block, quantized: Mapping[st
     return PrunedBlock(block, weights, results)
 
 
-def _budget(run: Run) -> Budget:
+def _budget(run: Run, store: BlockStore) -> Budget:
     """What is left of the minutes; of an earlier run that was stopped, only what it distilled counts."""
-    minutes = run.settings.minutes
-    if minutes is not None:
-        minutes = max(0.0, minutes - (time.monotonic() - run.started) / 60)
+    minutes = minutes_left(run)
+    if minutes is not None and rounds_last(run.settings):
+        minutes = (1 - TUNING_SHARE) * max(0.0, minutes - seconds_to_round(run, store) / 60)
     return Budget(minutes, run.settings.steps)
+
+
+def minutes_left(run: Run) -> float | None:
+    if run.settings.minutes is None:
+        return None
+    return max(0.0, run.settings.minutes - (time.monotonic() - run.started) / 60)
 
 
 @dataclass(frozen=True)
@@ -195,6 +207,8 @@ class Validation:
     divergence: float
     """Kullback-Leibler, in nats a token."""
     perplexity: float
+    rounded: bool = False
+    """Whether values were rounded before."""
 
 
 class TrainingStore(Protocol):
@@ -210,10 +224,10 @@ class Distillation:
     """Trains `student`, a causal LM of transformers, towards `teacher`, in place.
 
     `keep_masks` (bool, True = kept) names the sparse parameters; of these the kept weights move, and with them every
-    one-dimensional parameter whose name starts with `within` (norms, biases). All else is frozen. Parameters that
-    `rounding` names are trained through their rounding, whose gradient is taken for that of the identity. `tokens` are
-    (W, T) int64 windows, of which the last are held back for validation. With a `store`, training is saved once a
-    minute, and a new Distillation with the same arguments continues from there.
+    one-dimensional parameter whose name starts with `within` (norms, biases). All else is frozen, but for the scales of
+    parameters that `scaled` names. `tokens` are (W, T) int64 windows, of which the last
+    are held back for validation. With a `store`, training is saved once a minute, and a new Distillation with the same
+    arguments continues from there.
 
     Raises SettingsError when there are too few windows, CheckpointError when the loss is not finite or when the
     architecture makes its logits from its hidden states by more than a linear head.
@@ -227,7 +241,8 @@ class Distillation:
         within: str,
         tokens: Tensor,
         *,
-        rounding: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType({}),
+        scaled: Mapping[str, Scaled] = MappingProxyType({}),
+        learning_rate: float | None = None,
         compute: torch.dtype = torch.float32,
         seed: int = 0,
         store: TrainingStore | None = None,
@@ -242,14 +257,14 @@ class Distillation:
         self._seed = seed
         self._store = store
         self._progress = progress
+        self._scaled = scaled
+        self._learning_rate = LEARNING_RATE if learning_rate is None else learning_rate
         self._in_model = self._trainable(keep_masks, within)
-        self._rounding = rounding
         self._trained = {
-            name: nn.Parameter(parameter.detach().clone()) if name in rounding else parameter
-            for name, parameter in self._in_model.items()
+            name: scaled[name].factors if name in scaled else parameter for name, parameter in self._in_model.items()
         }
-        """What the optimizer moves: the model's parameters, or of rounded ones what they are rounded from."""
-        self._adam = torch.optim.Adam(self._trained.values(), lr=LEARNING_RATE, betas=BETAS, fused=True)
+        """What the optimizer moves: the model's parameters, or the factors of their scales."""
+        self._adam = torch.optim.Adam(self._trained.values(), lr=self._learning_rate, betas=BETAS, fused=True)
         self._steps = 0
         self._minutes = 0.0
         self._best: dict[str, Tensor] = {}
@@ -260,7 +275,7 @@ class Distillation:
         self._student.requires_grad_(False)
         trained = {}
         for name, parameter in self._student.named_parameters():
-            if name in keep_masks or (parameter.ndim == 1 and name.startswith(within)):
+            if name in keep_masks or name in self._scaled or (parameter.ndim == 1 and name.startswith(within)):
                 trained[name] = parameter.requires_grad_(True)
             if name in keep_masks:
                 parameter.register_hook(functools.partial(torch.mul, keep_masks[name].to(parameter.device)))
@@ -278,7 +293,7 @@ class Distillation:
         while used < 1 and not self._should_stop_early():
             self._progress(STAGE, round(used * 1000), 1000)
             begun = time.monotonic()
-            self._step(next(batches), _learning_rate(used))
+            self._step(next(batches), self._learning_rate * _schedule(used))
             pace = (time.monotonic() - begun) / 60  # minutes of a step
             self._steps += 1
             self._minutes = before + (time.monotonic() - start) / 60
@@ -294,14 +309,14 @@ class Distillation:
         with torch.no_grad():
             for name, best in self._best.items():
                 self._trained[name].copy_(best)
-        self._round()
+        self._scale()
         return self.validations
 
     @torch.no_grad()
-    def _round(self) -> None:
-        """Puts the rounded parameters into the model."""
-        for name, rounded in self._rounding.items():
-            self._in_model[name].copy_(rounded(self._trained[name]))
+    def _scale(self) -> None:
+        """Puts the scaled parameters into the model."""
+        for name, scaled in self._scaled.items():
+            self._in_model[name].copy_(scaled.weight())
 
     def _should_stop_early(self) -> bool:
         lowest = min(range(len(self.validations)), key=lambda index: self.validations[index].divergence)
@@ -325,14 +340,16 @@ class Distillation:
                 "for very large weights in the checkpoint"
             )
         hidden.backward(gradient)  # type: ignore[no-untyped-call]
-        for name in self._rounding:
-            self._trained[name].grad, self._in_model[name].grad = self._in_model[name].grad, None
+        for name, scaled in self._scaled.items():
+            of_weight, self._in_model[name].grad = self._in_model[name].grad, None
+            assert of_weight is not None
+            scaled.factors.grad = scaled.gradient(of_weight)
         nn.utils.clip_grad_norm_(self._trained.values(), MAX_GRAD_NORM)
         for group in self._adam.param_groups:
             group["lr"] = learning_rate
         self._adam.step()
         self._adam.zero_grad(set_to_none=True)
-        self._round()
+        self._scale()
 
     def _hidden(self, model: Any, batch: Tensor) -> Tensor:
         """(tokens, H) fp32: what enters the head."""
@@ -435,11 +452,41 @@ class Distillation:
                 key: stored[f"{key} {name}"].to(parameter.device) for key in ("step", "exp_avg", "exp_avg_sq")
             }
             self._best[name] = stored[f"best {name}"].to(parameter.device)
-        self._round()
+        self._scale()
 
 
-def _learning_rate(used: float) -> float:
-    """A linear start, then a cosine down to MIN_LR_RATIO; `used` is the share of the budget."""
+class Scaled:
+    """A quantized weight of which the scales are trained: each has a factor, which starts at 1."""
+
+    def __init__(self, packed: Packed24) -> None:
+        assert packed.scales is not None
+        self._packed = packed
+        self._values = packing.unpack(packed)
+        self.factors = nn.Parameter(torch.ones(packed.scales.shape))
+        """(N, S), as the scales."""
+
+    def weight(self) -> Tensor:
+        """(N, K) fp32."""
+        return self._values * of_each_input(self.factors.detach(), self._values.shape[1])
+
+    def gradient(self, of_weight: Tensor) -> Tensor:
+        """Of the factors, from that of the weight (N, K)."""
+        each = self._values * of_weight
+        if self.factors.shape[1] == 1:
+            return each.sum(1, keepdim=True)
+        parts = torch.split(each, SCALED_INPUTS, dim=1)
+        return torch.stack([part.sum(1) for part in parts], dim=1)
+
+    def packed(self) -> Packed24:
+        """With the scales as they are now."""
+        packed = self._packed
+        assert packed.scales is not None
+        scales = (packed.scales.float() * self.factors.detach()).to(SCALE_DTYPE)
+        return Packed24(packed.values, packed.metadata, scales)
+
+
+def _schedule(used: float) -> float:
+    """Of the learning rate: a linear start, then a cosine down to MIN_LR_RATIO; `used` is the share of the budget."""
     if used < WARMUP_RATIO:
-        return LEARNING_RATE * max(used / WARMUP_RATIO, MIN_LR_RATIO)
-    return LEARNING_RATE * max(MIN_LR_RATIO, (1 + math.cos(math.pi * used)) / 2)
+        return max(used / WARMUP_RATIO, MIN_LR_RATIO)
+    return max(MIN_LR_RATIO, (1 + math.cos(math.pi * used)) / 2)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from pathlib import Path
@@ -17,15 +16,14 @@ from swiftprune.errors import CheckpointError
 from swiftprune.formats import spec
 from swiftprune.formats.spec import check_finite
 from swiftprune.kernels import packing
-from swiftprune.kernels.quantize import quantize, split_rows
 from swiftprune.methods.least_squares import refine_weights
 from swiftprune.methods.mask import select
-from swiftprune.methods.rounding import round_kept
 from swiftprune.methods.statistics import InputStats
 from swiftprune.models.plan import Block, Linear
 from swiftprune.results import PrunedBlock, PrunedWeight, layer_result
 from swiftprune.stages import refine_blocks
 from swiftprune.stages.clock import Tick
+from swiftprune.stages.round_values import on_same_inputs, round_block, rounds_last
 from swiftprune.stages.store import BlockStore
 from swiftprune.stages.text import calibration_tokens
 
@@ -167,9 +165,9 @@ def _prune_block(run: Run, block: Block, runner: BlockRunner | None, tick: Calla
     if runner and "blocks" in run.settings.refine:
         with run.clock("refine blocks"):
             weights = _refine_block(run, block, weights, runner, tick)
-    if run.settings.values:
+    if run.settings.values and not rounds_last(run.settings):
         with run.clock("round values"):
-            weights = _round_values(run, block, weights, stats)
+            weights = round_block(run.settings.values, block, weights, stats)
     with run.clock("output error"):
         results = [
             layer_result(
@@ -178,25 +176,6 @@ def _prune_block(run: Run, block: Block, runner: BlockRunner | None, tick: Calla
             for linear in block.linears
         ]
     return PrunedBlock(block, weights, results)
-
-
-def _round_values(
-    run: Run, block: Block, weights: Mapping[str, PrunedWeight], stats: Mapping[str, InputStats]
-) -> dict[str, PrunedWeight]:
-    """`weights` with the kept ones of linears in 8 or 4 bits; those on the same inputs share what these cost."""
-    assert run.settings.values
-    rounded = dict(weights)
-    for linears in _on_same_inputs(block, stats):
-        seen = stats.get(linears[0].name)
-        kept = [packing.unpack(weights[linear.tensor]) for linear in linears]
-        masks = [packing.keep_mask(weights[linear.tensor]) for linear in linears]
-        if seen is None or seen.gram is None:
-            parts = [quantize(*pair, run.settings.values, linears[0].tensor) for pair in zip(kept, masks, strict=True)]
-        else:
-            whole = round_kept(torch.cat(kept), torch.cat(masks), seen.gram, run.settings.values, linears[0].name)
-            parts = split_rows(whole, [len(weight) for weight in kept])
-        rounded |= {linear.tensor: part for linear, part in zip(linears, parts, strict=True)}
-    return rounded
 
 
 def _refine_block(
@@ -215,17 +194,7 @@ def _together(run: Run, block: Block, stats: Mapping[str, InputStats]) -> list[l
     """The linears of a block in order; those on the same inputs together, where methods share what inputs cost."""
     if run.method.prune is None or not run.pattern.structured:
         return [[linear] for linear in block.linears]
-    return _on_same_inputs(block, stats)
-
-
-def _on_same_inputs(block: Block, stats: Mapping[str, InputStats]) -> list[list[Linear]]:
-    """The linears of a block in order, those together whose inputs are the same; each alone where none were seen."""
-    if not stats:
-        return [[linear] for linear in block.linears]
-    sharing: dict[int, list[Linear]] = defaultdict(list)
-    for linear in block.linears:
-        sharing[id(stats[linear.name])].append(linear)
-    return list(sharing.values())
+    return on_same_inputs(block, stats)
 
 
 def _prune_linears(run: Run, linears: list[Linear], weights: list[Tensor], stats: InputStats) -> list[PrunedWeight]:

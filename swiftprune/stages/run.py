@@ -16,10 +16,20 @@ from swiftprune.stages.distill import distill
 from swiftprune.stages.keep_dense import keep_dense
 from swiftprune.stages.permute import permute
 from swiftprune.stages.prune import prune_blocks, pruned_blocks
+from swiftprune.stages.round_values import round_values
 from swiftprune.stages.store import BlockStore, MemoryStore
 from swiftprune.stages.text import take_text
+from swiftprune.stages.tune_scales import tune_scales
 
-STAGES: tuple[Callable[[Run, BlockStore], None], ...] = (take_text, permute, prune_blocks, distill, keep_dense)
+STAGES: tuple[Callable[[Run, BlockStore], None], ...] = (
+    take_text,
+    permute,
+    prune_blocks,
+    distill,
+    round_values,
+    tune_scales,
+    keep_dense,
+)
 """Each leaves its result in the store, and does nothing where settings do not ask for it."""
 
 

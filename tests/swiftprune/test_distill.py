@@ -66,7 +66,7 @@ def test_a_step_is_one_of_a_plain_loop(name: str, tiny_models: Callable[[str], P
         for key, mask in masks.items():
             trained[key].grad *= mask
         torch.nn.utils.clip_grad_norm_(trained.values(), distill.MAX_GRAD_NORM)
-        adam.param_groups[0]["lr"] = distill._learning_rate(step / 3)
+        adam.param_groups[0]["lr"] = distill.LEARNING_RATE * distill._schedule(step / 3)
         adam.step()
     assert min(validations, key=lambda point: point.divergence) == validations[-1]
     moved = 0
@@ -155,7 +155,7 @@ def test_it_stops_when_validation_rises_and_keeps_the_best(
     tiny_models: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Going uphill, the first weights are the best."""
-    monkeypatch.setattr(distill, "_learning_rate", lambda used: -1e-3)
+    monkeypatch.setattr(distill, "_schedule", lambda used: -3)
     monkeypatch.setattr(distill, "BATCH_TOKENS", 64)
     student, teacher, masks = pair(tiny_models("llama-gqa-tied"), "llama-gqa-tied")
     before = weights(student)

@@ -90,9 +90,6 @@ def test_unpacking_is_what_the_specification_says(rows: int, groups: int, quanti
     assert packed.spec == WeightSpec((rows, 4 * groups), torch.float32, quantized)
     assert packed.spec.nbytes == sum(tensor.nbytes for tensor in packed.tensors)
     assert torch.equal(unpack(packed).double(), slow_integers(packed) * slow_scales(packed))
-    if groups % 2 == 0:  # the other way round, of the same mask and scales
-        again = quantize.requantize(unpack(packed), packed)
-        assert torch.equal(unpack(again), unpack(packed))
 
 
 @pytest.mark.parametrize("quantized", QUANTIZED)

@@ -1,0 +1,102 @@
+"""Stores the kept weights in 8 or 4 bits: block by block as they are pruned, or at the end where they are trained."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+
+from swiftprune.calibration.runner import BlockRunner
+from swiftprune.config import PruneSettings
+from swiftprune.formats.spec import Quantized
+from swiftprune.kernels import packing
+from swiftprune.kernels.quantize import quantize, split_rows
+from swiftprune.methods.rounding import round_kept
+from swiftprune.methods.statistics import InputStats
+from swiftprune.models.plan import Block, Linear
+from swiftprune.results import PrunedBlock, PrunedWeight, layer_result
+from swiftprune.stages.clock import Tick
+from swiftprune.stages.text import calibration_tokens
+
+if TYPE_CHECKING:
+    from swiftprune.stages.context import Run
+    from swiftprune.stages.store import BlockStore
+
+
+# Forwards of the pruned model and its Gram matrices, of what calibration takes, which runs the dense model too.
+_OF_CALIBRATION = 0.6
+
+
+def rounds_last(settings: PruneSettings) -> bool:
+    """Whether values are rounded after distillation: steps of training are smaller than those between 4-bit values."""
+    return settings.values is not None and "distill" in settings.refine
+
+
+def round_values(run: Run, store: BlockStore) -> None:
+    """Rounds all blocks, each for what the rounded blocks before it give."""
+    if not (run.settings.values and rounds_last(run.settings)):
+        return
+    tokens = calibration_tokens(run)
+    assert tokens is not None, "distillation has text"
+    with run.clock("round values"):
+        runner = BlockRunner(run.model, run.checkpoint, run.targets, tokens, compute=run.compute)
+    for index, block in enumerate(run.targets.blocks):
+        tick = Tick(run.progress, index * 2 * len(tokens), len(run.targets.blocks) * 2 * len(tokens), "round values")
+        with run.clock("round values"), runner.block(block):
+            trained = store.load(block)
+            runner.put(run.by_parameter(block, trained))
+            stats = runner.collect(block, "gram", tick)
+            rounded = round_block(run.settings.values, block, trained, stats)
+            runner.advance(block, run.by_parameter(block, rounded), tick)
+            dense = run.checkpoint.read(linear.tensor for linear in block.linears)
+            results = [
+                layer_result(linear, dense[linear.tensor], rounded[linear.tensor], stats.get(linear.name), 0.0)
+                for linear in block.linears
+            ]
+        run.save(store, PrunedBlock(block, rounded, results))
+
+
+def seconds_to_round(run: Run, store: BlockStore) -> float:
+    """About how long `round_values` will take: from the forwards of calibration, and rounding one block for show."""
+    assert run.settings.values
+    block = run.targets.blocks[0]
+    weights = store.load(block)
+    stats = {}
+    for linear in block.linears:
+        columns = run.checkpoint.tensors[linear.tensor].shape[1]
+        stats[linear.name] = InputStats(token_count=1, gram=torch.eye(columns))
+    start = time.monotonic()
+    round_block(run.settings.values, block, weights, stats)
+    one = time.monotonic() - start
+    return one * len(run.targets.blocks) + _OF_CALIBRATION * run.clock.seconds["calibrate"]
+
+
+def round_block(
+    values: Quantized, block: Block, weights: Mapping[str, PrunedWeight], stats: Mapping[str, InputStats]
+) -> dict[str, PrunedWeight]:
+    """`weights` with the kept ones of linears in 8 or 4 bits; those on the same inputs share what these cost."""
+    rounded = dict(weights)
+    for linears in on_same_inputs(block, stats):
+        seen = stats.get(linears[0].name)
+        kept = [packing.unpack(weights[linear.tensor]) for linear in linears]
+        masks = [packing.keep_mask(weights[linear.tensor]) for linear in linears]
+        if seen is None or seen.gram is None:
+            parts = [quantize(*pair, values, linears[0].tensor) for pair in zip(kept, masks, strict=True)]
+        else:
+            whole = round_kept(torch.cat(kept), torch.cat(masks), seen.gram, values, linears[0].name)
+            parts = split_rows(whole, [len(weight) for weight in kept])
+        rounded |= {linear.tensor: part for linear, part in zip(linears, parts, strict=True)}
+    return rounded
+
+
+def on_same_inputs(block: Block, stats: Mapping[str, InputStats]) -> list[list[Linear]]:
+    """The linears of a block in order, those together whose inputs are the same; each alone where none were seen."""
+    if not stats:
+        return [[linear] for linear in block.linears]
+    sharing: dict[int, list[Linear]] = defaultdict(list)
+    for linear in block.linears:
+        sharing[id(stats[linear.name])].append(linear)
+    return list(sharing.values())
