@@ -15,7 +15,7 @@ from pydantic import BaseModel, ValidationError
 from torch import Tensor
 
 from exporters import hub, model_card
-from exporters.onnx.export import DecoderReport, write_decoder
+from exporters.onnx.export import DecoderReport, HeadName, write_decoder
 from exporters.onnx.trace import require_packages
 from exporters.workspace import MANIFEST, Workspace
 from swiftprune.calibration.text import chat_template, load_tokenizer, start_tokens, token_windows
@@ -121,6 +121,7 @@ def export(
     settings: PruneSettings | None = None,
     *,
     target: Target = "packed",
+    head: HeadName | None = None,
     resume: bool = False,
     overwrite: bool = False,
     evaluate: str | Path | None = None,
@@ -139,11 +140,13 @@ def export(
     exporters.onnx.export). The output is built in `OUT.partial` and renamed at the end; after an interruption
     `resume=True` continues it and gives the same bytes. `evaluate` names a text on which perplexity is measured before
     and after, by transformers; `check` measures it in any case, on a little calibration text that was held back.
-    `notify` is told what the run will cost once a block is done. `push_to_hub` is a hub id (`owner/name`) that the
-    output becomes as well. Raises the errors of swiftprune.errors.
+    `head` is how --target onnx stores the output head and the embeddings: `int8`, by default with quantized values
+    only, or `keep`. `notify` is told what the run will cost once a block is done. `push_to_hub` is a hub id
+    (`owner/name`) that the output becomes as well. Raises the errors of swiftprune.errors.
     """
     settings = settings or PruneSettings()
     _check_target(settings.resolved(), target)
+    head = _head(head, settings, target)
     if push_to_hub:
         hub.check_repository(push_to_hub, overwrite=overwrite)
     checkpoint = Checkpoint.open(model, revision=revision, trust_remote_code=trust_remote_code)
@@ -158,7 +161,7 @@ def export(
             _check_fused(run.targets)
         windows = _evaluation_windows(checkpoint, Path(evaluate), settings.text_column) if evaluate else None
         with run.clock("hash source"):
-            state = _state(checkpoint, settings, target, progress)
+            state = _state(checkpoint, settings, target, progress) | ({"head": head} if target == "onnx" else {})
         workspace.begin(state)
         workspace.check_space(_estimate(run, target))
 
@@ -172,7 +175,7 @@ def export(
             report = writer.complete(state, found, push_to_hub)
         if target in _ONNX:
             with run.clock("onnx"):
-                report = writer.write_onnx(report, push_to_hub, progress)
+                report = writer.write_onnx(report, head, push_to_hub, progress)
         if windows is not None:
             with run.clock("evaluate"):
                 before, after = _evaluate(checkpoint, workspace.folder, target, windows, progress)
@@ -202,6 +205,12 @@ def _check_target(settings: PruneSettings, target: Target) -> None:
         raise SettingsError(f"--values {settings.values} is for --target packed and onnx, not for {target}")
     if target in _ONNX:
         require_packages()
+
+
+def _head(asked: HeadName | None, settings: PruneSettings, target: Target) -> HeadName:
+    if asked == "int8" and target != "onnx":
+        raise SettingsError(f"--head int8 is for --target onnx, not for {target}")
+    return asked or ("int8" if target == "onnx" and settings.values else "keep")
 
 
 def _check_stored(run: Run, target: Target) -> None:
@@ -484,7 +493,9 @@ class _ShardWriter:
             and (path.parent != folder or path.name not in _NOT_COPIED)
         ]
 
-    def write_onnx(self, report: ExportReport, repository: str | None, progress: ProgressCallback) -> ExportReport:
+    def write_onnx(
+        self, report: ExportReport, head: HeadName, repository: str | None, progress: ProgressCallback
+    ) -> ExportReport:
         """Turns the whole checkpoint in the workspace into the folder ONNX_FOLDER within it."""
         workspace = self._workspace
         linears = [self._checkpoint.tensors[linear.tensor] for linear in self._pruned()]
@@ -496,6 +507,7 @@ class _ShardWriter:
             packed=self._target == "onnx",
             dtype=self._run.settings.dtype or stored,
             pruned_weights=sum(torch.Size(linear.shape).numel() for linear in linears),
+            head=head,
             progress=progress,
         )
         config = self._config()

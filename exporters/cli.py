@@ -42,6 +42,11 @@ class ValuesChoice(enum.StrEnum):
     INT4 = "int4"
 
 
+class HeadChoice(enum.StrEnum):
+    INT8 = "int8"
+    KEEP = "keep"
+
+
 class DtypeChoice(enum.StrEnum):
     BFLOAT16 = "bfloat16"
     FLOAT16 = "float16"
@@ -149,7 +154,7 @@ def export_command(
         typer.Option(
             metavar="TYPE",
             help="Of the kept weights. [b]int8[/]: 5 bits a weight in all, at next to no loss; [b]int4[/]: 3.1 bits. "
-            "Both for --target packed, on CPUs.",
+            "Both for --target packed and onnx, on CPUs.",
             show_default="that of --dtype",
         ),
     ] = None,
@@ -296,6 +301,15 @@ def export_command(
             rich_help_panel=_REFINING, min=1, help="With distill: steps instead of minutes, which is reproducible."
         ),
     ] = None,
+    head: Annotated[
+        HeadChoice | None,
+        typer.Option(
+            rich_help_panel=_FILES,
+            help="Of --target onnx, the output head and the embeddings: [b]int8[/]: in 8 bits, by ONNX Runtime's own "
+            "operators; [b]keep[/]: in float32.",
+            show_default="int8 with --values, else keep",
+        ),
+    ] = None,
     dtype: Annotated[
         DtypeChoice | None,
         typer.Option(rich_help_panel=_FILES, help="Type of the written weights.", show_default="MODEL's"),
@@ -379,6 +393,7 @@ def export_command(
                 destination,
                 settings,
                 target=target.value,
+                head=head.value if head else None,
                 resume=resume,
                 overwrite=overwrite,
                 evaluate=evaluate,

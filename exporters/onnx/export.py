@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from exporters.onnx.check import check_weights
 from exporters.onnx.decoder import build_decoder
+from exporters.onnx.head import quantize_head
 from exporters.onnx.pack import pack_model
 from exporters.onnx.packed_rows import PackedRows
 from exporters.workspace import disk_errors
@@ -27,9 +29,11 @@ from swiftprune.models.load import load_whole_model
 from swiftprune.progress import ProgressCallback, no_progress
 
 CHECK_TOKENS = 16
+HeadName = Literal["int8", "keep"]
 _PROMPT_TOKENS = 24
 # Of the largest logit, by the type that the graph computes in; no CPU kernels of ONNX Runtime take bfloat16.
 _TOLERANCE = {"float32": 1e-3, "float16": 2e-2}
+_HEAD_TOLERANCE = 5e-2  # of one in 8 bits, whose inputs are rounded too
 
 
 class DecoderReport(BaseModel):
@@ -45,6 +49,8 @@ class DecoderReport(BaseModel):
     """Against transformers in fp32, on random tokens and their answer; None where ONNX Runtime's CPU cannot run it."""
     equal_tokens: int | None
     """Greedy tokens equal to those of transformers, of CHECK_TOKENS; None like the difference."""
+    head: HeadName = "keep"
+    """How the output head and the embeddings are stored."""
 
 
 def write_decoder(
@@ -54,13 +60,15 @@ def write_decoder(
     packed: bool,
     dtype: DtypeName,
     pruned_weights: int,
+    head: HeadName = "keep",
     progress: ProgressCallback = no_progress,
 ) -> DecoderReport:
     """Writes the pruned dense `checkpoint` to the new folder `out` as model.onnx and what its engines want beside it.
 
     `packed`: the values in `dtype`, computing in float32. Else standard operators only, all in `dtype`, zeros in place.
     `pruned_weights` is the number of weights, zeros counted, that must be 2:4 in the file. Quantized values of a packed
-    `checkpoint` are written as they are.
+    `checkpoint` are written as they are. `head` is `int8` for a head and embeddings in 8 bits, where ONNX Runtime runs
+    the file anyway.
 
     Raises FormatError when fewer are, or when the answers are not those of the checkpoint; CheckpointError when the
     architecture cannot be exported; SettingsError when a package is missing.
@@ -104,6 +112,10 @@ def write_decoder(
     difference, equal = (None, None)
     if tolerance is not None:
         difference, equal = _check(checkpoint, out, tolerance, exact_inputs=rows_of is None, progress=progress)
+    quantized_head = packed and head == "int8" and quantize_head(out / "model.onnx")
+    if quantized_head and tolerance is not None:
+        exact = rows_of is None
+        difference, equal = _check(checkpoint, out, _HEAD_TOLERANCE, exact_inputs=exact, progress=progress)
     shutil.rmtree(unpacked, ignore_errors=True)
     file_bytes = sum(path.stat().st_size for path in out.glob("model.onnx*"))
     return DecoderReport(
@@ -114,6 +126,7 @@ def write_decoder(
         file_bytes=file_bytes,
         max_logit_difference=difference,
         equal_tokens=equal,
+        head="int8" if quantized_head else "keep",
     )
 
 

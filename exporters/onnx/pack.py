@@ -67,7 +67,6 @@ def pack_model(
     `dtype`, and OutputError when `out` cannot be written, which then is as it was: when it exists and is not to be
     replaced (`overwrite`), or holds what `source` is read from.
     """
-    import onnx_ir
     from onnx_ir.passes.common import LiftConstantsToInitializersPass
 
     check_replaceable(out, overwrite=overwrite)
@@ -119,15 +118,22 @@ def pack_model(
     model.opset_imports[matmul24.DOMAIN] = matmul24.DOMAIN_VERSION
     model.ir_version = max(model.ir_version, _OLDEST_IR)
     with written_aside(out) as folder:
-        onnx_ir.save(
-            model,
-            folder / out.name,
-            external_data=f"{out.name}.data",
-            alignment=_ALIGNMENT,
-            align_threshold=0,
-            callback=lambda _, info: progress("write", info.index + 1, info.total),
-        )
+        save_model(model, folder / out.name, progress)
     return PackReport(packed, dense, opset, model.ir_version, before, after)
+
+
+def save_model(model: Any, path: Path, progress: ProgressCallback = no_progress) -> None:
+    """Writes the onnx_ir.Model with its tensors in one file beside it."""
+    import onnx_ir
+
+    onnx_ir.save(
+        model,
+        path,
+        external_data=f"{path.name}.data",
+        alignment=_ALIGNMENT,
+        align_threshold=0,
+        callback=lambda _, info: progress("write", info.index + 1, info.total),
+    )
 
 
 def _exempt(weight: Weight, ignore: Ignore | None) -> str | None:

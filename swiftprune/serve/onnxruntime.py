@@ -38,6 +38,7 @@ from swiftprune.kernels.dispatch import BACKEND_VARIABLE, REFERENCE
 logger = logging.getLogger(__name__)
 
 _PAST, _PRESENT = "past_key_values.", "present."
+_QUANTIZED_HEAD = "MatMulNBits"  # ONNX Runtime's own, of dense weights
 _NUMPY_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
@@ -60,9 +61,9 @@ def session(
     """An `onnxruntime.InferenceSession` on the model at `path`, its packed linears on the kernels of this library.
 
     It has one attribute more, `linears`: how many linears run on which backend. `dense` are those that the model holds
-    dense. `reference` are packed ones that ONNX Runtime unpacks and multiplies densely: all of them with
-    `kernels=False`, with SWIFTPRUNE_BACKEND=reference, or, with a warning, without the native kernels. `options` is an
-    `onnxruntime.SessionOptions`; the library is registered with it.
+    dense, `MatMulNBits` those that it holds dense in 8 bits. `reference` are packed ones that ONNX Runtime unpacks and
+    multiplies densely: all of them with `kernels=False`, with SWIFTPRUNE_BACKEND=reference, or, with a warning, without
+    the native kernels. `options` is an `onnxruntime.SessionOptions`; the library is registered with it.
 
     Raises CheckpointError when ONNX Runtime cannot load the model, SettingsError when ONNX Runtime is missing.
     """
@@ -224,6 +225,8 @@ def count_linears(path: Path) -> Iterator[dict[str, int]]:
         linears[REFERENCE] = unpacked
     if dense:
         linears[dispatch.DENSE] = dense
+    if quantized := sum(node.op_type == _QUANTIZED_HEAD for node in graph.node):
+        linears[_QUANTIZED_HEAD] = quantized
 
 
 def _kernels_made() -> Counter[str]:
