@@ -510,6 +510,11 @@ class _ShardWriter:
             head=head,
             progress=progress,
         )
+        if head != made.head:
+            self._run.notify(
+                f"The output head stays in float32: {made.builder} wrote a file of standard operators, which runtimes "
+                "other than ONNX Runtime run too, or a head of another form than a product."
+            )
         config = self._config()
         if self._target == "onnx":
             config["quantization_config"] = spec.declaration(spec.FORMAT, list(self._dense), self._run.settings.values)

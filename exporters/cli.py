@@ -453,7 +453,8 @@ def print_report(report: ExportReport, console: Console) -> None:
     seconds = ", ".join(f"{stage} {value:.1f}" for stage, value in report.seconds.items() if value >= 0.05)
     whole.add_row("seconds", f"{seconds}; total {sum(report.seconds.values()):.1f}")
     if made := report.onnx:
-        whole.add_row("ONNX", f"opset {made.opset}, IR version {made.ir_version}, built by {made.builder}")
+        head = ", head and embeddings in 8 bits" if made.head == "int8" else ""
+        whole.add_row("ONNX", f"opset {made.opset}, IR version {made.ir_version}, built by {made.builder}{head}")
         whole.add_row(
             "against transformers",
             f"{made.equal_tokens} of {CHECK_TOKENS} greedy tokens equal, logits within {made.max_logit_difference:.2g}"

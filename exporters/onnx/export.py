@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 from collections.abc import Iterator
@@ -33,7 +34,7 @@ HeadName = Literal["int8", "keep"]
 _PROMPT_TOKENS = 24
 # Of the largest logit, by the type that the graph computes in; no CPU kernels of ONNX Runtime take bfloat16.
 _TOLERANCE = {"float32": 1e-3, "float16": 2e-2}
-_HEAD_TOLERANCE = 5e-2  # of one in 8 bits, whose inputs are rounded too
+_ROUNDED_TOLERANCE = 0.2  # where inputs are rounded layer after layer: enough to tell another model
 
 
 class DecoderReport(BaseModel):
@@ -83,6 +84,10 @@ def write_decoder(
     builder = build_decoder(
         checkpoint, dense, dtype="float32" if packed else dtype, standard_ops=not packed, progress=progress
     )
+    tolerance = _TOLERANCE.get("float32" if packed else dtype)
+    answers = _Answers(checkpoint)
+    if rows_of and tolerance is not None:  # before anything is rounded but the weights themselves
+        answers.compare(dense / "model.onnx", tolerance, progress)
     if packed:
         report = pack_model(
             dense / "model.onnx", out / "model.onnx", dtype=DTYPES[dtype], rows_of=rows_of, progress=progress
@@ -108,14 +113,12 @@ def write_decoder(
             f"{out}: {found:,} weights are 2:4 in the ONNX file, but {pruned_weights:,} were pruned; not 2:4: {listed}"
         )
     opset, ir_version = _versions(out / "model.onnx")
-    tolerance = _TOLERANCE.get("float32" if packed else dtype)
-    difference, equal = (None, None)
-    if tolerance is not None:
-        difference, equal = _check(checkpoint, out, tolerance, exact_inputs=rows_of is None, progress=progress)
+    compared: tuple[float | None, int | None] = (None, None)
+    if tolerance is not None and rows_of is None:
+        compared = answers.compare(out / "model.onnx", tolerance, progress)
     quantized_head = packed and head == "int8" and quantize_head(out / "model.onnx")
-    if quantized_head and tolerance is not None:
-        exact = rows_of is None
-        difference, equal = _check(checkpoint, out, _HEAD_TOLERANCE, exact_inputs=exact, progress=progress)
+    if tolerance is not None and (rows_of or quantized_head):  # these round inputs
+        compared = answers.compare(out / "model.onnx", _ROUNDED_TOLERANCE, progress)
     shutil.rmtree(unpacked, ignore_errors=True)
     file_bytes = sum(path.stat().st_size for path in out.glob("model.onnx*"))
     return DecoderReport(
@@ -124,8 +127,8 @@ def write_decoder(
         ir_version=ir_version,
         weight_bytes=weight_bytes,
         file_bytes=file_bytes,
-        max_logit_difference=difference,
-        equal_tokens=equal,
+        max_logit_difference=compared[0],
+        equal_tokens=compared[1],
         head="int8" if quantized_head else "keep",
     )
 
@@ -167,44 +170,46 @@ def _unpacked(checkpoint: Path, out: Path, values: Quantized, progress: Progress
     progress("unpack", len(shards), len(shards))
 
 
-def _check(
-    checkpoint: Path, out: Path, tolerance: float, *, exact_inputs: bool, progress: ProgressCallback
-) -> tuple[float, int]:
-    """Raises FormatError when the file's logits are not the checkpoint's.
+class _Answers:
+    """Of the checkpoint in fp32, by transformers: what the file is held against."""
 
-    Where kernels round their inputs, that is asked of the file as any runtime runs it, without them.
-    """
-    progress("check the answers", 0, 1)
-    expected, tokens = _expected(checkpoint)
-    found = _logits(out / "model.onnx", tokens, kernels=exact_inputs)
-    progress("check the answers", 1, 1)
-    difference, largest = float((found - expected).abs().max()), float(expected.abs().max())
-    run = found if exact_inputs else _logits(out / "model.onnx", tokens)
-    equal = int((run.argmax(-1) == expected.argmax(-1)).sum())
-    if not difference <= tolerance * largest:
-        raise FormatError(
-            f"{out}: the ONNX file's logits differ from the checkpoint's by {difference:.3g} (the largest is "
-            f"{largest:.3g}): it is not the same model; please report the architecture"
-        )
-    return difference, equal
+    def __init__(self, checkpoint: Path) -> None:
+        self._checkpoint = checkpoint
+
+    @functools.cached_property
+    @torch.inference_mode()
+    def _expected(self) -> tuple[torch.Tensor, list[int]]:
+        """Logits (CHECK_TOKENS, V) of greedy steps, and the tokens: a random prompt and the answers."""
+        model = load_whole_model(self._checkpoint, dtype=torch.float32)
+        torch.manual_seed(0)
+        tokens = torch.randint(0, model.config.get_text_config().vocab_size, (1, _PROMPT_TOKENS))
+        for _ in range(CHECK_TOKENS - 1):
+            tokens = torch.cat((tokens, model(tokens).logits[:, -1:].argmax(-1)), dim=1)
+        return model(tokens).logits[0, -CHECK_TOKENS:].float(), tokens[0].tolist()
+
+    def compare(self, path: Path, tolerance: float, progress: ProgressCallback) -> tuple[float, int]:
+        """The largest difference of the logits of the file at `path`, and how many greedy tokens are equal.
+
+        Raises FormatError when logits differ by more than `tolerance` of the largest.
+        """
+        progress("check the answers", 0, 1)
+        expected, tokens = self._expected
+        found = _logits(path, tokens)
+        progress("check the answers", 1, 1)
+        difference, largest = float((found - expected).abs().max()), float(expected.abs().max())
+        if not difference <= tolerance * largest:
+            raise FormatError(
+                f"{path.parent}: the ONNX file's logits differ from the checkpoint's by {difference:.3g} (the largest "
+                f"is {largest:.3g}): it is not the same model; please report the architecture"
+            )
+        return difference, int((found.argmax(-1) == expected.argmax(-1)).sum())
 
 
-@torch.inference_mode()
-def _expected(checkpoint: Path) -> tuple[torch.Tensor, list[int]]:
-    """Logits (CHECK_TOKENS, V) of greedy steps in fp32, and the tokens: a random prompt and the answers."""
-    model = load_whole_model(checkpoint, dtype=torch.float32)
-    torch.manual_seed(0)
-    tokens = torch.randint(0, model.config.get_text_config().vocab_size, (1, _PROMPT_TOKENS))
-    for _ in range(CHECK_TOKENS - 1):
-        tokens = torch.cat((tokens, model(tokens).logits[:, -1:].argmax(-1)), dim=1)
-    return model(tokens).logits[0, -CHECK_TOKENS:].float(), tokens[0].tolist()
-
-
-def _logits(path: Path, tokens: list[int], *, kernels: bool = True) -> torch.Tensor:
+def _logits(path: Path, tokens: list[int]) -> torch.Tensor:
     """The same of the ONNX file: the prompt at once, then the given tokens one by one through the cache."""
     import swiftprune.serve.onnxruntime
 
-    decoder = swiftprune.serve.onnxruntime.Decoder(swiftprune.serve.onnxruntime.session(path, kernels=kernels))
+    decoder = swiftprune.serve.onnxruntime.Decoder(swiftprune.serve.onnxruntime.session(path))
     row = np.asarray([tokens])
     steps = [decoder.step(row[:, :_PROMPT_TOKENS])]
     steps += [decoder.step(row[:, at : at + 1]) for at in range(_PROMPT_TOKENS, len(tokens))]

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 import swiftprune.serve.onnxruntime
+import swiftprune.serve.transformers
 from exporters import export
 from exporters.onnx import check_weights
 from exporters.onnx.cli import app
@@ -28,6 +29,7 @@ from swiftprune.config import PruneSettings
 from swiftprune.errors import CheckpointError, FormatError, OutputError, SettingsError
 from swiftprune.formats.spec import QUANTIZED, Quantized
 from swiftprune.kernels import native
+from swiftprune.serve.onnxruntime import Decoder
 from tests import models
 
 ROOT = Path(__file__).parent.parent.parent
@@ -98,14 +100,25 @@ def test_each_architecture_answers_as_transformers(
 @pytest.mark.parametrize("values", QUANTIZED)
 @pytest.mark.parametrize("name", ["llama-gqa-tied", "gpt-neox"])  # by either builder
 def test_quantized_values_are_those_of_the_packed_checkpoint(
-    name: str, values: Quantized, tiny_models: Callable[[str], Path], tmp_path: Path
+    name: str,
+    values: Quantized,
+    tiny_models: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     settings = PruneSettings(calibration="none", values=values)
     made = export(tiny_models(name), tmp_path / "onnx", settings, target="onnx", head="keep").onnx
     assert made
     assert made.max_logit_difference is not None
-    assert made.max_logit_difference < 1e-4  # as any runtime runs the file
+    assert made.max_logit_difference > 1e-4  # the kernels round inputs
     export(tiny_models(name), tmp_path / "packed", settings)
+    monkeypatch.setenv("SWIFTPRUNE_BACKEND", "reference")  # which does not, nor does the function in the file
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "packed", dtype=torch.float32)
+    plain = Decoder(swiftprune.serve.onnxruntime.session(tmp_path / "onnx" / "model.onnx", kernels=False))
+    with torch.inference_mode():
+        expected = model(torch.tensor([PROMPT])).logits.numpy()
+    assert np.abs(plain.step(np.array([PROMPT]))[:, -1] - expected[:, -1]).max() < 1e-4
+    monkeypatch.delenv("SWIFTPRUNE_BACKEND")
     shards = (tmp_path / "packed").glob("*.safetensors")
     stored = {key: tensor for path in shards for key, tensor in load_file(path).items()}
     packed = [key.removesuffix("_scale") for key in stored if key.endswith("weight_scale")]
@@ -177,7 +190,7 @@ def test_an_interrupted_build_is_resumed(
 def test_a_file_that_answers_otherwise_is_never_put_in_place(
     tiny_models: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def wrong(path: Path, tokens: list[int], *, kernels: bool) -> torch.Tensor:
+    def wrong(path: Path, tokens: list[int]) -> torch.Tensor:
         return torch.zeros(CHECK_TOKENS, models.VOCABULARY)
 
     monkeypatch.setattr("exporters.onnx.export._logits", wrong)

@@ -73,9 +73,11 @@ def test_head_and_embeddings(name: str, tiny_models: Callable[[str], Path], tmp_
 
 def test_what_keeps_its_head(tiny_models: Callable[[str], Path], tmp_path: Path) -> None:
     """Files that other runtimes run, and 16-bit values unless it is asked for."""
-    neox = export(tiny_models("gpt-neox"), tmp_path / "neox", INT8, target="onnx", head="int8").onnx
+    said: list[str] = []
+    neox = export(tiny_models("gpt-neox"), tmp_path / "neox", INT8, target="onnx", notify=said.append).onnx
     assert neox
     assert neox.head == "keep"
+    assert any(line.startswith("The output head stays in float32: torch.onnx") for line in said)
     none = PruneSettings(calibration="none")
     plain = export(tiny_models("llama-gqa-tied"), tmp_path / "plain", none, target="onnx").onnx
     asked = export(tiny_models("llama-gqa-tied"), tmp_path / "asked", none, target="onnx", head="int8").onnx
