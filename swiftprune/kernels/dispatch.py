@@ -190,5 +190,5 @@ def _parsed(text: str, by: str) -> Plan:
         if {",", "<"} & set(text):
             raise SettingsError(f"{error}{by}") from error
         known = ", ".join((*native.LINEAR_ISAS, REFERENCE, *gpu.BACKENDS))
-        without = "" if native.LINEAR_ISAS else " (swiftprune was installed without its native kernels)"
+        without = "" if native.LINEAR_ISAS else " (this installation has no native kernels)"
         raise SettingsError(f"unknown backend {text!r}{by}; known: {known}{without}") from error
