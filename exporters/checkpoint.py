@@ -449,11 +449,11 @@ class _ShardWriter:
             check=check,
         )
 
-    def _card(self, check: Check | None, bytes_after: int, repository: str | None) -> str:
+    def _card(self, check: Check | None, bytes_after: int, repository: str | None, target: str | None = None) -> str:
         return model_card.model_card(
             self._checkpoint,
             self._run.settings,
-            self._target,
+            target or self._target,
             check,
             pruned=len(self._pruned()),
             dense=self._dense,
@@ -519,7 +519,11 @@ class _ShardWriter:
         if self._target == "onnx":
             config["quantization_config"] = spec.declaration(spec.FORMAT, list(self._dense), self._run.settings.values)
         workspace.write_json(f"{ONNX_FOLDER}/config.json", config)
-        workspace.write_text(f"{ONNX_FOLDER}/{model_card.NAME}", self._card(report.check, made.file_bytes, repository))
+        by_session = self._target == "onnx" and not (out / "genai_config.json").exists()
+        served = model_card.BY_SESSION if by_session else self._target
+        workspace.write_text(
+            f"{ONNX_FOLDER}/{model_card.NAME}", self._card(report.check, made.file_bytes, repository, served)
+        )
         for name in (MANIFEST, *self._copied()):
             if not (out / name).exists():  # the builder copies some
                 workspace.copy(workspace.folder / name, f"{ONNX_FOLDER}/{name}")

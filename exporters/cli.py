@@ -489,7 +489,9 @@ def print_report(report: ExportReport, console: Console) -> None:
         whole.add_row("left dense", escape(f"{names[0]}{and_more(names)}: {reason}"))
     whole.add_row("written to", escape(report.out))
     if report.target in _SERVED_BY:
-        whole.add_row("next", escape(_SERVED_BY[report.target].format(out=report.out)))
+        by_session = report.target == "onnx" and not (Path(report.out) / "genai_config.json").exists()
+        served = "swiftprune.serve.onnxruntime.session('{out}/model.onnx')" if by_session else _SERVED_BY[report.target]
+        whole.add_row("next", escape(served.format(out=report.out)))
     if report.hub:
         whole.add_row("pushed to", escape(report.hub))
     console.print(whole)

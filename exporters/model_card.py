@@ -14,6 +14,8 @@ from swiftprune.config import PruneSettings, output_name
 from swiftprune.results import Check
 
 NAME = "README.md"
+BY_SESSION = "onnx, by session"
+"""The target `onnx` where onnxruntime-genai does not run the architecture."""
 
 _TRANSFORMERS = """In transformers, with swiftprune installed:
 
@@ -48,6 +50,14 @@ tensors = load("{folder}")  # dense ones, and SparseSemiStructuredTensorCUTLASS
 
 ```console
 swiftprune-onnx generate {folder} --prompt "The capital of France is"
+```
+""",
+    BY_SESSION: """In ONNX Runtime, with swiftprune[onnx] installed; any other runtime runs the file too, unpacked:
+
+```python
+import swiftprune.serve.onnxruntime
+
+session = swiftprune.serve.onnxruntime.session("{folder}/model.onnx")
 ```
 """,
     "onnx-dense": "An ONNX decoder with zeros in place, for TensorRT and other ONNX runtimes.\n",

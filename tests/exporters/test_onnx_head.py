@@ -78,6 +78,7 @@ def test_what_keeps_its_head(tiny_models: Callable[[str], Path], tmp_path: Path)
     assert neox
     assert neox.head == "keep"
     assert any(line.startswith("The output head stays in float32: torch.onnx") for line in said)
+    assert "serve.onnxruntime.session(" in (tmp_path / "neox" / "README.md").read_text()
     none = PruneSettings(calibration="none")
     plain = export(tiny_models("llama-gqa-tied"), tmp_path / "plain", none, target="onnx").onnx
     asked = export(tiny_models("llama-gqa-tied"), tmp_path / "asked", none, target="onnx", head="int8").onnx
