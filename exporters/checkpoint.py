@@ -36,6 +36,7 @@ from swiftprune.stages.check import check as check_result
 from swiftprune.stages.context import Run
 from swiftprune.stages.distill import Validation
 from swiftprune.stages.run import run_stages
+from swiftprune.stages.text import check_fits
 
 Target = Literal["packed", "dense", "torch", "sparse24-bitmask", "onnx", "onnx-dense"]
 _ONNX: tuple[Target, ...] = ("onnx", "onnx-dense")
@@ -385,10 +386,8 @@ class _ShardWriter:
         if dtype := self._run.settings.dtype:
             for name, tensor in tensors.items():
                 if tensor.is_floating_point():
+                    check_fits(tensor, dtype, name)
                     tensors[name] = tensor.to(DTYPES[dtype])
-                    if not torch.isfinite(tensors[name]).all() and torch.isfinite(tensor).all():
-                        largest = float(tensor.abs().max())
-                        raise SettingsError(f"--dtype {dtype}: {name} holds {largest:g}, which does not fit")
         return tensors
 
     def write_outside(self) -> None:
@@ -519,7 +518,7 @@ class _ShardWriter:
         if self._target == "onnx":
             config["quantization_config"] = spec.declaration(spec.FORMAT, list(self._dense), self._run.settings.values)
         workspace.write_json(f"{ONNX_FOLDER}/config.json", config)
-        by_session = self._target == "onnx" and not (out / "genai_config.json").exists()
+        by_session = self._target == "onnx" and not made.genai
         served = model_card.BY_SESSION if by_session else self._target
         workspace.write_text(
             f"{ONNX_FOLDER}/{model_card.NAME}", self._card(report.check, made.file_bytes, repository, served)

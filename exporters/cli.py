@@ -489,7 +489,7 @@ def print_report(report: ExportReport, console: Console) -> None:
         whole.add_row("left dense", escape(f"{names[0]}{and_more(names)}: {reason}"))
     whole.add_row("written to", escape(report.out))
     if report.target in _SERVED_BY:
-        by_session = report.target == "onnx" and not (Path(report.out) / "genai_config.json").exists()
+        by_session = report.onnx is not None and not report.onnx.genai
         served = "swiftprune.serve.onnxruntime.session('{out}/model.onnx')" if by_session else _SERVED_BY[report.target]
         whole.add_row("next", escape(served.format(out=report.out)))
     if report.hub:

@@ -41,7 +41,7 @@ from runtime_bench.run import RunSettings
 from swiftprune.errors import SettingsError, SwiftpruneError
 from swiftprune.kernels.plan import TABLE_VARIABLE
 from swiftprune.kernels.triton_linear import CONFIGS_VARIABLE
-from swiftprune.methods.scores import KEEP, METHODS, find_method
+from swiftprune.methods.scores import find_method
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -124,7 +124,7 @@ def trade_off_command(
     """Quality against time: perplexity of the demo model after each recipe of pruning stages, on two held-out texts."""
     names = recipe or list(trade_off.RECIPES)
     if "methods" in names:
-        names = [*(name for name in names if name != "methods"), *(name for name in METHODS if name != KEEP)]
+        names = [*(name for name in names if name != "methods"), *trade_off.PRUNING_METHODS]
     with ProgressBars(Console(stderr=True)) as progress:
         data = demo_data.fetch(folder, progress)
         result = trade_off.measure(data, names, out, seeds=seeds, keep=keep, progress=progress)

@@ -35,6 +35,7 @@ from swiftprune.stages.distill import Validation
 SEQLEN = 2048
 WINDOWS = 15  # of each text
 DENSE = "dense"
+PRUNING_METHODS = tuple(name for name in METHODS if name != KEEP)
 # Stages of an export that are not pruning: what is reported as its time leaves them out.
 _NOT_PRUNING = {"hash source", "calibration text", "write", "output error"}
 
@@ -163,7 +164,7 @@ def measure(
 
 def recipes_and_methods() -> dict[str, tuple[QualityName | None, dict[str, Any]]]:
     """RECIPES, and each method that prunes by itself."""
-    return {name: (None, {"method": name}) for name in METHODS if name != KEEP} | RECIPES
+    return {name: (None, {"method": name}) for name in PRUNING_METHODS} | RECIPES
 
 
 def _seeded(name: str, seed: int) -> str:

@@ -24,7 +24,7 @@ from swiftprune.checkpoints.source import INDEX_NAME, read_json
 from swiftprune.config import DTYPES, DtypeName
 from swiftprune.errors import FormatError
 from swiftprune.formats import FORMATS
-from swiftprune.formats.spec import Packed24, Quantized
+from swiftprune.formats.spec import Packed24
 from swiftprune.kernels import packing
 from swiftprune.models.load import load_whole_model
 from swiftprune.progress import ProgressCallback, no_progress
@@ -52,6 +52,8 @@ class DecoderReport(BaseModel):
     """Greedy tokens equal to those of transformers, of CHECK_TOKENS; None like the difference."""
     head: HeadName = "keep"
     """How the output head and the embeddings are stored."""
+    genai: bool = True
+    """Whether onnxruntime-genai runs it."""
 
 
 def write_decoder(
@@ -78,8 +80,8 @@ def write_decoder(
     for folder in (dense, out, unpacked):
         shutil.rmtree(folder, ignore_errors=True)
     rows_of = None
-    if quantized := read_json(checkpoint / "config.json").get("quantization_config"):
-        rows_of = PackedRows(_unpacked(checkpoint, unpacked, quantized["values"], progress))
+    if "quantization_config" in read_json(checkpoint / "config.json"):
+        rows_of = PackedRows(_unpacked(checkpoint, unpacked, progress))
         checkpoint = unpacked
     builder = build_decoder(
         checkpoint, dense, dtype="float32" if packed else dtype, standard_ops=not packed, progress=progress
@@ -130,6 +132,7 @@ def write_decoder(
         max_logit_difference=compared[0],
         equal_tokens=compared[1],
         head="int8" if quantized_head else "keep",
+        genai=(out / "genai_config.json").exists(),
     )
 
 
@@ -140,7 +143,7 @@ def _versions(path: Path) -> tuple[int, int]:
     return next(opset.version for opset in model.opset_import if opset.domain == ""), int(model.ir_version)
 
 
-def _unpacked(checkpoint: Path, out: Path, values: Quantized, progress: ProgressCallback) -> Iterator[Packed24]:
+def _unpacked(checkpoint: Path, out: Path, progress: ProgressCallback) -> Iterator[Packed24]:
     """Writes the packed `checkpoint` to the folder `out` with dense weights in float32; yields the packed ones."""
     shards = sorted({str(shard) for shard in read_json(checkpoint / INDEX_NAME)["weight_map"].values()})
     placed: dict[str, str] = {}

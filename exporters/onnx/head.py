@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from exporters.onnx.pack import save_model, written_aside
+from exporters.onnx.pack import add_initializer, replace_node, save_model, written_aside
 from exporters.onnx.weights import load_graph
 
 _DOMAIN = "com.microsoft"
@@ -52,17 +52,17 @@ def quantize_head(path: Path) -> bool:
         "block_size": block,
         "accuracy_level": _INT8_INPUTS,
     }
-    gather = next((node for node in graph if node.op_type == "Gather" and _embeds(node, rows.shape)), None)
-    table = None if gather is None else _matrix(gather.inputs[0])
+    gathers = ((node, _matrix(node.inputs[0])) for node in graph if node.op_type == "Gather")
+    gather, table = next(
+        ((node, table) for node, table in gathers if table is not None and table.shape == rows.shape), (None, None)
+    )
     tied = table is not None and np.array_equal(table, rows)
     if table is not None and not tied:
         own, own_scales = _rounded(table, block)
         initializers |= {_EMBEDDINGS: own, f"{_EMBEDDINGS}.{_SCALES}": own_scales}
-    made = {name: _value(name, array) for name, array in initializers.items()}
+    made = {name: add_initializer(graph, onnx_ir.tensor(array, name=name)) for name, array in initializers.items()}
     if tied:
         made[_EMBEDDINGS] = onnx_ir.Value(name=_EMBEDDINGS)  # the head's own bytes: see below
-    for name in initializers:
-        graph.register_initializer(made[name])
     _replace(graph, head, "MatMulNBits", [head.inputs[0], made[_HEAD], made[f"{_HEAD}.{_SCALES}"]], attributes)
     if gather is not None:
         scales_value = made[f"{_HEAD if tied else _EMBEDDINGS}.{_SCALES}"]
@@ -108,31 +108,12 @@ def _matrix(value: Any) -> NDArray[np.float32] | None:
     return numbers if numbers.dtype == np.float32 else None
 
 
-def _embeds(node: Any, shape: tuple[int, ...]) -> bool:
-    table = _matrix(node.inputs[0])
-    return table is not None and table.shape == shape
-
-
-def _value(name: str, array: NDArray[Any]) -> Any:
-    import onnx_ir
-
-    tensor: Any = onnx_ir.tensor(array, name=name)
-    return onnx_ir.Value(name=name, type=onnx_ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor)
-
-
 def _replace(graph: Any, node: Any, op: str, operands: list[Any], attributes: dict[str, int]) -> None:
     """Puts an operator of ONNX Runtime in the place of `node`, whose constant operand goes with it."""
     import onnx_ir
 
     constant = next(value for value in node.inputs if _matrix(value) is not None)
-    before = node.outputs[0]
-    new = onnx_ir.node(op, operands, attributes, domain=_DOMAIN, name=node.name)
-    after = new.outputs[0]
-    after.shape, after.type, name = before.shape, before.type, before.name
-    before.name, after.name = None, name
-    graph.insert_before(node, new)
-    onnx_ir.convenience.replace_all_uses_with(before, after, replace_graph_outputs=True)
-    graph.remove(node, safe=True)
+    replace_node(graph, node, [onnx_ir.node(op, operands, attributes, domain=_DOMAIN, name=node.name)])
     while constant is not None and not constant.uses():  # and the Transpose that it comes from
         producer = constant.producer()
         if producer is None:

@@ -6,7 +6,7 @@ import functools
 import itertools
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -178,32 +178,42 @@ def _replace(model: Any, weight: Weight, stored: WeightSpec, pack: Callable[[], 
         _lazy(f"{stem}.{part}", dtype, shape, functools.partial(_part, pack, index))
         for index, (part, (shape, dtype)) in enumerate(zip(_PARTS, parts, strict=False))
     ]
-    values = [
-        onnx_ir.Value(name=tensor.name, type=onnx_ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor)
-        for tensor in tensors
-    ]
-    for value in values:
-        graph.register_initializer(value)
+    values = [add_initializer(graph, tensor) for tensor in tensors]
     for node in weight.nodes:
-        product, tail = node.outputs[0], []
+        tail = []
         bias = node.inputs[2] if node.op_type == "Gemm" and len(node.inputs) > 2 else None
         packed = onnx_ir.node(
             matmul24.NAMES[stored.quantized], [node.inputs[0], *values], domain=matmul24.DOMAIN, name=node.name
         )
         if bias is not None:
             tail = [onnx_ir.node("Add", [packed.outputs[0], bias], name=f"{node.name}/bias")]
-        new = [packed, *tail]
-        result = new[-1].outputs[0]
-        result.shape, result.type = product.shape, product.type
-        name = product.name
-        product.name = None
-        result.name = name
-        graph.insert_before(node, new)
-        onnx_ir.convenience.replace_all_uses_with(product, result, replace_graph_outputs=True)
-        graph.remove(node, safe=True)
+        replace_node(graph, node, [packed, *tail])
     for node, _ in list(weight.value.uses()):  # a Transpose that nothing reads any more
         graph.remove(node, safe=True)
     del graph.initializers[weight.name]
+
+
+def add_initializer(graph: Any, tensor: Any) -> Any:
+    """The onnx_ir.Value of a new initializer of the graph, by the name of its tensor."""
+    import onnx_ir
+
+    value = onnx_ir.Value(
+        name=tensor.name, type=onnx_ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor
+    )
+    graph.register_initializer(value)
+    return value
+
+
+def replace_node(graph: Any, node: Any, new: Sequence[Any]) -> None:
+    """Puts the nodes `new` in the place of `node`; the only output of the last is the one that `node` had, by name."""
+    import onnx_ir
+
+    before, after = node.outputs[0], new[-1].outputs[0]
+    after.shape, after.type, name = before.shape, before.type, before.name
+    before.name, after.name = None, name
+    graph.insert_before(node, new)
+    onnx_ir.convenience.replace_all_uses_with(before, after, replace_graph_outputs=True)
+    graph.remove(node, safe=True)
 
 
 def _part(pack: Callable[[], Packed24], index: int) -> Tensor:

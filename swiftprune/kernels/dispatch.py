@@ -103,8 +103,6 @@ def linear_backend(
     TRITON_INTERPRET=1 is set and they are asked for. Raises SettingsError when the backend is unknown or cannot run
     here: another one never takes its place in silence.
     """
-    from swiftprune.kernels import native
-
     kernels()  # says so when there are no native ones
     device = torch.device(device)
     asked = requested or os.environ.get(BACKEND_VARIABLE)
@@ -114,7 +112,7 @@ def linear_backend(
     if device.type == "cuda":
         facts = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
         return gpu_backend(dtype, shape, *facts, asked, by)
-    known = (*native.LINEAR_ISAS, REFERENCE)
+    known = _cpu_backends()
     if asked not in (None, *known) and os.environ.get("TRITON_INTERPRET") == "1":
         return gpu_backend(dtype, shape, "Triton's interpreter", (8, 0), asked, by)
     available = linear_backends(dtype, device)
@@ -127,6 +125,13 @@ def linear_backend(
             f"backend {asked!r} cannot run {dtype} on this machine's {device}{by}; available: {', '.join(available)}"
         )
     return asked
+
+
+def _cpu_backends() -> tuple[str, ...]:
+    """Of every CPU that there are kernels for, of values in the type of the inputs."""
+    from swiftprune.kernels import native
+
+    return (*native.LINEAR_ISAS, REFERENCE)
 
 
 def _quantized_backend(
@@ -189,6 +194,6 @@ def _parsed(text: str, by: str) -> Plan:
     except SettingsError as error:
         if {",", "<"} & set(text):
             raise SettingsError(f"{error}{by}") from error
-        known = ", ".join((*native.LINEAR_ISAS, REFERENCE, *gpu.BACKENDS))
+        known = ", ".join((*_cpu_backends(), *gpu.BACKENDS))
         without = "" if native.LINEAR_ISAS else " (this installation has no native kernels)"
         raise SettingsError(f"unknown backend {text!r}{by}; known: {known}{without}") from error

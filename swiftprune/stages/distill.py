@@ -117,10 +117,7 @@ def distill(run: Run, store: BlockStore) -> None:
     if "distill" not in run.settings.refine:
         return
     with run.clock("distill"):
-        tokens, _ = windows_to_train_and_to_judge(run)
-        teacher = run.load_whole(run.compute)
-        student = run.load_whole(torch.float32)
-        pruned = run.put_pruned(student, store)
+        tokens, teacher, student, pruned = models_to_train(run, store)
         keep_masks = {name: packing.keep_mask(weight) for name, weight in pruned.items()}
         distillation = Distillation(
             student,
@@ -137,6 +134,13 @@ def distill(run: Run, store: BlockStore) -> None:
         distillation.save()
     for block in run.targets.blocks:
         run.save(store, trained_block(run, student, block))
+
+
+def models_to_train(run: Run, store: BlockStore) -> tuple[Tensor, Any, Any, dict[str, PrunedWeight]]:
+    """Windows to train on, the dense model, the pruned one as `store` has it, and its pruned weights by parameter."""
+    tokens, _ = windows_to_train_and_to_judge(run)
+    teacher, student = run.load_whole(run.compute), run.load_whole(torch.float32)
+    return tokens, teacher, student, run.put_pruned(student, store)
 
 
 def within_blocks(run: Run) -> str:

@@ -10,7 +10,7 @@ from torch import Tensor
 from swiftprune.calibration.data import CalibrationData, calibration_data
 from swiftprune.calibration.sampling import sampled_conversations
 from swiftprune.calibration.text import CalibrationText
-from swiftprune.config import DTYPES
+from swiftprune.config import DTYPES, DtypeName
 from swiftprune.errors import CheckpointError, SettingsError
 from swiftprune.formats.spec import check_finite
 
@@ -85,17 +85,18 @@ def _check_weights(run: Run) -> None:
         tensor = run.checkpoint.read([name])[name]
         if tensor.is_floating_point() and tensor.itemsize > 1:
             check_finite(tensor, name)
-            _check_fits(run, tensor, name)
+            if run.settings.dtype:
+                check_fits(tensor, run.settings.dtype, name)
     run.progress("check weights", len(tensors), len(tensors))
 
 
-def _check_fits(run: Run, tensor: Tensor, name: str) -> None:
-    """Raises SettingsError where the type that is asked for cannot hold the tensor's numbers."""
-    if not (dtype := run.settings.dtype) or not tensor.numel():
+def check_fits(tensor: Tensor, dtype: DtypeName, name: str) -> None:
+    """Raises SettingsError where `dtype` makes infinities of the numbers of a tensor that has none."""
+    if not tensor.numel():
         return
-    low, high = torch.aminmax(tensor)
-    if (largest := max(-float(low), float(high))) > torch.finfo(DTYPES[dtype]).max:
-        raise SettingsError(f"--dtype {dtype}: {name} holds {largest:g}, which does not fit; bfloat16 would")
+    largest = torch.stack(torch.aminmax(tensor)).abs().max()
+    if torch.isfinite(largest) and not torch.isfinite(largest.to(DTYPES[dtype])):
+        raise SettingsError(f"--dtype {dtype}: {name} holds {float(largest):g}, which does not fit")
 
 
 def _check_tokens(run: Run, data: CalibrationData) -> None:

@@ -5,12 +5,17 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING
 
-import torch
-
 from swiftprune.formats.spec import Packed24
-from swiftprune.stages.distill import Budget, Distillation, Scaled, minutes_left, trained_block, within_blocks
+from swiftprune.stages.distill import (
+    Budget,
+    Distillation,
+    Scaled,
+    minutes_left,
+    models_to_train,
+    trained_block,
+    within_blocks,
+)
 from swiftprune.stages.round_values import rounds_last
-from swiftprune.stages.text import windows_to_train_and_to_judge
 
 if TYPE_CHECKING:
     from swiftprune.stages.context import Run
@@ -26,10 +31,7 @@ def tune_scales(run: Run, store: BlockStore) -> None:
         return
     steps = run.settings.steps
     with run.clock("tune scales"):
-        tokens, _ = windows_to_train_and_to_judge(run)
-        teacher = run.load_whole(run.compute)
-        student = run.load_whole(torch.float32)
-        rounded = run.put_pruned(student, store)
+        tokens, teacher, student, rounded = models_to_train(run, store)
         scaled = {name: Scaled(weight) for name, weight in rounded.items() if isinstance(weight, Packed24)}
         tuning = Distillation(
             student,

@@ -116,31 +116,18 @@ void check_metadata(const uint8_t* metadata, int64_t rows, int64_t cols) {
     }
 }
 
-// The kernel that SWIFTPRUNE_BACKEND names, or the fastest.
-size_t choose_isa(Dtype dtype, Dtype x_dtype) {
+// The first of `isas` that runs here, or that SWIFTPRUNE_BACKEND names, by itself or by its backend's whole name.
+template <size_t kCount, class Runs, class Name>
+size_t choose_isa(const char* const (&isas)[kCount], Runs runs, Name name, const std::string& what) {
   const char* asked = std::getenv("SWIFTPRUNE_BACKEND");
   std::string available;
-  for (size_t i = 0; i < std::size(kLinearIsas); ++i) {
-    if (!linear24_for(kLinearIsas[i], dtype, x_dtype)) continue;
-    if (!asked || std::strcmp(asked, kLinearIsas[i]) == 0) return i;
-    available += std::string(available.empty() ? "" : ", ") + kLinearIsas[i];
+  for (size_t i = 0; i < kCount; ++i) {
+    if (!runs(isas[i])) continue;
+    if (!asked || asked == name(i) || std::strcmp(asked, isas[i]) == 0) return i;
+    available += (available.empty() ? "" : ", ") + name(i);
   }
-  throw std::runtime_error(std::string("backend '") + (asked ? asked : "") + "' (SWIFTPRUNE_BACKEND) cannot run " +
-                           dtype_name(x_dtype) + " inputs and " + dtype_name(dtype) +
+  throw std::runtime_error(std::string("backend '") + (asked ? asked : "") + "' (SWIFTPRUNE_BACKEND) cannot run " + what +
                            " values on this machine; available: " + available);
-}
-
-size_t choose_quantized_isa(int bits) {
-  const char* asked = std::getenv("SWIFTPRUNE_BACKEND");
-  std::string available;
-  for (size_t i = 0; i < std::size(kQuantIsas); ++i) {
-    if (!quant_kernel_for(kQuantIsas[i])) continue;
-    const std::string name = quantized_name(i, bits);
-    if (!asked || asked == name || std::strcmp(asked, kQuantIsas[i]) == 0) return i;
-    available += (available.empty() ? "" : ", ") + name;
-  }
-  throw std::runtime_error(std::string("backend '") + (asked ? asked : "") + "' (SWIFTPRUNE_BACKEND) cannot run " +
-                           kQuantNames[bits == 4] + " values on this machine; available: " + available);
 }
 
 struct FreeMemory {
@@ -242,7 +229,10 @@ class FloatKernel : public Kernel {
       : Kernel(api, std::move(name)), dtype_(dtype), x_dtype_(x_dtype) {
     const Tensor values = initializer(info, 1, "values"), metadata = initializer(info, 2, "metadata");
     set_shape(values, metadata, kGroup / kKept);
-    const size_t isa = choose_isa(dtype, x_dtype);
+    const size_t isa = choose_isa(
+        kLinearIsas, [&](const char* name) { return linear24_for(name, dtype, x_dtype) != nullptr; },
+        [](size_t i) { return std::string(kLinearIsas[i]); },
+        std::string(dtype_name(x_dtype)) + " inputs and " + dtype_name(dtype));
     run_ = linear24_for(kLinearIsas[isa], dtype, x_dtype);
     const bool valid = tile(tiled_bytes(dtype, rows_, cols_), [&](int64_t first, int64_t last) {
       return to_tiled(dtype, values.data, static_cast<const uint8_t*>(metadata.data), rows_, cols_, tiled_.get(), first, last);
@@ -274,7 +264,9 @@ class QuantizedKernel : public Kernel {
                  scales = initializer(info, 3, "scales");
     set_shape(values, metadata, bits == 8 ? 2 : 4);
     require(scales, "scales", values, {rows_, bits == 8 ? 1 : quant_chunks(cols_)});
-    const size_t isa = choose_quantized_isa(bits);
+    const size_t isa = choose_isa(
+        kQuantIsas, [](const char* name) { return quant_kernel_for(name) != nullptr; },
+        [&](size_t i) { return quantized_name(i, bits); }, kQuantNames[bits == 4]);
     kernel_ = quant_kernel_for(kQuantIsas[isa]);
     const bool valid = tile(quant_bytes(bits, rows_, cols_), [&](int64_t first, int64_t last) {
       return to_quant_tiled(bits, static_cast<const uint8_t*>(values.data), static_cast<const uint8_t*>(metadata.data),
