@@ -15,7 +15,9 @@ from pydantic import BaseModel, ValidationError
 from torch import Tensor
 
 from exporters import hub, model_card
-from exporters.onnx.export import DecoderReport, HeadName, write_decoder
+from exporters.onnx import head as onnx_head
+from exporters.onnx.export import DecoderReport, write_decoder
+from exporters.onnx.head import HeadName
 from exporters.onnx.trace import require_packages
 from exporters.workspace import MANIFEST, Workspace
 from swiftprune.calibration.text import chat_template, load_tokenizer, start_tokens, token_windows
@@ -25,7 +27,7 @@ from swiftprune.config import DTYPES, DtypeName, PruneSettings
 from swiftprune.errors import CheckpointError, SettingsError
 from swiftprune.formats import FORMATS, CheckpointFormat, spec
 from swiftprune.formats.spec import Packed24, WeightSpec
-from swiftprune.kernels import packing
+from swiftprune.kernels import dense8, packing
 from swiftprune.models.architectures import fused_sets
 from swiftprune.models.load import context_length, load_whole_model, read_config
 from swiftprune.models.perplexity import dense_perplexity, perplexity
@@ -40,6 +42,7 @@ from swiftprune.stages.text import check_fits
 
 Target = Literal["packed", "dense", "torch", "sparse24-bitmask", "onnx", "onnx-dense"]
 _ONNX: tuple[Target, ...] = ("onnx", "onnx-dense")
+_WITH_HEADS: tuple[Target, ...] = ("packed", "onnx")  # that take --head
 ONNX_FOLDER = "onnx"  # within the workspace, until it takes the output's place
 EVALUATION_SEQLEN = 2048
 _OUTSIDE_SHARD_BYTES = 512 << 20
@@ -142,12 +145,12 @@ def export(
     `resume=True` continues it and gives the same bytes. `evaluate` names a text on which perplexity is measured before
     and after, by transformers; `check` measures it in any case, on a little calibration text that was held back.
     `head` is how --target onnx stores the output head and the embeddings: `int8`, by default with quantized values
-    only, or `keep`. `notify` is told what the run will cost once a block is done. `push_to_hub` is a hub id
+    only, `int4` or `keep`. `notify` is told what the run will cost once a block is done. `push_to_hub` is a hub id
     (`owner/name`) that the output becomes as well. Raises the errors of swiftprune.errors.
     """
     settings = settings or PruneSettings()
     _check_target(settings.resolved(), target)
-    head = _head(head, settings, target)
+    asked_head, head = head, _head(head, settings, target)
     if push_to_hub:
         hub.check_repository(push_to_hub, overwrite=overwrite)
     checkpoint = Checkpoint.open(model, revision=revision, trust_remote_code=trust_remote_code)
@@ -158,17 +161,22 @@ def export(
         if evaluate and not run.targets.head:
             raise CheckpointError(f"{checkpoint.folder}: holds no output head, which --evaluate needs")
         _check_stored(run, target)
+        if head != "keep" and (reason := _dense_head(run, target)):
+            if asked_head:
+                raise SettingsError(f"--head {head}: the output head stays as it is: {reason}; leave the option out")
+            notify(f"The output head and the embeddings stay as they are: {reason}.")
+            head = "keep"
         if target in ("packed", "sparse24-bitmask", "onnx"):
             _check_fused(run.targets)
         windows = _evaluation_windows(checkpoint, Path(evaluate), settings.text_column) if evaluate else None
         with run.clock("hash source"):
-            state = _state(checkpoint, settings, target, progress) | ({"head": head} if target == "onnx" else {})
+            state = _state(checkpoint, settings, target, progress) | ({"head": head} if target in _WITH_HEADS else {})
         workspace.begin(state)
         workspace.check_space(_estimate(run, target))
 
         run.data, run.orders = workspace.data(), workspace.orders()
         run.dense_linears, run.fitted_samples = workspace.dense_linears(), workspace.fitted_samples()
-        writer = _ShardWriter(run, target, workspace)
+        writer = _ShardWriter(run, target, workspace, quantized_head=target == "packed" and head != "keep")
         run_stages(run, writer)
         found = check_result(run, writer) if check else None
         with run.clock("write"):
@@ -209,9 +217,18 @@ def _check_target(settings: PruneSettings, target: Target) -> None:
 
 
 def _head(asked: HeadName | None, settings: PruneSettings, target: Target) -> HeadName:
-    if asked == "int8" and target != "onnx":
-        raise SettingsError(f"--head int8 is for --target onnx, not for {target}")
-    return asked or ("int8" if target == "onnx" and settings.values else "keep")
+    if asked not in (None, "keep") and target not in _WITH_HEADS:
+        raise SettingsError(f"--head {asked} is for --target {' and '.join(_WITH_HEADS)}, not for {target}")
+    if asked == "int4" and target != "onnx":
+        raise SettingsError(f"--head int4 is for --target onnx, not for {target}, which has int8")
+    return asked or ("int8" if target in _WITH_HEADS and settings.values else "keep")
+
+
+def _dense_head(run: Run, target: Target) -> str | None:
+    """Why the output head and the embeddings cannot be quantized, or None where they can."""
+    if target == "onnx":
+        return onnx_head.unsupported_reason(run.checkpoint.folder)
+    return run.targets.dense_ends if run.targets.head else "the checkpoint holds no output head"
 
 
 def _check_stored(run: Run, target: Target) -> None:
@@ -293,7 +310,8 @@ class _ShardWriter:
     It is the BlockStore of an export.
     """
 
-    def __init__(self, run: Run, target: Target, workspace: Workspace) -> None:
+    def __init__(self, run: Run, target: Target, workspace: Workspace, *, quantized_head: bool) -> None:
+        self._quantized_head = quantized_head
         self.load_training, self.save_training = workspace.load_training, workspace.save_training
         self.keep_data = workspace.keep_data
         self.keep_orders = workspace.keep_orders
@@ -394,7 +412,11 @@ class _ShardWriter:
         for index, names in enumerate(self._outside, start=len(self._blocks)):
             shard = self._shard_name(index)
             if self._results(shard) is None:
-                self._workspace.write_shard(shard, self._unpruned(names), [])
+                tensors = self._unpruned(names)
+                for name in {self._run.targets.embedding, self._run.targets.head} & tensors.keys():
+                    if self._quantized_head:
+                        tensors[name], tensors[name + spec.SCALE_SUFFIX] = dense8.quantize_rows(tensors[name], name)
+                self._workspace.write_shard(shard, tensors, [])
 
     def complete(self, state: dict[str, Any], check: Check | None, repository: str | None) -> ExportReport:
         """Makes the workspace a whole checkpoint: writes index, config and manifest, copies the tokenizer."""
@@ -414,7 +436,7 @@ class _ShardWriter:
             MANIFEST,
             state
             | {
-                "format_version": spec.QUANTIZED_VERSION if self._run.settings.values else spec.VERSION,
+                "format_version": self._config().get("quantization_config", {}).get("version", spec.VERSION),
                 **({"fitted_samples": fitted} if (fitted := self._run.fitted_samples) else {}),
                 **({"check": check.model_dump()} if check else {}),
                 "layers": [layer.model_dump() for layer in layers],
@@ -469,6 +491,7 @@ class _ShardWriter:
         """Bytes of weights that generating a token reads: all but the embeddings, unless these are the head too."""
         targets = self._run.targets
         unread = {targets.embedding} - {targets.head}
+        unread |= {name + spec.SCALE_SUFFIX for name in unread}
         return sum(entry.nbytes for name, entry in stored.items() if name not in unread)
 
     def _copied(self) -> list[str]:
@@ -510,13 +533,11 @@ class _ShardWriter:
             progress=progress,
         )
         if head != made.head:
-            self._run.notify(
-                f"The output head stays in float32: {made.builder} wrote a file of standard operators, which runtimes "
-                "other than ONNX Runtime run too, or a head of another form than a product."
-            )
+            self._run.notify("The output head stays in float32: it is no plain product with a matrix in the ONNX file.")
         config = self._config()
         if self._target == "onnx":
-            config["quantization_config"] = spec.declaration(spec.FORMAT, list(self._dense), self._run.settings.values)
+            declared = spec.declaration(spec.FORMAT, list(self._dense), self._run.settings.values)
+            config["quantization_config"] = declared | ({"head": made.head} if made.head != "keep" else {})
         workspace.write_json(f"{ONNX_FOLDER}/config.json", config)
         by_session = self._target == "onnx" and not made.genai
         served = model_card.BY_SESSION if by_session else self._target
@@ -545,6 +566,8 @@ class _ShardWriter:
             config["quantization_config"] = self._format.quantization_config(
                 list(self._dense), self._run.settings.values
             )
+        if self._quantized_head:
+            config["quantization_config"] |= {"version": spec.HEAD_VERSION, "head": spec.QUANTIZED_HEAD}
         return config
 
 

@@ -44,6 +44,7 @@ class ValuesChoice(enum.StrEnum):
 
 class HeadChoice(enum.StrEnum):
     INT8 = "int8"
+    INT4 = "int4"
     KEEP = "keep"
 
 
@@ -306,7 +307,7 @@ def export_command(
         typer.Option(
             rich_help_panel=_FILES,
             help="Of --target onnx, the output head and the embeddings: [b]int8[/]: in 8 bits, by ONNX Runtime's own "
-            "operators; [b]keep[/]: in float32.",
+            "operators; [b]int4[/]: in 4, at some loss; [b]keep[/]: in float32.",
             show_default="int8 with --values, else keep",
         ),
     ] = None,
@@ -453,7 +454,7 @@ def print_report(report: ExportReport, console: Console) -> None:
     seconds = ", ".join(f"{stage} {value:.1f}" for stage, value in report.seconds.items() if value >= 0.05)
     whole.add_row("seconds", f"{seconds}; total {sum(report.seconds.values()):.1f}")
     if made := report.onnx:
-        head = ", head and embeddings in 8 bits" if made.head == "int8" else ""
+        head = f", head and embeddings in {made.head}" if made.head != "keep" else ""
         whole.add_row("ONNX", f"opset {made.opset}, IR version {made.ir_version}, built by {made.builder}{head}")
         whole.add_row(
             "against transformers",

@@ -45,7 +45,7 @@ class FolderInfo(BaseModel):
 
 
 _NO = "no"
-_FROM_ONNX = "any other ONNX runtime"
+_FROM_ONNX = "other ONNX runtimes"
 
 
 def describe(folder: Path) -> FolderInfo:
@@ -92,17 +92,21 @@ def _use(folder: Path, config: dict[str, Any], target: str | None, zeros: str | 
     if target == "onnx":
         return "ONNX decoder, packed 2:4 weights", {
             "ONNX Runtime (swiftprune-onnx generate)": "sparse",
-            _FROM_ONNX: "unpacks the weights as it runs: right, not faster",
+            _FROM_ONNX: _NO
+            if (folder / "genai_config.json").exists()  # of the model builder, with operators of ONNX Runtime's own
+            else "unpack the weights as they run: right, not faster",
         }
     if target == "onnx-dense":
-        return "ONNX decoder, zeros in place", {_FROM_ONNX: "dense, or sparse where it looks for 2:4 (TensorRT)"}
+        return "ONNX decoder, zeros in place", {_FROM_ONNX: "dense, or sparse where they look for 2:4 (TensorRT)"}
     if method == spec.QUANT_METHOD and stored == cutlass.FORMAT:
         return "CUTLASS layout of torch.sparse", {"torch on NVIDIA GPUs": "sparse, by exporters.torch_sparse.load"}
     if method == spec.QUANT_METHOD:
         values = declared.get("values")
         config_type = getattr(torch, str(config.get("dtype") or config.get("torch_dtype") or "bfloat16"))
         backend = dispatch.linear_backend(config_type, quantized=spec.find_quantized(str(values)))
-        return f"packed 2:4 weights{f', {values} values' if values else ''}", {
+        parts = [f"{values} values"] if values else []
+        parts += [f"{head} output head and embeddings"] if (head := declared.get("head")) else []
+        return ", ".join(["packed 2:4 weights", *parts]), {
             "transformers": f"{ours} and imported: backend {backend} on this CPU",
             "vLLM": f"{ours}: vllm serve {folder}",
             "ONNX Runtime": f"{_NO}: export the base model with --target onnx",

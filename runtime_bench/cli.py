@@ -31,12 +31,14 @@ from runtime_bench import (
     report,
     result_files,
     results,
+    rivals,
     roofline,
     synthetic,
     trade_off,
 )
 from runtime_bench import run as end_to_end
-from runtime_bench.engines import VLLM_WORKLOADS, Engine, Workload
+from runtime_bench.engines import ONNX_ENGINES, VLLM_WORKLOADS, Engine, Workload
+from runtime_bench.rivals import RivalsSettings
 from runtime_bench.run import RunSettings
 from swiftprune.errors import SettingsError, SwiftpruneError
 from swiftprune.kernels.plan import TABLE_VARIABLE
@@ -288,7 +290,7 @@ def run_command(
                 starts=min(starts, rounds),
                 threads=threads or torch.get_num_threads(),
                 dense_linears=dense_linears,
-                dtype="float32" if engine == "onnxruntime" else dtype,
+                dtype="float32" if engine in ONNX_ENGINES else dtype,
                 device=device,
             )
             if require_gpu and not settings.on_gpu:
@@ -305,6 +307,53 @@ def run_command(
     if out and out.suffix != ".json":
         out = out / f"{'layers' if engine == 'torch' else engine}-{name or Path(model).resolve().name}.json"
     _finish(found, report.markdown([found]), out)
+
+
+@app.command("rivals", no_args_is_help=True)
+def rivals_command(
+    model: Annotated[
+        str, typer.Argument(help=f"The dense checkpoint's folder, or one of: {', '.join(known_models.NAMES)}.")
+    ],
+    ours: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="An export of it, for onnxruntime-genai (`--target onnx`) or transformers. Repeat for several. "
+            "Default: made here with 16-, 8- and 4-bit values, for onnxruntime-genai.",
+        ),
+    ] = None,
+    text: Annotated[
+        list[Path] | None, typer.Option(metavar="FILE", help="Perplexity on this text too. Repeat for several.")
+    ] = None,
+    windows: Annotated[int, typer.Option(min=1, help="Windows of 512 tokens of each text.")] = rivals.WINDOWS,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Length of the prompt.")] = 512,
+    new_tokens: Annotated[int, typer.Option(min=2, help="Length of the answer.")] = 32,
+    rounds: Annotated[int, typer.Option(min=1, help="Runs of each, in turns.")] = 7,
+    threads: Annotated[int | None, typer.Option(min=1, show_default="all cores")] = None,
+    folder: Folder = DEMO_FOLDER,
+    out: Result = None,
+    picture: Annotated[
+        Path | None, typer.Option(help="Also draw perplexity over milliseconds per token into this PNG.")
+    ] = None,
+) -> None:
+    """What people run on CPUs today, beside 2:4: llama.cpp, onnxruntime-genai, transformers, all from one checkpoint.
+
+    Needs: pip install 'swiftprune[rivals]', which compiles llama.cpp. Their files are made under --folder.
+
+    For example: swiftprune-bench rivals ./model --ours ./model-2of4 --text held-out.txt --picture rivals.png
+    """
+    settings = RivalsSettings(
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+        rounds=rounds,
+        threads=threads or torch.get_num_threads(),
+        windows=windows,
+    )
+    with ProgressBars(Console(stderr=True)) as progress:
+        result = rivals.measure(model, ours or (), text or (), folder, settings, progress=progress)
+    _finish(result, rivals.markdown(result), out)
+    if picture:
+        plots.rivals(result, picture)
 
 
 @app.command("gpu-suite")
@@ -395,7 +444,8 @@ def gate_command(
 @app.command("report", no_args_is_help=True)
 def report_command(
     files: Annotated[
-        list[Path], typer.Argument(metavar="FILES", help="Results of run, layers, gpu-suite and trade-off, or folders.")
+        list[Path],
+        typer.Argument(metavar="FILES", help="Results of run, layers, rivals, gpu-suite and trade-off, or folders."),
     ],
     html: Annotated[Path | None, typer.Option(help="One page with everything, that needs no network.")] = None,
     markdown: Annotated[Path | None, typer.Option(help="The table for a pull request.")] = None,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from runtime_bench.layers import BYTE_BOUND, LayersResult
+from runtime_bench.rivals import RivalsResult
 from runtime_bench.trade_off import TradeOff
 
 
@@ -109,4 +110,53 @@ def trade_off(result: TradeOff, path: Path) -> None:
     figure.axes[0].set_ylabel("perplexity")
     figure.suptitle(f"{result.model} at 2:4 on {result.machine.cpu}", fontsize=11)
     path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+
+
+def rivals(result: RivalsResult, path: Path) -> None:
+    """Perplexity over milliseconds per token, a panel a text, both on logarithmic scales; the line joins what is best.
+
+    Where no text was read, the time of a token alone, in bars.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    title = f"{result.model} on {result.machine.cpu}, {result.threads} threads, one sequence at a time"
+    if not result.tokens:
+        figure = Figure(figsize=(9, 1 + 0.4 * len(result.measured)), layout="constrained")
+        panel = figure.subplots()
+        shown = result.measured[::-1]
+        colours = ["C0" if each.ours else "gray" for each in shown]
+        bars = panel.barh([each.name for each in shown], [each.token_ms for each in shown], color=colours)
+        panel.bar_label(bars, fmt="%.1f", padding=3, fontsize=8)
+        panel.set_xlabel("ms a token")
+    else:
+        figure = Figure(figsize=(7.5 * len(result.tokens), 5.5), layout="constrained")
+        for panel, text in zip(figure.subplots(1, len(result.tokens), squeeze=False)[0], result.tokens, strict=True):
+            front = result.front(text)
+            panel.plot([each.token_ms for each in front], [each.perplexity[text] for each in front], "--", color="gray")
+            for each in result.measured:
+                colour = "C0" if each.ours else "black"
+                panel.plot(each.token_ms, each.perplexity[text], "o", color=colour, markersize=5)
+                panel.annotate(
+                    each.name,
+                    (each.token_ms, each.perplexity[text]),
+                    xytext=(5, 3),
+                    textcoords="offset points",
+                    fontsize=8,
+                    color=colour,
+                )
+            panel.set_xscale("log")
+            panel.set_yscale("log")
+            for axis in (panel.xaxis, panel.yaxis):
+                axis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
+                axis.set_major_formatter(lambda value, _: f"{value:g}")
+                axis.set_minor_formatter(NullFormatter())
+            panel.set_xlim(right=2 * panel.get_xlim()[1])  # for the last name
+            panel.set_xlabel("ms a token")
+            panel.set_title(f"{text}, {result.tokens[text]:,} tokens", fontsize=10)
+            panel.grid(alpha=0.25, which="both")
+        figure.axes[0].set_ylabel("perplexity")
+    figure.suptitle(title, fontsize=11)
     figure.savefig(path, dpi=130)

@@ -12,7 +12,6 @@ import html as html_text
 import importlib
 import json
 import math
-import re
 import statistics
 import textwrap
 from collections import Counter, defaultdict
@@ -21,10 +20,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from runtime_bench import layers
+from runtime_bench import layers, rivals
 from runtime_bench.layers import BYTE_BOUND, LayersResult
 from runtime_bench.results import SIDES, Case, Check, Metric, RunResult
-from runtime_bench.statistics import Interval, quantile, spread
+from runtime_bench.rivals import Contestant, RivalsResult
+from runtime_bench.statistics import Interval, quantile, ratio_interval, ratios, spread
+from runtime_bench.stored import in_table
 from swiftprune.errors import SettingsError
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ METRIC_NAMES = {
     "disk": "size on disk",
 }
 SHORT_NAMES = {"ttft": "TTFT", "tpot": "TPOT", "tokens_per_s": "tokens/s"}
-KIND_NAMES = {"layers": "linear layers", "gpu": "GPU kernels", "trade-off": "quality over time"}
+KIND_NAMES = {"layers": "linear layers", "gpu": "GPU kernels", "trade-off": "quality over time", "rivals": "rivals"}
 SIDE_COLOURS: dict[Literal["dense", "sparse"], str] = {"dense": "#7d8590", "sparse": "#2178c9"}
 LINE_COLOURS = (SIDE_COLOURS["sparse"], "#cf5a1d", "#15906c", "#9159cf", "#c8417b", "#857b10", "#108a9c", "#a0674b")
 """Their contrast is at least 3 to the backgrounds of both themes, so figures need no second set."""
@@ -103,6 +104,15 @@ class View:
         return min(result.pruned, key=lambda row: row.perplexity[next(iter(result.tokens))], default=None)
 
     @property
+    def rivals_headline(self) -> tuple[Contestant, Contestant, Interval] | None:
+        """Our fastest, the fastest rival, and how many times faster ours is per token."""
+        result: RivalsResult = self.result
+        ours, rival = (next((each for each in result.measured if each.ours == is_ours), None) for is_ours in (1, 0))
+        if not ours or not rival:
+            return None
+        return ours, rival, ratio_interval(ratios(rival.tpot_ms, ours.tpot_ms, lower_is_better=True))
+
+    @property
     def warnings(self) -> list[str]:
         return warnings(self.result)
 
@@ -139,8 +149,8 @@ def html(results: Sequence[Any], sources: Sequence[str]) -> str:
     _some(results)
     jinja2, plotly = _needed("jinja2"), _needed("plotly.offline")
     views = [View(*each) for each in zip(results, labels(results), sources, strict=True)]
-    runs, layer_views, gpu_views, trade_offs = (
-        [view for view in views if view.result.kind == kind] for kind in ("run", "layers", "gpu", "trade-off")
+    runs, layer_views, gpu_views, trade_offs, rival_views = (
+        [view for view in views if view.result.kind == kind] for kind in ("run", "layers", "gpu", "trade-off", "rivals")
     )
     charts = {
         chart.name: chart
@@ -152,6 +162,7 @@ def html(results: Sequence[Any], sources: Sequence[str]) -> str:
             _layers_chart(layer_views),
             _gpu_chart(gpu_views),
             _trade_off_chart(trade_offs),
+            _rivals_chart(rival_views),
         )
         if chart.choices
     }
@@ -185,6 +196,7 @@ def html(results: Sequence[Any], sources: Sequence[str]) -> str:
         layers=layer_views,
         gpus=gpu_views,
         trade_offs=trade_offs,
+        rivals=rival_views,
         charts=charts,
         machines=list(machines.values()),
         figures={f"{c.name}-{i}": figure for c in charts.values() for i, (_, figure) in enumerate(c.choices)},
@@ -207,16 +219,17 @@ def markdown(results: Sequence[Any]) -> str:
     parts += [layers.at_a_glance(view.result) for view in views if view.result.kind == "layers"]
     parts += [_gpu_table(view.result) for view in views if view.result.kind == "gpu"]
     parts += [_trade_off_table(view.result) for view in views if view.result.kind == "trade-off"]
-    notes = [f"- **{_cell(view.label)}**: {_cell(warning)}" for view in views for warning in view.warnings]
+    parts += [rivals.markdown(view.result) for view in views if view.result.kind == "rivals"]
+    notes = [f"- **{in_table(view.label)}**: {in_table(warning)}" for view in views for warning in view.warnings]
     for view in runs:
         if view.result.check:
-            notes.append(f"- {_cell(view.label)}: {check_line(view.result.check)}")
+            notes.append(f"- {in_table(view.label)}: {check_line(view.result.check)}")
         quality = "; ".join(
-            f"{_cell(row.name)} {quantity(row.dense)} -> {quantity(row.sparse)} ({_cell(row.source)})"
+            f"{in_table(row.name)} {quantity(row.dense)} -> {quantity(row.sparse)} ({in_table(row.source)})"
             for row in view.result.quality
         )
         if quality:
-            notes.append(f"- {_cell(view.label)}: {quality}")
+            notes.append(f"- {in_table(view.label)}: {quality}")
     return "\n\n".join([*parts, *(["\n".join(notes)] if notes else [])]) + "\n"
 
 
@@ -316,6 +329,8 @@ def warnings(result: Any) -> list[str]:
             f"void: {reason}: {'all cases' if len(cases) == len(result.cases) else '; '.join(cases)}"
             for reason, cases in voids.items()
         ]
+    if result.kind == "rivals":
+        found += [f"{each.name} was not measured: {each.void}" for each in result.contestants if each.void]
     if result.kind == "gpu":
         found += [f"check failed: {check.name}: {check.detail}" for check in result.checks if not check.passed]
         reasons = Counter(
@@ -425,10 +440,10 @@ def _runs_table(runs: Sequence[RunResult]) -> str:
     ]
     for run in runs:
         for case in run.cases:
-            cells = [_cell(_change(case.metric(name))) for name in names]
+            cells = [in_table(_change(case.metric(name))) for name in names]
             if case.void:
-                cells = [f"void: {_cell(case.void)}", *["-"] * (len(names) - 1)]
-            lines.append(f"| {' | '.join([_cell(run.model), _cell(run.engine), case.label, *cells])} |")
+                cells = [f"void: {in_table(case.void)}", *["-"] * (len(names) - 1)]
+            lines.append(f"| {' | '.join([in_table(run.model), in_table(run.engine), case.label, *cells])} |")
     return "\n".join(lines)
 
 
@@ -442,7 +457,7 @@ def _change(metric: Metric | None) -> str:
 def _gpu_table(result: GpuResult) -> str:
     """Kernels across: the time of the dense product, and the speedups of the others over it."""
     backends = list(dict.fromkeys(time.backend for cell in result.cells for time in cell.times))
-    lines = [f"| weight | dtype | M |{''.join(f' {_cell(name)} |' for name in backends)}"]
+    lines = [f"| weight | dtype | M |{''.join(f' {in_table(name)} |' for name in backends)}"]
     lines.append(f"| --- | --- | ---: |{' ---: |' * len(backends)}")
     for cell in result.cells:
         found = {
@@ -451,25 +466,20 @@ def _gpu_table(result: GpuResult) -> str:
         }
         found |= {name: f"{interval.value:.2f}x" for name, interval in cell.speedups.items()}
         row = (found.get(name, "-") for name in backends)
-        lines.append(f"| {cell.rows}x{cell.cols} | {_cell(cell.dtype)} | {cell.tokens} | {' | '.join(row)} |")
+        lines.append(f"| {cell.rows}x{cell.cols} | {in_table(cell.dtype)} | {cell.tokens} | {' | '.join(row)} |")
     return "\n".join(lines)
 
 
 def _trade_off_table(result: TradeOff) -> str:
     """A row a recipe: minutes, and perplexity on each text with its ratio to the dense model's."""
     lines = [
-        f"| {_cell(result.model)} | minutes |{''.join(f' {_cell(text)} | x dense |' for text in result.tokens)}",
+        f"| {in_table(result.model)} | minutes |{''.join(f' {in_table(text)} | x dense |' for text in result.tokens)}",
         f"| --- | ---: |{' ---: | ---: |' * len(result.tokens)}",
     ]
     for row in result.rows:
         cells = [f"{quantity(row.perplexity[text])} | {result.ratio(row, text):.2f}" for text in result.tokens]
-        lines.append(f"| {_cell(row.recipe)} | {row.minutes:.1f} | {' | '.join(cells)} |")
+        lines.append(f"| {in_table(row.recipe)} | {row.minutes:.1f} | {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-def _cell(text: str) -> str:
-    """Anybody's text as GitHub should show it: on one line, without markup."""
-    return re.sub(r"([\\`*\[\]|<])", r"\\\1", " ".join(text.split())).replace("&", "&amp;")
 
 
 # Charts
@@ -668,7 +678,61 @@ def _trade_off_chart(views: Sequence[View]) -> Chart:
 
 def _trade_off_figure(result: TradeOff, text: str) -> dict[str, Any]:
     front = result.front(text)
-    others = [row for row in result.pruned if row not in front]
+    points = [
+        Point(
+            row.recipe,
+            row.minutes,
+            row.perplexity[text],
+            f"{row.minutes:.1f} minutes<br>perplexity {quantity(row.perplexity[text])}, "
+            f"{result.ratio(row, text):.2f}× dense",
+            row in front,
+        )
+        for row in result.pruned
+    ]
+    dense = result.rows[0].perplexity[text]
+    return _points_figure(points, "best for its time", "others", "minutes", rule=dense)
+
+
+def _rivals_chart(views: Sequence[View]) -> Chart:
+    chart = Chart(
+        "rivals",
+        "Quality over speed",
+        "Perplexity over the time of a token, one sequence at a time, on logarithmic axes: left and low is better.",
+    )
+    for view in views:
+        result: RivalsResult = view.result
+        for text in result.tokens if result.measured else ():
+            points = [
+                Point(
+                    each.name,
+                    each.token_ms,
+                    each.perplexity[text],
+                    f"{each.token_ms:.2f} ms a token<br>perplexity {quantity(each.perplexity[text])}",
+                    each.ours,
+                )
+                for each in result.measured
+            ]
+            name = f"{text}, {result.tokens[text]:,} tokens"
+            figure = _points_figure(points, "ours", "rivals", "ms a token", joined=False)
+            chart.choices.append((_choice(view, name, views), figure))
+    return chart
+
+
+@dataclass(frozen=True)
+class Point:
+    """Of perplexity over something."""
+
+    name: str
+    x: float
+    perplexity: float
+    hover: str
+    marked: bool
+
+
+def _points_figure(
+    points: Sequence[Point], marked: str, others: str, title: str, *, rule: float | None = None, joined: bool = True
+) -> dict[str, Any]:
+    """Logarithmic on both axes; `marked` and `others` name the points that are and are not. `rule`: a dashed line."""
     traces = [
         {
             "type": "scatter",
@@ -677,33 +741,24 @@ def _trade_off_figure(result: TradeOff, text: str) -> dict[str, Any]:
             "textposition": "top right",
             "line": {"color": colour, "width": 2},
             "marker": {"color": colour, "size": 8},
-            "x": [row.minutes for row in rows],
-            "y": [row.perplexity[text] for row in rows],
-            "text": [html_text.escape(row.recipe) for row in rows],
+            "x": [point.x for point in chosen],
+            "y": [point.perplexity for point in chosen],
+            "text": [html_text.escape(point.name) for point in chosen],
             "hoverinfo": "text",
-            "hovertext": [
-                f"{html_text.escape(row.recipe)}<br>{row.minutes:.1f} minutes<br>perplexity "
-                f"{quantity(row.perplexity[text])}, {result.ratio(row, text):.2f}× dense"
-                for row in rows
-            ],
+            "hovertext": [f"{html_text.escape(point.name)}<br>{point.hover}" for point in chosen],
         }
-        for name, lines, colour, rows in (
-            ("best for its time", "lines+", SIDE_COLOURS["sparse"], front),
-            ("others", "", SIDE_COLOURS["dense"], others),
+        for name, lines, colour, chosen in (
+            (marked, "lines+" if joined else "", SIDE_COLOURS["sparse"], [point for point in points if point.marked]),
+            (others, "", SIDE_COLOURS["dense"], [point for point in points if not point.marked]),
         )
-        if rows
+        if chosen
     ]
-    minutes = [row.minutes for row in result.pruned]
-    perplexities = [row.perplexity[text] for row in result.rows]
-    spans = {"minutes": (min(minutes), 2 * max(minutes)), "perplexity": (min(perplexities), max(perplexities))}
-    axes = {title: {"title": title, **_log_axis(*span, _round_numbers(*span))} for title, span in spans.items()}
-    return _figure(
-        traces,
-        height=440,
-        shapes=[_rule(y=result.rows[0].perplexity[text])],
-        xaxis=axes["minutes"],
-        yaxis=axes["perplexity"],
-    )
+    xs = [point.x for point in points]
+    perplexities = [*(point.perplexity for point in points), *([rule] if rule else [])]
+    spans = {title: (min(xs), 2 * max(xs)), "perplexity": (min(perplexities), max(perplexities))}
+    axes = {name: {"title": name, **_log_axis(*span, _round_numbers(*span))} for name, span in spans.items()}
+    shapes = [_rule(y=rule)] if rule else []
+    return _figure(traces, height=440, shapes=shapes, xaxis=axes[title], yaxis=axes["perplexity"])
 
 
 def _bars_figure(rows: Sequence[tuple[str, Metric]]) -> dict[str, Any]:

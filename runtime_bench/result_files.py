@@ -12,12 +12,13 @@ from runtime_bench import results
 from runtime_bench.gpu import GpuResult
 from runtime_bench.layers import LayersResult
 from runtime_bench.results import RunResult
+from runtime_bench.rivals import RivalsResult
 from runtime_bench.trade_off import TradeOff
 
 SCHEMA_FILE = Path(__file__).parent / "schema" / "result.json"
 
 _ANY: TypeAdapter[Any] = TypeAdapter(
-    Annotated[RunResult | LayersResult | GpuResult | TradeOff, Field(discriminator="kind")]
+    Annotated[RunResult | LayersResult | GpuResult | TradeOff | RivalsResult, Field(discriminator="kind")]
 )
 
 

@@ -153,7 +153,7 @@ class RunResult(Result):
 
     kind: Literal["run"] = "run"
     engine: str
-    """`transformers`, `onnxruntime` or `vllm`."""
+    """`transformers`, `onnxruntime`, `genai` or `vllm`."""
     engine_version: str
     model: str
     dtype: str

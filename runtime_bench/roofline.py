@@ -27,6 +27,7 @@ _READ_BYTES = 512 << 20
 _GEMM_SIZES = (128, 256, 512, 1024, 2048)
 _LONG_ENOUGH = 0.05  # seconds of a product: no larger one is tried
 _REPEATS = 5
+_HEAD_BITS: dict[Quantized, float] = {"int8": 8.25, "int4": 5}  # of a dense head's weight, scales of blocks included
 
 
 class Peaks(Stored):
@@ -102,7 +103,7 @@ class MatrixFacts:
     packed: bool
     head: bool
     quantized: Quantized | None = None
-    """How packed values are stored, if not in the type of the model."""
+    """How values are stored, if not in the type of the model."""
 
     @property
     def weights(self) -> int:
@@ -113,6 +114,8 @@ class MatrixFacts:
         """As the checkpoint stores it."""
         if self.packed:
             return WeightSpec((self.rows, self.cols), dtype, self.quantized).nbytes
+        if self.quantized:
+            return int(self.rows * self.cols * _HEAD_BITS[self.quantized] / 8)
         return self.rows * self.cols * dtype.itemsize
 
 
@@ -124,17 +127,14 @@ def linears(folder: Path) -> list[MatrixFacts]:
     with init_empty_weights():
         model: Any = AutoModelForCausalLM.from_config(config)
     head = model.get_output_embeddings()
-    return [
-        MatrixFacts(
-            module.out_features,
-            module.in_features,
-            head=module is head,
-            packed=declared.get("quant_method") == QUANT_METHOD and name not in dense,
-            quantized=find_quantized(str(declared.get("values"))),
-        )
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear)
-    ]
+    found = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            packed = declared.get("quant_method") == QUANT_METHOD and name not in dense
+            stored = declared.get("head") if module is head else declared.get("values") if packed else None
+            quantized = find_quantized(str(stored))
+            found.append(MatrixFacts(module.out_features, module.in_features, packed, module is head, quantized))
+    return found
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,18 @@ from transformers import AutoConfig
 from exporters import export
 from exporters.onnx.decoder import build_decoder
 from runtime_bench import check, conditions, demo_data, gpu, known_models, onednn, roofline
-from runtime_bench.engines import UNITS, VLLM_WORKLOADS, Engine, EngineSession, Job, Options, Round, Workload, contender
+from runtime_bench.engines import (
+    ONNX_ENGINES,
+    UNITS,
+    VLLM_WORKLOADS,
+    Engine,
+    EngineSession,
+    Job,
+    Options,
+    Round,
+    Workload,
+    contender,
+)
 from runtime_bench.engines.vllm_engine import ENVIRONMENT
 from runtime_bench.machine import PACKAGES, this_machine
 from runtime_bench.results import SIDES, Case, Check, Metric, RunResult, SideFacts
@@ -65,7 +76,7 @@ class RunSettings:
             raise SettingsError(f"--engine {self.engine} has no workload {self.workload!r}; it has: {known}")
         if self.dtype not in DTYPES:
             raise SettingsError(f"unknown dtype {self.dtype!r}; known: {', '.join(DTYPES)}")
-        if self.engine == "onnxruntime" and self.dtype != "float32":
+        if self.engine in ONNX_ENGINES and self.dtype != "float32":
             raise SettingsError("ONNX Runtime computes in float32 on CPUs; the type of packed values is the file's own")
         if self.device == "cuda":
             gpu.require()
@@ -88,7 +99,7 @@ class RunSettings:
     @property
     def on_gpu(self) -> bool:
         """Whether the engine runs on a GPU."""
-        return self.engine != "onnxruntime" and self.device != "cpu" and torch.cuda.is_available()
+        return self.engine not in ONNX_ENGINES and self.device != "cpu" and torch.cuda.is_available()
 
     @property
     def jobs(self) -> list[Job]:
@@ -135,7 +146,7 @@ def find(
     if model == known_models.DEMO_MODEL:
         pruning = PruneSettings(method="sparsegpt", calibration=str(demo_data.fetch(folder, progress).calibration))
     name = f"{source.name}-2of4-{pruning.method}"
-    if engine != "onnxruntime":
+    if engine not in ONNX_ENGINES:
         if not (out := folder / name).exists():
             export(source, out, pruning, progress=progress)
         return Found({"dense": source, "sparse": out}, out, model)
@@ -236,7 +247,7 @@ class _Run:
         config = AutoConfig.from_pretrained(sides["sparse"]).get_text_config()
         self._vocabulary = int(config.vocab_size)
         # Other engines turn the values into the type that they compute in.
-        packed_dtype: torch.dtype = config.dtype if settings.engine == "onnxruntime" else dtype
+        packed_dtype: torch.dtype = config.dtype if settings.engine in ONNX_ENGINES else dtype
         self._matrices: dict[str, roofline.Matrices] = {
             side: roofline.Matrices.of(sides[side], dtype, packed_dtype) for side in SIDES
         }

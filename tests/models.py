@@ -25,7 +25,7 @@ TEXT = "The pruned weights of a language model leave two of every four inputs. "
 )
 VOCABULARY = 300
 
-_COMMON: dict[str, Any] = {
+SMALL: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 64,
     "num_hidden_layers": 3,
@@ -37,16 +37,16 @@ _COMMON: dict[str, Any] = {
 }
 
 SUPPORTED: dict[str, PretrainedConfig] = {
-    "llama-mha-untied": LlamaConfig(**_COMMON, num_key_value_heads=4, tie_word_embeddings=False),
-    "llama-gqa-tied": LlamaConfig(**_COMMON, num_key_value_heads=2, tie_word_embeddings=True),
-    "gpt-neox": GPTNeoXConfig(**_COMMON),
-    "qwen2": Qwen2Config(**_COMMON, num_key_value_heads=2),
-    "qwen3": Qwen3Config(**_COMMON, num_key_value_heads=2, head_dim=16),
-    "mistral-sliding": MistralConfig(**_COMMON, num_key_value_heads=2, sliding_window=16),
+    "llama-mha-untied": LlamaConfig(**SMALL, num_key_value_heads=4, tie_word_embeddings=False),
+    "llama-gqa-tied": LlamaConfig(**SMALL, num_key_value_heads=2, tie_word_embeddings=True),
+    "gpt-neox": GPTNeoXConfig(**SMALL),
+    "qwen2": Qwen2Config(**SMALL, num_key_value_heads=2),
+    "qwen3": Qwen3Config(**SMALL, num_key_value_heads=2, head_dim=16),
+    "mistral-sliding": MistralConfig(**SMALL, num_key_value_heads=2, sliding_window=16),
 }
 REFUSED: dict[str, PretrainedConfig] = {
     "gpt2": GPT2Config(vocab_size=VOCABULARY, n_embd=64, n_layer=2, n_head=4, n_positions=256),
-    "mixtral": MixtralConfig(**_COMMON, num_key_value_heads=2, num_local_experts=4),
+    "mixtral": MixtralConfig(**SMALL, num_key_value_heads=2, num_local_experts=4),
 }
 
 

@@ -64,12 +64,15 @@ def build_decoder(
     config = read_config(checkpoint)
     with disk_errors(out):
         out.mkdir(parents=True, exist_ok=True)
-    if dtype == "float32" and not standard_ops and _builder_covers(checkpoint, config):
-        return _run_builder(checkpoint, out, _head_width(config), progress)
+    if dtype == "float32" and not standard_ops and builder_covers(checkpoint, config):
+        run_builder(checkpoint, out, progress=progress)
+        with disk_errors(out):
+            return f"onnxruntime-genai {_finish_built(out / 'model.onnx', _head_width(config))}"
     return _trace_model(checkpoint, out, DTYPES[dtype], STANDARD_OPSET if standard_ops else FUSED_OPSET, progress)
 
 
-def _builder_covers(checkpoint: Path, config: PretrainedConfig) -> bool:
+def builder_covers(checkpoint: Path, config: PretrainedConfig) -> bool:
+    """Whether onnxruntime-genai's model builder writes the checkpoint's decoder, and is right about it."""
     architecture = (config.architectures or [""])[0]
     # The builder looks for windows in the list of the layers' kinds only, which Mistral's config does without.
     sliding = architecture == "MistralForCausalLM" and config.sliding_window is not None
@@ -88,25 +91,28 @@ def _head_width(config: PretrainedConfig) -> int:
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
-def _run_builder(checkpoint: Path, out: Path, head_width: int, progress: ProgressCallback) -> str:
+def run_builder(
+    checkpoint: Path, out: Path, precision: str = "fp32", *options: str, progress: ProgressCallback = no_progress
+) -> None:
+    """Calls onnxruntime-genai's model builder for CPUs. `options` are `name=value` of its --extra_options.
+
+    Raises CheckpointError with its last words when it fails.
+    """
     progress("build decoder", 0, 1)
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_TOKEN": ""}
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f"{out.name}.builder-") as scratch:
         command = [
-            *(sys.executable, "-m", "onnxruntime_genai.models.builder", "-p", "fp32", "-e", "cpu"),
+            *(sys.executable, "-m", "onnxruntime_genai.models.builder", "-p", precision, "-e", "cpu"),
             *("-i", str(checkpoint.resolve()), "-o", str(out.resolve()), "-c", str(Path(scratch).resolve() / "cache")),
             # A cache of the window's length evicts on its own, which callers that pass a growing past do not expect.
-            *("--extra_options", "hf_token=false", "windowed_kv_cache=false"),
+            *("--extra_options", "hf_token=false", "windowed_kv_cache=false", *options),
         ]
         run = subprocess.run(command, cwd=scratch, env=environment, capture_output=True, text=True, check=False)
     if run.returncode:
         error = OutputError if "No space left" in run.stderr else CheckpointError
         last = "\n".join((run.stderr.strip() or run.stdout.strip()).splitlines()[-3:])
         raise error(f"{checkpoint}: onnxruntime-genai's model builder failed (exit code {run.returncode}):\n{last}")
-    with disk_errors(out):
-        version = _finish_built(out / "model.onnx", head_width)
     progress("build decoder", 1, 1)
-    return f"onnxruntime-genai {version}"
 
 
 def _finish_built(path: Path, head_width: int) -> str:

@@ -7,7 +7,6 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -16,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from exporters.onnx.check import check_weights
 from exporters.onnx.decoder import build_decoder
-from exporters.onnx.head import quantize_head
+from exporters.onnx.head import HeadName, quantize_head
 from exporters.onnx.pack import pack_model
 from exporters.onnx.packed_rows import PackedRows
 from exporters.workspace import disk_errors
@@ -30,11 +29,11 @@ from swiftprune.models.load import load_whole_model
 from swiftprune.progress import ProgressCallback, no_progress
 
 CHECK_TOKENS = 16
-HeadName = Literal["int8", "keep"]
 _PROMPT_TOKENS = 24
 # Of the largest logit, by the type that the graph computes in; no CPU kernels of ONNX Runtime take bfloat16.
 _TOLERANCE = {"float32": 1e-3, "float16": 2e-2}
-_ROUNDED_TOLERANCE = 0.2  # where inputs are rounded layer after layer: enough to tell another model
+# Where inputs are rounded layer after layer, by how the head is stored: enough to tell another model.
+_ROUNDED_TOLERANCE: dict[HeadName, float] = {"keep": 0.2, "int8": 0.2, "int4": 0.6}
 
 
 class DecoderReport(BaseModel):
@@ -70,8 +69,8 @@ def write_decoder(
 
     `packed`: the values in `dtype`, computing in float32. Else standard operators only, all in `dtype`, zeros in place.
     `pruned_weights` is the number of weights, zeros counted, that must be 2:4 in the file. Quantized values of a packed
-    `checkpoint` are written as they are. `head` is `int8` for a head and embeddings in 8 bits, where ONNX Runtime runs
-    the file anyway.
+    `checkpoint` are written as they are. `head` is `int8` or `int4` for a head and embeddings in so many bits, where
+    ONNX Runtime runs the file anyway.
 
     Raises FormatError when fewer are, or when the answers are not those of the checkpoint; CheckpointError when the
     architecture cannot be exported; SettingsError when a package is missing.
@@ -118,9 +117,9 @@ def write_decoder(
     compared: tuple[float | None, int | None] = (None, None)
     if tolerance is not None and rows_of is None:
         compared = answers.compare(out / "model.onnx", tolerance, progress)
-    quantized_head = packed and head == "int8" and quantize_head(out / "model.onnx")
+    quantized_head = packed and head != "keep" and quantize_head(out / "model.onnx", head)
     if tolerance is not None and (rows_of or quantized_head):  # these round inputs
-        compared = answers.compare(out / "model.onnx", _ROUNDED_TOLERANCE, progress)
+        compared = answers.compare(out / "model.onnx", _ROUNDED_TOLERANCE[head if quantized_head else "keep"], progress)
     shutil.rmtree(unpacked, ignore_errors=True)
     file_bytes = sum(path.stat().st_size for path in out.glob("model.onnx*"))
     return DecoderReport(
@@ -131,7 +130,7 @@ def write_decoder(
         file_bytes=file_bytes,
         max_logit_difference=compared[0],
         equal_tokens=compared[1],
-        head="int8" if quantized_head else "keep",
+        head=head if quantized_head else "keep",
         genai=(out / "genai_config.json").exists(),
     )
 

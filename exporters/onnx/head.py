@@ -1,30 +1,68 @@
-"""The output head and the embeddings of a decoder in 8 bits, by ONNX Runtime's own operators.
+"""The output head and the embeddings of a decoder in 8 or 4 bits, by ONNX Runtime's own operators.
 
 A token reads the whole head, which in float32 is more than all packed linears of a small model. `MatMulNBits` and
-`GatherBlockQuantized` share one tensor where the model ties the two: uint8 around 128, and a float32 scale for each
-block of inputs of a row. Rounding inputs to 8 bits is part of the first.
+`GatherBlockQuantized` share one tensor where the model ties the two: uint8 around 128, or two uint4 around 8 to a byte,
+the first in the low half, and a float32 scale for each block of inputs of a row. Rounding inputs to 8 bits is part of
+the first.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from exporters.onnx.decoder import builder_covers
 from exporters.onnx.pack import add_initializer, replace_node, save_model, written_aside
 from exporters.onnx.weights import load_graph
+from swiftprune.models.load import read_config
 
 _DOMAIN = "com.microsoft"
-_ZERO, _LARGEST = 128, 127
-_LARGEST_BLOCK, _SMALLEST_BLOCK = 128, 16
 _INT8_INPUTS = 4  # `accuracy_level` of MatMulNBits
-_HEAD, _EMBEDDINGS, _SCALES = "head.int8", "embeddings.int8", "scales"
+_HEAD, _EMBEDDINGS, _SCALES = "head", "embeddings", "scales"
+_SMALLEST_BLOCK = 16
+_CHUNK = 4096  # rows
+
+HeadName = Literal["int8", "int4", "keep"]
+"""How the output head and the embeddings are stored; `keep`: as they are."""
 
 
-def quantize_head(path: Path) -> bool:
-    """Rounds the head and the embeddings of the decoder at `path` to 8 bits, and writes it anew.
+@dataclass(frozen=True)
+class _Width:
+    """How numbers of so many bits are stored."""
+
+    bits: int
+    largest_block: int
+    """The most inputs that share a scale."""
+    shrink: tuple[float, ...]
+    """Of the scale that reaches the largest weight of a block: what is tried, so that the others lose less."""
+
+    @property
+    def zero(self) -> int:
+        return 1 << (self.bits - 1)
+
+
+_WIDTHS = {"int8": _Width(8, 128, (1.0,)), "int4": _Width(4, 32, (1.0, 0.95, 0.9, 0.85, 0.8, 0.75))}
+
+
+def unsupported_reason(checkpoint: Path) -> str | None:
+    """Why the head of the ONNX file of a causal LM in the folder `checkpoint` stays in float32, or None."""
+    config = read_config(checkpoint)
+    if not builder_covers(checkpoint, config):
+        return (
+            f"{(config.architectures or ['the model'])[0]} is written with standard operators, which runtimes other "
+            "than ONNX Runtime run too"
+        )
+    if config.hidden_size % _SMALLEST_BLOCK:
+        return f"its {config.hidden_size} inputs are no multiple of {_SMALLEST_BLOCK}"
+    return None
+
+
+def quantize_head(path: Path, name: HeadName) -> bool:
+    """Rounds the head and the embeddings of the decoder at `path` to `name`, and writes it anew.
 
     False, and nothing is written, where the file has none of ONNX Runtime's operators yet, so that other runtimes run
     it, or no head that is a MatMul by a float32 weight (H, V) with H a multiple of 16.
@@ -36,61 +74,82 @@ def quantize_head(path: Path) -> bool:
     if _DOMAIN not in model.opset_imports or head is None or head.op_type != "MatMul":
         return False
     weight = _matrix(head.inputs[1])
-    if weight is None or not (block := _block(weight.shape[0])):
+    width = _WIDTHS[name]
+    if weight is None or not (block := _block(weight.shape[0], width)):
         return False
     rows = np.ascontiguousarray(weight.T)
-    values, scales = _rounded(rows, block)
+    values, scales = _rounded(rows, width, block)
     graph = model.graph
+    stored_head, stored_embeddings = f"{_HEAD}.{name}", f"{_EMBEDDINGS}.{name}"
     initializers: dict[str, NDArray[Any]] = {
-        _HEAD: values.reshape(len(values), -1, block),
-        f"{_HEAD}.{_SCALES}": scales,
+        stored_head: values.reshape(*scales.shape, -1),
+        f"{stored_head}.{_SCALES}": scales,
     }
-    attributes = {
-        "K": rows.shape[1],
-        "N": rows.shape[0],
-        "bits": 8,
-        "block_size": block,
-        "accuracy_level": _INT8_INPUTS,
-    }
+    shared: dict[str, int] = {"bits": width.bits, "block_size": block}
+    attributes = shared | {"K": rows.shape[1], "N": rows.shape[0], "accuracy_level": _INT8_INPUTS}
     gathers = ((node, _matrix(node.inputs[0])) for node in graph if node.op_type == "Gather")
     gather, table = next(
         ((node, table) for node, table in gathers if table is not None and table.shape == rows.shape), (None, None)
     )
     tied = table is not None and np.array_equal(table, rows)
     if table is not None and not tied:
-        own, own_scales = _rounded(table, block)
-        initializers |= {_EMBEDDINGS: own, f"{_EMBEDDINGS}.{_SCALES}": own_scales}
+        own, own_scales = _rounded(table, width, block)
+        initializers |= {stored_embeddings: own, f"{stored_embeddings}.{_SCALES}": own_scales}
     made = {name: add_initializer(graph, onnx_ir.tensor(array, name=name)) for name, array in initializers.items()}
     if tied:
-        made[_EMBEDDINGS] = onnx_ir.Value(name=_EMBEDDINGS)  # the head's own bytes: see below
-    _replace(graph, head, "MatMulNBits", [head.inputs[0], made[_HEAD], made[f"{_HEAD}.{_SCALES}"]], attributes)
+        made[stored_embeddings] = onnx_ir.Value(name=stored_embeddings)  # the head's own bytes: see below
+    operands = [head.inputs[0], made[stored_head], made[f"{stored_head}.{_SCALES}"]]
+    _replace(graph, head, "MatMulNBits", operands, attributes)
     if gather is not None:
-        scales_value = made[f"{_HEAD if tied else _EMBEDDINGS}.{_SCALES}"]
-        attributes = {"bits": 8, "block_size": block, "gather_axis": 0, "quantize_axis": 1}
-        operands = [made[_EMBEDDINGS], gather.inputs[1], scales_value]
-        _replace(graph, gather, "GatherBlockQuantized", operands, attributes)
+        scales_value = made[f"{stored_head if tied else stored_embeddings}.{_SCALES}"]
+        operands = [made[stored_embeddings], gather.inputs[1], scales_value]
+        _replace(graph, gather, "GatherBlockQuantized", operands, shared | {"gather_axis": 0, "quantize_axis": 1})
     with written_aside(path) as folder:
         save_model(model, folder / path.name)
         if tied:
-            _share(folder / path.name, rows.shape)
+            _share(folder / path.name, stored_head, stored_embeddings, values.shape)
     return True
 
 
-def _block(inputs: int) -> int | None:
+def _block(inputs: int, width: _Width) -> int | None:
     """How many inputs share a scale: a power of two, as the operators want it, that divides them."""
-    block = _LARGEST_BLOCK
+    block = width.largest_block
     while inputs % block and block > _SMALLEST_BLOCK:
         block //= 2
     return block if inputs % block == 0 else None
 
 
-def _rounded(weight: NDArray[np.float32], block: int) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
-    """(V, H) uint8 around 128, to nearest, and (V, H / block) scales that reach the largest weight of each block."""
+def _rounded(weight: NDArray[np.float32], width: _Width, block: int) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+    """(V, H bits / 8) bytes, to nearest, and (V, H / block) scales, of those tried the ones of the least square error.
+
+    The largest weight of a block becomes the largest number there is in its direction: of 4 bits, -8.
+    """
+    chunks = [_round_rows(weight[start : start + _CHUNK], width, block) for start in range(0, len(weight), _CHUNK)]
+    return np.concatenate([values for values, _ in chunks]), np.concatenate([scales for _, scales in chunks])
+
+
+def _round_rows(
+    weight: NDArray[np.float32], width: _Width, block: int
+) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
     parts = weight.reshape(len(weight), -1, block)
-    scales = (np.abs(parts).max(-1) / _LARGEST).astype(np.float32)
-    safe = np.where(scales == 0, 1, scales)
-    values = (np.rint(parts / safe[..., None]) + _ZERO).astype(np.uint8)
-    return values.reshape(weight.shape), scales
+    farthest = np.abs(parts).argmax(-1)[..., None]
+    signed = np.take_along_axis(parts, farthest, -1)[..., 0]
+    reach = signed / -width.zero if width.bits == 4 else np.abs(signed) / (width.zero - 1)
+    best = np.full(reach.shape, np.inf, np.float32)
+    values, scales = np.zeros(parts.shape, np.int8), np.zeros(reach.shape, np.float32)
+    for factor in width.shrink:
+        tried = (reach * factor).astype(np.float32)
+        safe = np.where(tried == 0, 1, tried)[..., None]
+        rounded = np.clip(np.rint(parts / safe), -width.zero, width.zero - 1)
+        error = np.square(rounded * safe - parts).sum(-1)
+        better = error < best
+        best = np.where(better, error, best)
+        scales = np.where(better, tried, scales)
+        values = np.where(better[..., None], rounded, values).astype(np.int8)
+    stored: NDArray[np.uint8] = (values.astype(np.int16) + width.zero).astype(np.uint8).reshape(weight.shape)
+    if width.bits == 4:
+        stored = (stored[:, 0::2] | stored[:, 1::2] << 4).astype(np.uint8)
+    return stored, scales
 
 
 def _matrix(value: Any) -> NDArray[np.float32] | None:
@@ -123,15 +182,15 @@ def _replace(graph: Any, node: Any, op: str, operands: list[Any], attributes: di
         graph.remove(producer, safe=True)
 
 
-def _share(path: Path, shape: tuple[int, ...]) -> None:
-    """Makes the embeddings an initializer over the same bytes of the data file as the head."""
+def _share(path: Path, head: str, embeddings: str, shape: tuple[int, ...]) -> None:
+    """Makes the embeddings an initializer of `shape` over the same bytes of the data file as the head."""
     import onnx
 
     model = onnx.load(path, load_external_data=False)
-    head = next(tensor for tensor in model.graph.initializer if tensor.name == _HEAD)
+    stored = next(tensor for tensor in model.graph.initializer if tensor.name == head)
     shared = model.graph.initializer.add()
-    shared.CopyFrom(head)
-    shared.name = _EMBEDDINGS
+    shared.CopyFrom(stored)
+    shared.name = embeddings
     del shared.dims[:]
     shared.dims.extend(shape)
     onnx.save(model, path)

@@ -8,9 +8,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
 
+import torch
+from torch import Tensor
+
 from runtime_bench.statistics import quantile
 
-Engine = Literal["transformers", "onnxruntime", "vllm"]
+Engine = Literal["transformers", "onnxruntime", "genai", "vllm"]
+ONNX_ENGINES: tuple[Engine, ...] = ("onnxruntime", "genai")
+"""ONNX Runtime by itself, and onnxruntime-genai, which keeps the cache where it is."""
 Workload = Literal["batch", "serve", "latency", "throughput"]
 VLLM_WORKLOADS: tuple[Workload, ...] = ("serve", "latency", "throughput")
 
@@ -57,6 +62,23 @@ class Round:
     figures: dict[str, float]
     """By the names of `results.Metric`, in the units of `UNITS`."""
     itl_ms: list[float] = field(default_factory=list)
+
+
+@dataclass
+class Scores:
+    """Of a sequence that a model has read, for every token but the first."""
+
+    loss: list[float]
+    """Negative log-likelihood, nats."""
+    gap: list[float]
+    """How much less likely than the likeliest, in log probability."""
+
+
+def scores(logits: Tensor, tokens: list[int]) -> Scores:
+    """From the `logits` (T - 1, V) or (T, V) at each of T `tokens`."""
+    each = torch.log_softmax(logits[: len(tokens) - 1].float(), dim=-1)
+    chosen = each.gather(1, torch.tensor(tokens[1:])[:, None])[:, 0]
+    return Scores((-chosen).tolist(), (each.max(dim=-1).values - chosen).tolist())
 
 
 class EngineSession(Protocol):

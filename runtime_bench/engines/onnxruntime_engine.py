@@ -6,9 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import torch
 
 import swiftprune.serve.onnxruntime
-from runtime_bench.engines import Options
+from runtime_bench.engines import Options, Scores, scores
 from swiftprune.errors import CheckpointError, SettingsError
 
 
@@ -43,3 +44,8 @@ class OnnxModel:
             answers.append(step[:, 0])
             arrived()
         return [[int(token) for token in row] for row in np.stack(answers, axis=1)]
+
+    def score(self, tokens: list[int]) -> Scores:
+        self._decoder.reset()
+        logits = self._decoder.step(np.asarray([tokens], dtype=np.int64))[0]
+        return scores(torch.from_numpy(logits), tokens)

@@ -13,9 +13,8 @@ from transformers.generation.streamers import BaseStreamer
 
 import swiftprune.serve.transformers  # noqa: F401 - registers the packed format
 from runtime_bench import onednn
-from runtime_bench.engines import Options
+from runtime_bench.engines import Options, Scores, scores
 from swiftprune.kernels.dispatch import DENSE
-from swiftprune.kernels.linear import Linear24
 from swiftprune.models.load import load_whole_model
 
 
@@ -32,10 +31,10 @@ class TransformersModel:
         self._model = load_whole_model(folder, dtype=dtype).to(options.device)
         self._model.generation_config.eos_token_id = None  # every answer is as long as asked for
         linears = [module for module in self._model.modules() if isinstance(module, nn.Linear)]
-        self.linears = dict(Counter(module.backend if isinstance(module, Linear24) else DENSE for module in linears))
+        self.linears = dict(Counter(getattr(module, "backend", DENSE) for module in linears))
         if options.dense_linears == "onednn":
             for name, module in list(self._model.named_modules()):
-                if isinstance(module, nn.Linear) and not isinstance(module, Linear24):
+                if type(module) is nn.Linear:
                     self._model.set_submodule(name, _Prepacked(module))
 
     @torch.inference_mode()
@@ -51,6 +50,11 @@ class TransformersModel:
         )
         rows: list[list[int]] = answer[:, ids.shape[1] :].tolist()
         return rows
+
+    @torch.inference_mode()
+    def score(self, tokens: list[int]) -> Scores:
+        ids = torch.tensor([tokens], device=self._model.device)
+        return scores(self._model(input_ids=ids, use_cache=False).logits[0].cpu(), tokens)
 
 
 class _Prepacked(nn.Module):

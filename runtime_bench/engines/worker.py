@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 from transformers.utils.logging import disable_progress_bar
 
-from runtime_bench.engines import Engine, Job, Loaded, Options, Round, figures
+from runtime_bench.engines import Job, Loaded, Options, Round, Scores, figures
 from runtime_bench.engines.memory import peak_bytes
 from swiftprune.errors import SwiftpruneError
 
@@ -25,7 +25,7 @@ _PATIENCE_SECONDS = 20
 
 
 class Model(Protocol):
-    """What `load(folder, options)` of an engine's module returns."""
+    """What `load(folder, options)` of an engine's module returns. Those that `rivals` takes also have `score`."""
 
     engine_version: str
     linears: dict[str, int]
@@ -35,11 +35,11 @@ class Model(Protocol):
 
 
 class Worker(AbstractContextManager["Worker"]):
-    """See `engines.EngineSession`. The process ends with the `with` statement."""
+    """See `engines.EngineSession`. The process ends with the `with` statement. `engine` names a module of `engines`."""
 
     loaded: Loaded
 
-    def __init__(self, engine: Engine, folder: Path, options: Options) -> None:
+    def __init__(self, engine: str, folder: Path, options: Options) -> None:
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
         self._name = f"{folder} in {engine}"
@@ -66,6 +66,11 @@ class Worker(AbstractContextManager["Worker"]):
         arrivals: list[float] = self._ask("arrivals", prompts, job.new_tokens)
         return figures(arrivals, job.concurrency)
 
+    def score(self, tokens: list[int]) -> Scores:
+        """Of `tokens`, read at once."""
+        found: Scores = self._ask("score", tokens)
+        return found
+
     def peak_memory_bytes(self) -> int:
         peak: int = self._ask("peak_memory_bytes")
         return peak
@@ -89,7 +94,7 @@ class Worker(AbstractContextManager["Worker"]):
         return answer
 
 
-def _work(connection: Connection, engine: Engine, folder: Path, options: Options) -> None:
+def _work(connection: Connection, engine: str, folder: Path, options: Options) -> None:
     """In the new process: loads, then answers until the other end is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     disable_progress_bar()  # the parent shows where it is
@@ -125,6 +130,11 @@ def _arrivals(model: Model, prompts: list[list[int]], new_tokens: int) -> list[f
     return arrivals
 
 
+def _score(model: Any, tokens: list[int]) -> Scores:
+    found: Scores = model.score(tokens)
+    return found
+
+
 def _peak_memory_bytes(model: Model) -> int:
     return peak_bytes()
 
@@ -132,5 +142,6 @@ def _peak_memory_bytes(model: Model) -> int:
 _ANSWERS: dict[str, Callable[..., Any]] = {
     "tokens": _tokens,
     "arrivals": _arrivals,
+    "score": _score,
     "peak_memory_bytes": _peak_memory_bytes,
 }

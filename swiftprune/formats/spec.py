@@ -53,6 +53,16 @@ As version 1 but for the values, which are integers with scales:
 CODEBOOK is NF4 (Dettmers et al., arXiv 2305.14314) rounded to multiples of 1/127, in units of these.
 
 Bits per weight: 5 for `int8`, 3.125 for `int4`.
+
+Specification, version 3: output head and embeddings in 8 bits
+--------------------------------------------------------------
+As version 1, or 2 where values are declared, but for the weights (V, H) of the input embeddings and of the output head,
+which are dense. Each of the two that a dense checkpoint stores (a tied head is not stored) is stored as
+
+    <module>.weight        (V, H)   int8
+    <module>.weight_scale  (V, 1)   bfloat16   one a row
+
+12. W[v, h] is the float32 product of scale and value. Rule 10 holds for them too.
 """
 
 from __future__ import annotations
@@ -72,6 +82,9 @@ FORMAT = "2:4"
 QUANT_METHOD = "swiftprune"  # what config.json calls it
 VERSION = 1
 QUANTIZED_VERSION = 2
+HEAD_VERSION = 3
+VERSIONS = (VERSION, QUANTIZED_VERSION, HEAD_VERSION)
+QUANTIZED_HEAD = "int8"  # the only type of a quantized head
 SCALE_DTYPE = torch.bfloat16
 VALUE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 METADATA_SUFFIX = "_meta"  # <module>.weight -> <module>.weight_meta
@@ -162,7 +175,12 @@ def find_quantized(name: str) -> Quantized | None:
 
 
 def check_declared(
-    format: str | None, version: int | None, engine: str, versions: tuple[int, ...] = (VERSION,), values: object = None
+    format: str | None,
+    version: int | None,
+    engine: str,
+    versions: tuple[int, ...] = (VERSION,),
+    values: object = None,
+    head: object = None,
 ) -> None:
     """Raises FormatError when a checkpoint's config.json declares what `engine` cannot run."""
     if format != FORMAT:
@@ -175,7 +193,14 @@ def check_declared(
             f"this checkpoint has version {version!r} of the packed format, but {engine} reads {known} here; "
             "use a matching swiftprune or export again"
         )
-    if (version == QUANTIZED_VERSION) != (values in QUANTIZED):
+    if (version == HEAD_VERSION) != (head == QUANTIZED_HEAD) or (head is not None and head != QUANTIZED_HEAD):
+        raise FormatError(
+            f"this checkpoint declares version {version} of the packed format with head {head!r}; version "
+            f"{HEAD_VERSION}, and no other, has {QUANTIZED_HEAD}"
+        )
+    if version == HEAD_VERSION and values is None:
+        return
+    if (version in (QUANTIZED_VERSION, HEAD_VERSION)) != (values in QUANTIZED):
         raise FormatError(
             f"this checkpoint declares version {version} of the packed format with values {values!r}; version "
             f"{QUANTIZED_VERSION} has {' or '.join(QUANTIZED)}, and version {VERSION} none"

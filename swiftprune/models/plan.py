@@ -57,6 +57,8 @@ class Targets:
     """Tensor of the input embeddings."""
     head: str
     """Tensor of the output head: the same where the two are tied, and empty where the checkpoint has none."""
+    dense_ends: str | None
+    """Why embeddings and head cannot be stored in 8 bits; None where they can."""
     dense: dict[str, str] = field(default_factory=dict)
     outside: list[str] = field(default_factory=list)
 
@@ -141,8 +143,19 @@ def find_targets(model: nn.Module, checkpoint: Checkpoint, *, ignore: str, group
             dense[name] = "outside of the decoder blocks"
     if not any(block.linears for block in blocks):
         raise SettingsError(f"nothing to prune: all linears are ignored or unsuitable ({_first_reason(dense)})")
-    embedding, head = _ends(model, tensor_of)
-    return Targets(blocks, tensor_of, embedding, head, dense, sorted(set(checkpoint.tensors) - claimed))
+    outside = sorted(set(checkpoint.tensors) - claimed)
+    return Targets(blocks, tensor_of, *_ends(model, tensor_of), _dense_ends(model, tensor_of), dense, outside)
+
+
+def _dense_ends(model: Any, tensor_of: dict[str, str]) -> str | None:
+    """See `Targets.dense_ends`: engines may do more there than look rows up and multiply by them."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    for module, plain in ((embedding, nn.Embedding), (head, nn.Linear)):
+        if type(module) is not plain:
+            return f"{type(model).__name__} has {type(module).__name__} in the place of {plain.__name__}"
+    name = next(name for name, module in model.named_modules() if module is embedding)
+    stored = tensor_of[f"{name}.weight"]  # of tied ones some checkpoints hold the head
+    return None if stored.endswith(f"{name.rpartition('.')[2]}.weight") else f"the embeddings are stored as {stored}"
 
 
 def _ends(model: nn.Module, tensor_of: dict[str, str]) -> tuple[str, str]:

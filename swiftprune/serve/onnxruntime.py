@@ -85,11 +85,12 @@ def session(
     return made
 
 
-def genai_model(folder: str | Path, *, threads: int | None = None) -> tuple[Any, dict[str, int]]:
+def genai_model(folder: str | Path, *, threads: int | None = None, endless: bool = False) -> tuple[Any, dict[str, int]]:
     """An `onnxruntime_genai.Model` on an exported `folder`, or hub id, its packed linears on the library's kernels.
 
     Returns it and how many linears run on which backend, as in `session`. `folder` holds genai_config.json and
-    model.onnx. Raises CheckpointError when onnxruntime-genai cannot load it, SettingsError when it is missing.
+    model.onnx. With `endless` no token ends an answer, for measurements. Raises CheckpointError when onnxruntime-genai
+    cannot load it, SettingsError when it is missing.
     """
     genai = _import("onnxruntime_genai")
     folder = (Path(folder) if Path(folder).is_dir() else from_hub(str(folder), None, *_ONNX_FILES)).resolve()
@@ -108,7 +109,10 @@ def genai_model(folder: str | Path, *, threads: int | None = None) -> tuple[Any,
     with count_linears(folder / "model.onnx") as linears, contextlib.chdir(operators.parent):
         try:
             config = genai.Config(str(folder))
-            config.overlay(json.dumps({"model": {"decoder": {"session_options": options}}}))
+            settings: dict[str, Any] = {"decoder": {"session_options": options}}
+            if endless:
+                settings["eos_token_id"] = [_NO_TOKEN]
+            config.overlay(json.dumps({"model": settings}))
             made = genai.Model(config)
         except Exception as error:
             raise CheckpointError(f"{folder}: onnxruntime-genai cannot load it: {_plain(error)}") from error
@@ -116,6 +120,7 @@ def genai_model(folder: str | Path, *, threads: int | None = None) -> tuple[Any,
 
 
 _ONNX_FILES = ("*.onnx", "*.onnx.data")
+_NO_TOKEN = 2**31 - 1  # beyond every vocabulary
 
 # All that onnxruntime-genai would else take from genai_config.json, which has it from the model's own settings.
 _GREEDY = {
@@ -148,13 +153,22 @@ def generate(model: Any, prompt: str, tokens: int, *, chat: bool = False) -> Ite
         except RuntimeError as error:
             raise SettingsError(f"--chat: the model's chat template cannot be used: {_plain(error)}") from None
     asked = tokenizer.encode(prompt)
-    parameters = genai.GeneratorParams(model)
-    parameters.set_search_options(max_length=len(asked) + tokens, **_GREEDY)
-    generator = genai.Generator(model, parameters)
+    generator = greedy_generator(model, len(asked) + tokens)
     generator.append_tokens(asked)
     while not generator.is_done():
         generator.generate_next_token()
         yield stream.decode(generator.get_next_tokens()[0])
+
+
+def greedy_generator(model: Any, longest: int, sequences: int = 1) -> Any:
+    """An `onnxruntime_genai.Generator` that takes the likeliest token, whatever the model's own settings say.
+
+    `longest` counts the tokens of a sequence, prompt and answer.
+    """
+    genai = _import("onnxruntime_genai")
+    parameters = genai.GeneratorParams(model)
+    parameters.set_search_options(max_length=longest, batch_size=sequences, **_GREEDY)
+    return genai.Generator(model, parameters)
 
 
 class Decoder:

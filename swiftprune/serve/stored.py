@@ -24,13 +24,25 @@ def packed_modules(stored: Mapping[str, TensorEntry]) -> list[str]:
     return sorted(name.removesuffix(ending) for name in stored if name.endswith(ending))
 
 
-def check_stored(stored: Mapping[str, TensorEntry], values: Quantized | None) -> None:
+def check_stored(stored: Mapping[str, TensorEntry], values: Quantized | None, *, quantized_head: bool = False) -> None:
     """Raises FormatError, with file and tensor, unless all tensors of every packed weight are there and fit together.
 
-    `values` is what config.json says of them.
+    `values` is what config.json says of them, `quantized_head` whether it says that embeddings and head are in 8 bits.
     """
-    for module in packed_modules(stored):
+    packed = packed_modules(stored)
+    for module in packed:
         _check_weight(stored, module + WEIGHT, values)
+    ends = [name for name, entry in stored.items() if entry.dtype_name == "I8" and name.endswith(WEIGHT)]
+    ends = sorted(set(ends) - {module + WEIGHT for module in packed})
+    if bool(ends) != quantized_head:
+        where = f"{stored[ends[0]].shard}: holds {ends[0]} in 8 bits" if ends else "no embeddings are stored in 8 bits"
+        raise FormatError(f"{where}, but config.json says {'so' if quantized_head else 'nothing'} of a quantized head")
+    for name in ends:
+        scale = stored.get(name + SCALE_SUFFIX)
+        if scale is None or scale.dtype_name != "BF16" or scale.shape != (stored[name].shape[0], 1):
+            found = f"{scale.dtype_name} {scale.shape}" if scale else "missing"
+            expected = (stored[name].shape[0], 1)
+            raise FormatError(f"{stored[name].shard}: {name}{SCALE_SUFFIX} is {found}, not BF16 {expected}")
 
 
 def _check_weight(stored: Mapping[str, TensorEntry], weight: str, values: Quantized | None) -> None:

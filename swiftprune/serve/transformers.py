@@ -29,6 +29,7 @@ from swiftprune.checkpoints.source import shard_entries
 from swiftprune.formats import spec
 from swiftprune.formats.spec import QUANT_METHOD, Quantized
 from swiftprune.kernels import native
+from swiftprune.kernels.dense8 import Embedding8, Head8, check_rows
 from swiftprune.kernels.linear import Linear24
 from swiftprune.serve.stored import check_stored, packed_modules
 
@@ -45,6 +46,7 @@ class SwiftpruneConfig(QuantizationConfigMixin):  # type: ignore[misc]
         version: int = spec.VERSION,
         ignore: list[str] | None = None,
         values: str | None = None,
+        head: str | None = None,
         **_: Any,
     ) -> None:
         self.quant_method = QUANT_METHOD
@@ -53,11 +55,16 @@ class SwiftpruneConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.ignore = ignore or []
         if values:
             self.values = values
+        if head:
+            self.head = head
 
 
 @register_quantizer(QUANT_METHOD)
 class SwiftpruneQuantizer(HfQuantizer):  # type: ignore[misc]
-    """Puts a Linear24 in the place of every linear that the checkpoint stores packed."""
+    """Puts a Linear24 in the place of every linear that the checkpoint stores packed.
+
+    So it does with the modules of `dense8` and the ends of the model that are stored in 8 bits.
+    """
 
     def __init__(self, quantization_config: SwiftpruneConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
@@ -66,9 +73,8 @@ class SwiftpruneQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         declared = self.quantization_config
-        spec.check_declared(
-            declared.format, declared.version, "transformers", (spec.VERSION, spec.QUANTIZED_VERSION), self._values
-        )
+        head = getattr(declared, "head", None)
+        spec.check_declared(declared.format, declared.version, "transformers", spec.VERSIONS, self._values, head)
 
     @property
     def _values(self) -> Quantized | None:
@@ -89,6 +95,8 @@ class SwiftpruneQuantizer(HfQuantizer):  # type: ignore[misc]
                     quantized=self._values,
                 )
                 model.set_submodule(name, packed)
+        if hasattr(self.quantization_config, "head"):
+            _quantize_ends(model)
         return model
 
     def _is_packed(self, checkpoint_files: list[str] | None) -> Callable[[str], bool]:
@@ -101,7 +109,7 @@ class SwiftpruneQuantizer(HfQuantizer):  # type: ignore[misc]
             ignored = set(self.quantization_config.ignore)
             return lambda name: name not in ignored
         stored = {name: entry for file in checkpoint_files for name, entry in shard_entries(Path(file)).items()}
-        check_stored(stored, self._values)
+        check_stored(stored, self._values, quantized_head=hasattr(self.quantization_config, "head"))
         packed = set(packed_modules(stored))
         shortened = {name.partition(".")[2] for name in packed}
         return lambda name: name in packed or name in shortened or name.partition(".")[2] in packed
@@ -118,6 +126,7 @@ class SwiftpruneQuantizer(HfQuantizer):  # type: ignore[misc]
                         files.drop(tensor)
         for backend, count in served.items():
             logger.info("%d 2:4 linears run on the backend %s", count, backend)
+        _check_ends(model)
         return model
 
     def is_serializable(self) -> bool:
@@ -127,6 +136,45 @@ class SwiftpruneQuantizer(HfQuantizer):  # type: ignore[misc]
     def is_trainable(self) -> bool:
         """Adapters on top are: packed weights pass gradients through, and have none themselves."""
         return True
+
+
+def _quantize_ends(model: Any) -> None:
+    """Puts 8-bit modules in the places of the input embeddings and of the output head, where the model has one."""
+    names = {id(module): name for name, module in model.named_modules()}
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    tied = head is not None and f"{names[id(head)]}.weight" in (getattr(model, "all_tied_weights_keys", None) or {})
+    meta = torch.device("meta")
+    rows = Embedding8(
+        embedding.num_embeddings,
+        embedding.embedding_dim,
+        embedding.padding_idx,
+        dtype=embedding.weight.dtype,
+        device=meta,
+    )
+    model.set_submodule(names[id(embedding)], rows)
+    if head is not None:
+        own = Head8(
+            head.in_features,
+            head.out_features,
+            bias=head.bias is not None,
+            dtype=head.weight.dtype,
+            device=meta,
+            tied=rows if tied else None,
+        )
+        model.set_submodule(names[id(head)], own)
+
+
+def _check_ends(model: nn.Module) -> None:
+    """Checks the numbers of 8-bit ends, and makes them dense where they are not on a CPU."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, (Embedding8, Head8)):
+            scale = module.scale if isinstance(module, Head8) else module.weight_scale
+            check_rows(module.weight, scale, f"{name}.weight")
+            if not module.weight.is_cpu:
+                logger.info(
+                    "%s is made dense on %s: only CPUs multiply by 8-bit heads here", name, module.weight.device
+                )
+                model.set_submodule(name, module.to_dense())
 
 
 def run(command: str, arguments: list[str]) -> None:

@@ -1,0 +1,149 @@
+"""Output heads and embeddings in 8 bits: dense, a scale for each row (version 3 of the format).
+
+A token reads the whole head, which in 16 bits is more than all packed linears of a model with quantized values. On CPUs
+the head's product is torch's own, of weights in 8 bits and inputs as they are, which are not rounded. Elsewhere both
+are to be made dense once loaded (`to_dense`): there is no such product here that would be faster.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from swiftprune.errors import FormatError
+from swiftprune.formats.spec import SCALE_DTYPE, check_finite
+from swiftprune.kernels.quantize import LARGEST, scales_of, to_values
+
+BACKEND = "int8-dense"
+"""What is reported of a head in 8 bits."""
+_FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def quantize_rows(weight: Tensor, name: str = "weight") -> tuple[Tensor, Tensor]:
+    """(V, H) int8 and (V, 1) bfloat16 scales of `weight` (V, H), to nearest. Raises FormatError for NaN or infinity."""
+    check_finite(weight, name)
+    wide = weight.float()
+    scale = scales_of(wide, "int8")
+    return to_values(wide, scale, "int8"), scale
+
+
+def dequantize_rows(values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """The dense weight (V, H): exact in float32, rounded to `dtype`."""
+    return (values.float() * scale.float()).to(dtype)
+
+
+def check_rows(values: Tensor, scale: Tensor, name: str = "weight") -> None:
+    """Raises FormatError, with `name`, for numbers that rules 10 and 12 of the format do not allow."""
+    if values.numel() and int(values.min()) < -LARGEST:
+        raise FormatError(f"{name}: holds -128, which the packed format does not have; the file is damaged")
+    if not torch.isfinite(scale).all():
+        raise FormatError(f"{name}: a scale is not finite; the file is damaged")
+
+
+def multiply_rows(x: Tensor, values: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x W^T + bias: (..., V) in the dtype of `x` (..., H), from `values` (V, H) int8 and `scale` (V,) in that dtype."""
+    if x.is_cpu and x.dtype in _FLOATS and not (torch.is_grad_enabled() and x.requires_grad):
+        product: Any = torch.ops.aten._weight_int8pack_mm
+        y: Tensor = product(x.reshape(-1, x.shape[-1]).contiguous(), values, scale).view(*x.shape[:-1], len(values))
+    else:
+        y = F.linear(x, values.to(x.dtype)) * scale
+    return y if bias is None else y + bias
+
+
+class Embedding8(nn.Embedding):
+    """Embeddings whose rows are stored in 8 bits; what comes out is of type `dtype`."""
+
+    weight: nn.Parameter
+    weight_scale: nn.Parameter
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        padding_idx: int | None = None,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        nn.Module.__init__(self)  # nn.Embedding's own would draw a dense weight
+        self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
+        self.padding_idx = padding_idx
+        self.dtype = dtype
+        values = torch.empty(num_embeddings, embedding_dim, dtype=torch.int8, device=device)
+        scale = torch.empty(num_embeddings, 1, dtype=SCALE_DTYPE, device=device)
+        self.weight = nn.Parameter(values, requires_grad=False)
+        self.weight_scale = nn.Parameter(scale, requires_grad=False)
+
+    def reset_parameters(self) -> None:
+        """Rows are made elsewhere, so there is nothing to draw."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return dequantize_rows(F.embedding(ids, self.weight), F.embedding(ids, self.weight_scale), self.dtype)
+
+    def to_dense(self) -> nn.Embedding:
+        dense = nn.Embedding(self.num_embeddings, self.embedding_dim, self.padding_idx, device="meta")
+        weight = dequantize_rows(self.weight, self.weight_scale, self.dtype)
+        dense.weight = nn.Parameter(weight, requires_grad=False)
+        return dense
+
+    def extra_repr(self) -> str:
+        return f"{self.num_embeddings}, {self.embedding_dim}, int8"
+
+
+class Head8(nn.Linear):
+    """An output head whose rows are stored in 8 bits. `tied` embeddings share theirs, scales included."""
+
+    weight: nn.Parameter
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        bias: bool,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        tied: Embedding8 | None = None,
+    ) -> None:
+        nn.Module.__init__(self)  # nn.Linear's own would make a dense weight
+        self.in_features, self.out_features = in_features, out_features
+        self.dtype = dtype
+        self.backend = BACKEND
+        self._tied = [tied] if tied else []  # a list, so that it is no part of this module
+        values = (
+            tied.weight
+            if tied
+            else nn.Parameter(
+                torch.empty(out_features, in_features, dtype=torch.int8, device=device), requires_grad=False
+            )
+        )
+        self.weight = values
+        if not tied:
+            scale = torch.empty(out_features, 1, dtype=SCALE_DTYPE, device=device)
+            self.weight_scale = nn.Parameter(scale, requires_grad=False)
+        empty = torch.empty(out_features, dtype=dtype, device=device)
+        self.register_parameter("bias", nn.Parameter(empty, requires_grad=False) if bias else None)
+
+    @property
+    def scale(self) -> Tensor:
+        """(V, 1) bfloat16."""
+        return self._tied[0].weight_scale if self._tied else self.weight_scale
+
+    def reset_parameters(self) -> None:
+        """Rows are made elsewhere, so there is nothing to draw."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return multiply_rows(x, self.weight, self.scale[:, 0].to(x.dtype), self.bias)
+
+    def to_dense(self) -> nn.Linear:
+        linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
+        weight = dequantize_rows(self.weight, self.scale, self.dtype)
+        linear.weight = nn.Parameter(weight, requires_grad=False)
+        linear.register_parameter("bias", self.bias)
+        return linear
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, int8"

@@ -1,0 +1,147 @@
+"""Output heads and embeddings in 8 bits: format version 3, in transformers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, AutoModelForCausalLM, Gemma3TextConfig
+
+import swiftprune.serve.transformers
+from exporters import export
+from exporters.info import describe
+from swiftprune.config import PruneSettings
+from swiftprune.errors import FormatError, SettingsError
+from swiftprune.formats.spec import check_declared
+from swiftprune.kernels.dense8 import Embedding8, Head8, multiply_rows, quantize_rows
+from tests import models
+
+IDS = torch.arange(5, 29)[None]
+
+
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    return {key: value for path in folder.glob("*.safetensors") for key, value in load_file(path).items()}
+
+
+@pytest.mark.parametrize("name", ["llama-gqa-tied", "llama-mha-untied"])
+@pytest.mark.parametrize("values", [None, "int4"])
+def test_head_in_transformers(name: str, values: Any, tiny_models: Callable[[str], Path], tmp_path: Path) -> None:
+    """What is loaded is the model whose ends are the stored numbers, densely; saved again, it is the same files."""
+    source = tiny_models(name)
+    settings = PruneSettings(calibration="none", values=values)
+    export(source, tmp_path / "kept", settings, head="keep")
+    # By itself with quantized values, else when asked for.
+    export(source, tmp_path / "out", settings, head=None if values else "int8")
+    declared = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert (declared["version"], declared["head"], declared.get("values")) == (3, "int8", values)
+    dense, stored = tensors_of(source), tensors_of(tmp_path / "out")
+    ends = [end for end in ("model.embed_tokens.weight", "lm_head.weight") if end in dense]
+    assert len(ends) == 2 - ("tied" in name.split("-"))
+    twin = AutoModelForCausalLM.from_pretrained(tmp_path / "kept", dtype=torch.float32)
+    for end in ends:
+        values8, scale = stored[end], stored[f"{end}_scale"]
+        assert (values8.dtype, scale.dtype, scale.shape) == (torch.int8, torch.bfloat16, (len(values8), 1))
+        rows = values8.double() * scale.double()
+        assert ((rows - dense[end].double()).abs() <= scale.double().abs() * 0.501 + 1e-9).all()
+        twin.get_parameter(end).data = rows.float()
+    if len(ends) == 1:
+        twin.lm_head.weight = twin.model.embed_tokens.weight
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    assert isinstance(model.model.embed_tokens, Embedding8)
+    assert isinstance(model.lm_head, Head8)
+    with torch.inference_mode():
+        assert torch.allclose(model(IDS).logits, twin(IDS).logits, atol=2e-5)
+    answer = model.generate(IDS, max_new_tokens=4, do_sample=False, pad_token_id=0)
+    assert answer.shape == (1, IDS.shape[1] + 4)
+    model.save_pretrained(tmp_path / "again")
+    again = tensors_of(tmp_path / "again")
+    assert again.keys() == stored.keys()
+    assert all(torch.equal(again[key], stored[key]) for key in stored)
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "again", dtype=torch.float32)
+    with torch.inference_mode():
+        assert torch.equal(reloaded(IDS).logits, model(IDS).logits)
+    body = AutoModel.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    with torch.inference_mode():
+        assert torch.equal(body(IDS).last_hidden_state, model.model(IDS).last_hidden_state)
+    assert "int8 output head" in describe(tmp_path / "out").kind
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("tokens", [1, 3, 40])
+def test_products_are_those_of_the_numbers(dtype: torch.dtype, tokens: int) -> None:
+    torch.manual_seed(tokens)
+    values, scale = quantize_rows(torch.randn(70, 48))
+    x, bias = torch.randn(2, tokens, 48).to(dtype), torch.randn(70).to(dtype)
+    layer = Head8(48, 70, bias=True, dtype=dtype)
+    layer.weight.data, layer.weight_scale.data = values, scale
+    assert layer.bias is not None
+    layer.bias.data = bias
+    exact = x.double() @ (values.double() * scale.double()).T + bias.double()
+    rounding = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}[dtype]
+    with torch.inference_mode():
+        assert (layer(x).double() - exact).abs().max() < rounding * exact.abs().max()
+        assert torch.allclose(layer.to_dense()(x), layer(x), rtol=rounding, atol=rounding * float(exact.abs().max()))
+    # Adapters below it train.
+    x = x.float().requires_grad_()
+    multiply_rows(x, values, scale[:, 0].float()).sum().backward()  # type: ignore[no-untyped-call]
+    assert x.grad is not None
+    assert torch.allclose(x.grad[0, 0], (values.float() * scale.float()).sum(0), rtol=1e-4, atol=1e-4)
+
+
+def test_heads_that_are_refused(tiny_models: Callable[[str], Path], tmp_path: Path) -> None:
+    settings = PruneSettings(calibration="none", values="int8")
+    with pytest.raises(SettingsError, match="--head int4 is for --target onnx, not for packed, which has int8"):
+        export(tiny_models("llama-gqa-tied"), tmp_path / "out", settings, head="int4")
+    with pytest.raises(SettingsError, match="--head int8 is for --target packed and onnx, not for dense"):
+        export(
+            tiny_models("llama-gqa-tied"),
+            tmp_path / "out",
+            PruneSettings(calibration="none"),
+            target="dense",
+            head="int8",
+        )
+    gemma = models.write_model(tmp_path / "model", Gemma3TextConfig(**models.SMALL, num_key_value_heads=2, head_dim=16))
+    said: list[str] = []
+    export(gemma, tmp_path / "gemma", settings, notify=said.append)
+    assert any("stay as they are: Gemma3ForCausalLM has Gemma3TextScaledWordEmbedding" in line for line in said)
+    with pytest.raises(SettingsError, match="--head int8: the output head stays as it is: Gemma3ForCausalLM has"):
+        export(gemma, tmp_path / "no", settings, head="int8")
+    for version, head in ((2, "int8"), (3, None), (3, "int4"), (1, "int8")):
+        with pytest.raises(FormatError, match=f"declares version {version} of the packed format with head"):
+            check_declared("2:4", version, "transformers", (1, 2, 3), None if version == 1 else "int8", head)
+    check_declared("2:4", 3, "transformers", (1, 2, 3), "int4", "int8")
+
+
+def test_damaged_heads(tiny_models: Callable[[str], Path], tmp_path: Path) -> None:
+    """Loaders of transformers would make up what is missing, and cast what is of another type."""
+    export(tiny_models("llama-gqa-tied"), tmp_path / "out", PruneSettings(calibration="none", values="int8"))
+    end = "model.embed_tokens.weight"
+    (shard,) = (path for path in (tmp_path / "out").glob("*.safetensors") if end in load_file(path))
+    good = load_file(shard)
+    config = (tmp_path / "out" / "config.json").read_text()
+
+    def refused(changes: dict[str, torch.Tensor | None], match: str) -> None:
+        changed = {key: value for key, value in (good | changes).items() if value is not None}
+        save_file(changed, shard, metadata={"format": "pt"})
+        with pytest.raises(FormatError, match=match):
+            AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+    scale = good[f"{end}_scale"]
+    refused({f"{end}_scale": None}, r"embed_tokens.weight_scale is missing, not BF16")
+    refused({f"{end}_scale": scale.float()}, "is F32")
+    refused({f"{end}_scale": scale[:-1]}, "is BF16")
+    refused({end: good[end].float() * scale.float()}, "no embeddings are stored in 8 bits, but config.json says so")
+    refused({f"{end}_scale": torch.full_like(scale, torch.nan)}, "a scale is not finite")
+    refused({end: torch.full_like(good[end], -128)}, "holds -128")
+    (tmp_path / "out" / "config.json").write_text(
+        config.replace('"head": "int8"', '"none": 0').replace('"version": 3', '"version": 2')
+    )
+    refused({}, "holds model.embed_tokens.weight in 8 bits, but config.json says nothing")
+
+
+assert swiftprune.serve.transformers
