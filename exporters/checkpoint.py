@@ -27,7 +27,8 @@ from swiftprune.config import DTYPES, DtypeName, PruneSettings
 from swiftprune.errors import CheckpointError, SettingsError
 from swiftprune.formats import FORMATS, CheckpointFormat, spec
 from swiftprune.formats.spec import Packed24, WeightSpec
-from swiftprune.kernels import dense8, packing
+from swiftprune.kernels import dense8, dispatch, packing
+from swiftprune.kernels.linear import Linear24
 from swiftprune.models.architectures import fused_sets
 from swiftprune.models.load import context_length, load_whole_model, read_config
 from swiftprune.models.perplexity import dense_perplexity, perplexity
@@ -187,7 +188,7 @@ def export(
                 report = writer.write_onnx(report, head, push_to_hub, progress)
         if windows is not None:
             with run.clock("evaluate"):
-                before, after = _evaluate(checkpoint, workspace.folder, target, windows, progress)
+                before, after = _evaluate(run, checkpoint, workspace.folder, target, windows)
             report = report.model_copy(
                 update={
                     "evaluation": _evaluation_of(checkpoint, windows),
@@ -601,14 +602,22 @@ def _evaluation_of(checkpoint: Checkpoint, windows: Tensor) -> str:
 
 
 def _evaluate(
-    checkpoint: Checkpoint, out: Path, target: Target, windows: Tensor, progress: ProgressCallback
+    run: Run, checkpoint: Checkpoint, out: Path, target: Target, windows: Tensor
 ) -> tuple[float, float | None]:
-    """Perplexity of the source and of the checkpoint in the folder `out`, each loaded as a user would load it."""
+    """Perplexity of the source `checkpoint` and of the one in the folder `out`, each loaded as a user would load it.
+
+    On a GPU packed weights are unpacked for every call: what is measured is the model, not a kernel.
+    """
     import swiftprune.serve.transformers  # noqa: F401 - registers the packed format
 
     def load(folder: Path) -> Any:
-        return load_whole_model(folder, checkpoint.parameter_count, trust_remote_code=checkpoint.trust_remote_code)
+        model = load_whole_model(folder, checkpoint.parameter_count, trust_remote_code=checkpoint.trust_remote_code)
+        for module in model.modules():
+            if isinstance(module, Linear24) and not run.compute.on_cpu:
+                module.use_backend(dispatch.REFERENCE)
+        return model.to(run.compute.device)
 
+    progress = run.progress
     before = dense_perplexity(load(checkpoint.folder), windows, stage="evaluate dense", progress=progress)
     if target in ("torch", "sparse24-bitmask"):
         return before, None  # transformers loads neither here

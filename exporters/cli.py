@@ -251,6 +251,14 @@ def export_command(
             show_default="--in-turn",
         ),
     ] = None,
+    device: Annotated[
+        str,
+        typer.Option(
+            rich_help_panel=_DATA,
+            help="Where calibration, solving, training and measuring compute: [b]cpu[/], [b]cuda[/], [b]cuda:N[/]. "
+            "[b]auto[/]: a GPU where there is one.",
+        ),
+    ] = "auto",
     compute: Annotated[
         ComputeChoice,
         typer.Option(
@@ -306,8 +314,8 @@ def export_command(
         HeadChoice | None,
         typer.Option(
             rich_help_panel=_FILES,
-            help="Of --target onnx, the output head and the embeddings: [b]int8[/]: in 8 bits, by ONNX Runtime's own "
-            "operators; [b]int4[/]: in 4, at some loss; [b]keep[/]: in float32.",
+            help="The output head and embeddings, of --target packed and onnx: [b]int8[/]: in 8 bits; [b]int4[/]: in "
+            "4, at some loss (onnx only); [b]keep[/]: as they are.",
             show_default="int8 with --values, else keep",
         ),
     ] = None,
@@ -375,6 +383,7 @@ def export_command(
             "text_column": text_column,
             "seed": seed,
             "compute": compute.value,
+            "device": device,
             "ignore": ignore,
             "mask": str(mask) if mask else "",
             "strict": strict,

@@ -23,7 +23,7 @@ from runtime_bench.machine import this_machine
 from runtime_bench.stored import Stored
 from swiftprune.calibration.text import load_tokenizer, token_windows
 from swiftprune.calibration.text_files import read_text
-from swiftprune.compute import autocast, faster_type
+from swiftprune.compute import Compute, faster_type
 from swiftprune.config import DTYPES, PruneSettings, QualityName, make_settings
 from swiftprune.errors import ResultError, SettingsError
 from swiftprune.methods.scores import KEEP, METHODS
@@ -227,7 +227,7 @@ def _run(
 
 def _perplexities(folder: Path, windows: dict[str, torch.Tensor], progress: ProgressCallback) -> dict[str, float]:
     model = load_whole_model(folder, dtype=torch.float32)
-    with autocast(DTYPES[faster_type()]):
+    with Compute(dtype=DTYPES[faster_type()]).autocast():
         return {
             name: perplexity(model, taken, stage=f"evaluate on {name}", progress=progress)
             for name, taken in windows.items()

@@ -10,7 +10,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from swiftprune.calibration.text_files import DEFAULT_COLUMN
-from swiftprune.compute import ComputeName, faster_type
+from swiftprune.compute import ComputeName, faster_type, find_device
 from swiftprune.errors import SettingsError
 from swiftprune.formats.spec import FORMAT, Quantized
 from swiftprune.methods.mask import Pattern
@@ -55,6 +55,8 @@ class PruneSettings(BaseModel):
     """Calibrate on the dense model's hidden states, in one pass, and not on those of the blocks pruned so far."""
     compute: ComputeName | Literal["auto"] = "auto"
     """Type in which calibration and training multiply, `auto`: the faster one here. All else is float32."""
+    device: str = "auto"
+    """Where calibration, solving, training and measuring compute: `auto`, `cpu`, `cuda` or `cuda:N`."""
     permute: bool = False
     """Reorder input channels first, at no cost at run time: see `permute`."""
     refine: tuple[Refinement, ...] = ()
@@ -94,7 +96,9 @@ class PruneSettings(BaseModel):
         if "distill" not in self.refine and limited:
             raise SettingsError("--minutes and --steps limit distillation: add --refine distill")
         if method.needs == "nothing" and not (self.refine or self.permute or self.max_perplexity_ratio):
-            return self.model_copy(update={"method": name, "calibration": "none", "compute": "float32"})
+            return self.model_copy(
+                update={"method": name, "calibration": "none", "compute": "float32", "device": _resolved(self.device)}
+            )
         if self.calibration == "none" and self.max_perplexity_ratio is not None:
             raise SettingsError("--sparsity auto measures perplexity: give --calibration self or a text file")
         if self.calibration == "none":
@@ -105,8 +109,13 @@ class PruneSettings(BaseModel):
         if self.one_pass and "blocks" in self.refine:
             raise SettingsError("--refine blocks works on the blocks pruned so far: leave out --one-pass")
         ordered = tuple(stage for stage in get_args(Refinement) if stage in self.refine)
-        compute = faster_type() if self.compute == "auto" else self.compute
-        return self.model_copy(update={"method": name, "refine": ordered, "compute": compute})
+        device = _resolved(self.device)
+        compute = faster_type(torch.device(device)) if self.compute == "auto" else self.compute
+        return self.model_copy(update={"method": name, "refine": ordered, "compute": compute, "device": device})
+
+
+def _resolved(device: str) -> str:
+    return str(find_device(device))
 
 
 QualityName = Literal["fast", "balanced", "best"]

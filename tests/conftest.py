@@ -26,7 +26,7 @@ hypothesis.settings.load_profile("swiftprune")
 @pytest.fixture(autouse=True)
 def _computes_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a test gets must not depend on whether its machine is faster in bfloat16."""
-    monkeypatch.setattr("swiftprune.config.faster_type", lambda: "float32")
+    monkeypatch.setattr("swiftprune.config.faster_type", lambda device: "float32")
 
 
 @pytest.fixture(scope="session")

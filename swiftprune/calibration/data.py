@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from swiftprune.calibration.sampling import sampled_text
 from swiftprune.calibration.text import HELD_BACK, HELD_BACK_OF, CalibrationText
 from swiftprune.calibration.text_files import DEFAULT_COLUMN
 from swiftprune.checkpoints.source import Checkpoint
+from swiftprune.compute import Compute
 from swiftprune.progress import ProgressCallback
 
 logger = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ def calibration_data(
     seqlen: int,
     seed: int,
     progress: ProgressCallback,
-    compute: torch.dtype = torch.float32,
+    compute: Compute | None = None,
     column: str = DEFAULT_COLUMN,
 ) -> CalibrationData:
     """`source` is `self` (the model samples its own text), a text file (see `text_files`) or a data set id.
@@ -46,7 +46,12 @@ def calibration_data(
     if source == "self":
         more = min(HELD_BACK, samples // HELD_BACK_OF)
         sampled = sampled_text(
-            checkpoint, samples=samples + more, seqlen=seqlen, seed=seed, compute=compute, progress=progress
+            checkpoint,
+            samples=samples + more,
+            seqlen=seqlen,
+            seed=seed,
+            compute=compute or Compute(),
+            progress=progress,
         )
         return CalibrationData(sampled[:samples], sampled[samples:])
     text = CalibrationText(source, checkpoint, seqlen=seqlen, needed=samples, column=column)

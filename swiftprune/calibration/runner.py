@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from swiftprune.calibration.observers import InputObserver
 from swiftprune.calibration.residual import residual_writers
 from swiftprune.checkpoints.source import Checkpoint
-from swiftprune.compute import autocast
+from swiftprune.compute import Compute, move_buffers
 from swiftprune.errors import CheckpointError, SwiftpruneError, first_line
 from swiftprune.methods.statistics import InputStats, Needs
 from swiftprune.models.plan import Block, Linear, Targets, decoder_blocks
@@ -27,15 +27,18 @@ _Arguments = dict[str, tuple[tuple[Any, ...], dict[str, Any]]]
 
 # Tokens whose inputs are kept to measure a linear's output error.
 SAMPLE_TOKENS = 256
+# Of a device's free memory: hidden states that take more stay on the CPU.
+_SHARE_OF_HIDDEN = 0.3
 
 
 class BlockRunner:
     """The hidden states of all calibration samples, moved through the model block by block.
 
-    One block's weights are in memory at a time, in fp32; products are computed in `compute`. `hidden` holds one
-    (1, T, H) fp32 tensor per sample: the input of the next block in the pruned model. `dense_hidden` is the same in the
-    dense model, and None unless asked for. Whatever else the model hands to its blocks (masks, positions, inputs that
-    depend on the tokens, keys and values that blocks share) is kept for each sample, and for each of the two models.
+    One block's weights are in memory at a time, in fp32, on the device of `compute`, which multiplies. `hidden` holds
+    one (1, T, H) fp32 tensor per sample, on that device or, where all would take too much of its memory, on the CPU:
+    the input of the next block in the pruned model. `dense_hidden` is the same in the dense model, and None unless
+    asked for. Whatever else the model hands to its blocks (masks, positions, inputs that depend on the tokens, keys and
+    values that blocks share) is kept for each sample, and for each of the two models.
     """
 
     def __init__(
@@ -45,17 +48,24 @@ class BlockRunner:
         targets: Targets,
         tokens: Tensor,
         *,
-        compute: torch.dtype = torch.float32,
+        compute: Compute | None = None,
         track_dense: bool = False,
     ) -> None:
         self._model = model
-        self._compute = compute
+        self._compute = compute or Compute()
+        move_buffers(model, self._compute.device)
         self._checkpoint = checkpoint
         self._tensor_of = targets.tensor_of
         _, modules = decoder_blocks(model)
         self._modules = {block.name: module for block, module in zip(targets.blocks, modules, strict=True)}
         self._arguments: list[_Arguments] = []
         self.hidden = self._embed(tokens)
+        self._home = self._compute.device
+        if not self._compute.on_cpu:
+            taken = sum(hidden.nbytes for hidden in self.hidden) * (2 if track_dense else 1)
+            if taken > _SHARE_OF_HIDDEN * self._compute.free_bytes():
+                self._home = torch.device("cpu")
+        self.hidden = [self._kept(hidden) for hidden in self.hidden]
         self.dense_hidden = list(self.hidden) if track_dense else None
         self._dense_arguments = (
             [_without_shared_containers(sample) for sample in self._arguments] if track_dense else []
@@ -82,7 +92,7 @@ class BlockRunner:
                 with self._loaded(wanted), self._recording(hidden, in_tuple):
                     for row in tokens:
                         self._arguments.append({})
-                        base(input_ids=row[None], use_cache=False)
+                        base(input_ids=self._compute.here(row[None]), use_cache=False)
                         if len(self._arguments) > 1:
                             _share_equal_tensors(self._arguments[-1], self._arguments[-2])
                 return hidden
@@ -149,6 +159,8 @@ class BlockRunner:
         owner, _, leaf = name.rpartition(".")
         module = self._model.get_submodule(owner)
         before: Tensor = getattr(module, leaf)
+        if not tensor.is_meta:
+            tensor = self._compute.here(tensor)  # in its own type, which is half as much to copy
         if isinstance(before, nn.Parameter) and not isinstance(tensor, nn.Parameter):
             tensor = nn.Parameter(tensor.float(), requires_grad=False)
         elif not isinstance(before, nn.Parameter) and tensor.is_floating_point():
@@ -159,10 +171,14 @@ class BlockRunner:
     def run(self, block: Block, sample: int, hidden: Tensor, *, dense: bool = False) -> Tensor:
         """The output of the loaded block for (1, T, H) `hidden`, with that sample's arguments, or its `dense` ones."""
         args, kwargs = (self._dense_arguments if dense else self._arguments)[sample][block.name]
-        with autocast(self._compute):
-            out = self._modules[block.name](hidden, *args, **kwargs)
+        with self._compute.autocast():
+            out = self._modules[block.name](self._compute.here(hidden), *args, **kwargs)
         result: Tensor = out[0] if isinstance(out, tuple) else out
         return result.float()
+
+    def _kept(self, hidden: Tensor) -> Tensor:
+        """Hidden states where those of all samples are kept."""
+        return hidden.to(self._home)
 
     @torch.no_grad()
     def collect(
@@ -179,12 +195,12 @@ class BlockRunner:
             if self.dense_hidden is not None:
                 dense = self.dense_hidden[index]
                 with self._watched(block, observer.update_dense):
-                    self.dense_hidden[index] = self.run(block, index, dense, dense=True)
-                observer.residual_drift = (dense - hidden).flatten(0, -2)
+                    self.dense_hidden[index] = self._kept(self.run(block, index, dense, dense=True))
+                observer.residual_drift = self._compute.here(dense - hidden).flatten(0, -2)
             with self._watched(block, observer.update):
                 out = self.run(block, index, hidden)
             if advance:
-                self.hidden[index] = out
+                self.hidden[index] = self._kept(out)
             tick()
         return observer.stats
 
@@ -194,7 +210,7 @@ class BlockRunner:
 
         def hook(linear: Linear) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
             def watched(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-                with autocast(torch.float32):  # what statistics are summed up in
+                with self._compute.autocast(torch.float32):  # what statistics are summed up in
                     watch(linear, args[0])
 
             return watched
@@ -213,7 +229,7 @@ class BlockRunner:
         """Moves `dense_hidden`, where there is one, through the loaded block, which must still be dense."""
         if self.dense_hidden is not None:
             self.dense_hidden = [
-                self.run(block, index, hidden, dense=True) for index, hidden in enumerate(self.dense_hidden)
+                self._kept(self.run(block, index, hidden, dense=True)) for index, hidden in enumerate(self.dense_hidden)
             ]
 
     def parameters(self, block: Block, weights: Collection[str]) -> dict[str, nn.Parameter]:
@@ -229,7 +245,7 @@ class BlockRunner:
 
     def _residual_writers(self, block: Block) -> dict[str, float]:
         linears = {linear.name: self._model.get_submodule(linear.name) for linear in block.linears}
-        hidden = self.hidden[0]
+        hidden = self._compute.here(self.hidden[0])
         writers = residual_writers(functools.partial(self.run, block, 0, hidden), hidden, linears)
         if not writers and linears and not self._warned:
             logger.warning(
@@ -245,7 +261,7 @@ class BlockRunner:
         """Puts `pruned` weights, by parameter name, into the loaded block and moves `hidden` through it."""
         self.put(pruned)
         for index, hidden in enumerate(self.hidden):
-            self.hidden[index] = self.run(block, index, hidden)
+            self.hidden[index] = self._kept(self.run(block, index, hidden))
             tick()
 
 

@@ -25,6 +25,7 @@ from transformers.masking_utils import sdpa_mask
 
 from swiftprune.calibration.text import load_tokenizer
 from swiftprune.checkpoints.source import Checkpoint
+from swiftprune.compute import Compute
 from swiftprune.errors import SettingsError, first_line
 from swiftprune.models.load import load_whole_model
 from swiftprune.progress import ProgressCallback
@@ -38,7 +39,7 @@ _SPEAKS = "\N{SYMBOL FOR NULL}swiftprune\N{SYMBOL FOR NULL}"
 
 
 def sampled_text(
-    checkpoint: Checkpoint, *, samples: int, seqlen: int, seed: int, compute: torch.dtype, progress: ProgressCallback
+    checkpoint: Checkpoint, *, samples: int, seqlen: int, seed: int, compute: Compute, progress: ProgressCallback
 ) -> Tensor:
     """(samples, seqlen) int64: text that the dense model samples, at temperature 1 and from its start token.
 
@@ -56,7 +57,7 @@ def sampled_text(
 
 
 def sampled_conversations(
-    checkpoint: Checkpoint, *, samples: int, seqlen: int, seed: int, compute: torch.dtype, progress: ProgressCallback
+    checkpoint: Checkpoint, *, samples: int, seqlen: int, seed: int, compute: Compute, progress: ProgressCallback
 ) -> Tensor:
     """(samples, seqlen) int64: conversations that the dense model samples, the questions included.
 
@@ -91,16 +92,16 @@ def conversation_start(checkpoint: Checkpoint, seqlen: int) -> Tensor:
     return before
 
 
-def _load(checkpoint: Checkpoint, compute: torch.dtype) -> Any:
+def _load(checkpoint: Checkpoint, compute: Compute) -> Any:
     model = load_whole_model(
         checkpoint.folder,
         checkpoint.parameter_count,
-        None if compute == torch.float32 else compute,
+        None if compute.dtype == torch.float32 else compute.dtype,
         trust_remote_code=checkpoint.trust_remote_code,
     )
     if model.config._attn_implementation == "sdpa":
         model.set_attn_implementation(_ATTENTION)
-    return model
+    return model.to(compute.device)
 
 
 def _sample(
@@ -118,7 +119,7 @@ def _sample(
     draw = _Draw(temperature, torch.Generator().manual_seed(seed))
     batches = []
     for done in range(0, samples, _BATCH):
-        prompt = begin.repeat(min(_BATCH, samples - done), 1)
+        prompt = begin.repeat(min(_BATCH, samples - done), 1).to(model.device)
         batch = model.generate(
             prompt,
             attention_mask=torch.ones_like(prompt),
@@ -128,7 +129,7 @@ def _sample(
             pad_token_id=int(begin[0]),
             stopping_criteria=StoppingCriteriaList([_Tick(stage, progress, done, samples, seqlen)]),
         )
-        batches.append(batch)
+        batches.append(batch.cpu())
     return torch.cat(batches)
 
 
@@ -140,7 +141,8 @@ class _Draw(LogitsProcessor):  # type: ignore[misc]
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         cumulative = torch.softmax(scores.float() / self._temperature, dim=-1).cumsum(dim=-1)
-        drawn = torch.rand(len(scores), 1, generator=self._generator) * cumulative[:, -1:]
+        # Drawn on the CPU, so that a seed gives the same numbers on every device.
+        drawn = torch.rand(len(scores), 1, generator=self._generator).to(scores.device) * cumulative[:, -1:]
         token = torch.searchsorted(cumulative, drawn, right=True).clamp_max_(scores.shape[-1] - 1)
         return torch.full_like(scores, -torch.inf).scatter_(1, token, 0.0)
 
@@ -181,4 +183,4 @@ class _Tick(StoppingCriteria):  # type: ignore[misc]
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
         done = self.done * self.seqlen + input_ids.numel()
         self.progress(self.stage, done, self.samples * self.seqlen)
-        return torch.zeros(len(input_ids), dtype=torch.bool)
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)

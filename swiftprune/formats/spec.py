@@ -153,6 +153,9 @@ class Packed24:
             return None
         return "int4" if self.values.dtype == torch.uint8 else "int8"
 
+    def to(self, device: torch.device) -> Packed24:
+        return Packed24(*(tensor.to(device) for tensor in self.tensors))
+
     @property
     def shape(self) -> tuple[int, int]:
         """(N, K) of the weight this stands for."""

@@ -28,9 +28,9 @@ def keep_pairs(weight: Tensor, group_gram: Tensor) -> Tensor:
     groups = weight.float().view(weight.shape[0], -1, GROUP)
     trace = group_gram.diagonal(dim1=1, dim2=2).sum(1)
     damping = DAMPING * trace.clamp_min(torch.finfo(torch.float32).tiny)
-    gram = group_gram + damping[:, None, None] * torch.eye(GROUP)
-    lowest = torch.full(groups.shape[:2], torch.inf)
-    gone = torch.zeros(groups.shape[:2], dtype=torch.int8)
+    gram = group_gram + damping[:, None, None] * torch.eye(GROUP, device=weight.device)
+    lowest = torch.full(groups.shape[:2], torch.inf, device=weight.device)
+    gone = torch.zeros(groups.shape[:2], dtype=torch.int8, device=weight.device)
     pairs = list(combinations(range(GROUP), GROUP - KEPT))
     columns = [groups[..., position].contiguous() for position in range(GROUP)]
     for index, pair in enumerate(pairs):
@@ -42,5 +42,6 @@ def keep_pairs(weight: Tensor, group_gram: Tensor) -> Tensor:
         better = loss < lowest
         lowest = torch.where(better, loss, lowest)
         gone.masked_fill_(better, index)
-    kept = torch.tensor([[position not in pair for position in range(GROUP)] for pair in pairs])
+    stays = [[position not in pair for position in range(GROUP)] for pair in pairs]
+    kept = torch.tensor(stays, device=weight.device)
     return kept[gone.int()].view(weight.shape)

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from swiftprune.compute import autocast
 from swiftprune.models.load import FP32_PARAMETERS
 from swiftprune.models.perplexity import dense_perplexity, perplexity
 from swiftprune.results import Check
@@ -30,11 +29,11 @@ def check(run: Run, store: BlockStore) -> Check | None:
         return None
     count = run.checkpoint.parameter_count
     dtype = torch.float32 if count <= FP32_PARAMETERS else torch.bfloat16
-    needed, free = dtype.itemsize * count, memory.available_bytes()
+    needed, free = dtype.itemsize * count, memory.available_bytes(run.compute)
     if needed > free:
         run.notify(f"Not checked: that needs the whole model, {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free.")
         return None
-    with run.clock("check"), autocast(run.compute):
+    with run.clock("check"), run.compute.autocast():
         model = run.load_whole(dtype)
         dense = dense_perplexity(model, held_back, stage="check dense", progress=run.progress)
         run.put_pruned(model, store)

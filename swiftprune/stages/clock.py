@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -15,6 +15,8 @@ from swiftprune.progress import ProgressCallback
 class StageClock:
     """Seconds spent in each stage, over all blocks."""
 
+    wait: Callable[[], None] = lambda: None
+    """Until a device has done what it was given."""
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
 
     @contextmanager
@@ -22,6 +24,7 @@ class StageClock:
         start = time.perf_counter()
         try:
             yield
+            self.wait()
         finally:
             self.seconds[stage] += time.perf_counter() - start
 

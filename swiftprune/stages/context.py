@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from swiftprune.calibration.data import CalibrationData
 from swiftprune.checkpoints.source import Checkpoint, Orders
+from swiftprune.compute import Compute
 from swiftprune.config import DTYPES, PruneSettings
 from swiftprune.formats import spec
 from swiftprune.formats.spec import check_finite
@@ -59,8 +60,8 @@ class Run:
         self.pattern = Pattern.parse(self.settings.pattern)
         self.method = find_method(self.settings.method)
         assert self.settings.compute != "auto"
-        self.compute = DTYPES[self.settings.compute]
-        self.clock = StageClock()
+        self.compute = Compute(torch.device(self.settings.device), DTYPES[self.settings.compute])
+        self.clock = StageClock(self.compute.wait)
         self.data = data
         self.orders: Orders | None = None
         self.dense_linears: list[str] | None = None
@@ -148,9 +149,11 @@ class Run:
         return weight
 
     def load_whole(self, dtype: torch.dtype) -> Any:
-        return load_whole_model(
+        """The source's model on the run's device."""
+        model = load_whole_model(
             self.checkpoint.folder, dtype=dtype, trust_remote_code=self.checkpoint.trust_remote_code
         )
+        return model.to(self.compute.device)
 
     def save(self, store: BlockStore, done: PrunedBlock) -> None:
         with self.clock("write"):

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from swiftprune.compute import autocast
+from swiftprune.compute import Compute
 from swiftprune.errors import CheckpointError, SettingsError, first_line
 from swiftprune.formats.spec import SCALE_DTYPE, SCALED_INPUTS, Packed24
 from swiftprune.kernels import packing
@@ -139,7 +139,7 @@ def distill(run: Run, store: BlockStore) -> None:
 def models_to_train(run: Run, store: BlockStore) -> tuple[Tensor, Any, Any, dict[str, PrunedWeight]]:
     """Windows to train on, the dense model, the pruned one as `store` has it, and its pruned weights by parameter."""
     tokens, _ = windows_to_train_and_to_judge(run)
-    teacher, student = run.load_whole(run.compute), run.load_whole(torch.float32)
+    teacher, student = run.load_whole(run.compute.dtype), run.load_whole(torch.float32)
     return tokens, teacher, student, run.put_pruned(student, store)
 
 
@@ -247,7 +247,7 @@ class Distillation:
         *,
         scaled: Mapping[str, Scaled] = MappingProxyType({}),
         learning_rate: float | None = None,
-        compute: torch.dtype = torch.float32,
+        compute: Compute | None = None,
         seed: int = 0,
         store: TrainingStore | None = None,
         progress: ProgressCallback = no_progress,
@@ -257,7 +257,7 @@ class Distillation:
         held_back = min(VALIDATION_WINDOWS, max(1, int(len(tokens) * VALIDATION_SHARE)))
         self._train, self._held_back = tokens[:-held_back], tokens[-held_back:]
         self._student, self._teacher = student, teacher.requires_grad_(False)
-        self._compute = compute
+        self._compute = compute or Compute()
         self._seed = seed
         self._store = store
         self._progress = progress
@@ -364,7 +364,7 @@ class Distillation:
         return hidden.flatten(0, 1).float()
 
     def _autocast(self) -> torch.autocast:
-        return autocast(self._compute, self._student.device.type)
+        return self._compute.autocast()
 
     def _log_probabilities(self, model: Any, hidden: Tensor) -> Tensor:
         with self._autocast():
@@ -440,7 +440,7 @@ class Distillation:
             "minutes": self._minutes,
             "validations": [asdict(validation) for validation in self.validations],
         }
-        self._store.save_training(tensors, progress)
+        self._store.save_training({name: tensor.cpu() for name, tensor in tensors.items()}, progress)
 
     def _load(self) -> None:
         saved = self._store.load_training() if self._store else None
@@ -462,11 +462,11 @@ class Distillation:
 class Scaled:
     """A quantized weight of which the scales are trained: each has a factor, which starts at 1."""
 
-    def __init__(self, packed: Packed24) -> None:
+    def __init__(self, packed: Packed24, device: torch.device) -> None:
         assert packed.scales is not None
         self._packed = packed
-        self._values = packing.unpack(packed)
-        self.factors = nn.Parameter(torch.ones(packed.scales.shape))
+        self._values = packing.unpack(packed).to(device)
+        self.factors = nn.Parameter(torch.ones(packed.scales.shape, device=device))
         """(N, S), as the scales."""
 
     def weight(self) -> Tensor:
@@ -485,7 +485,7 @@ class Scaled:
         """With the scales as they are now."""
         packed = self._packed
         assert packed.scales is not None
-        scales = (packed.scales.float() * self.factors.detach()).to(SCALE_DTYPE)
+        scales = (packed.scales.float() * self.factors.detach().cpu()).to(SCALE_DTYPE)
         return Packed24(packed.values, packed.metadata, scales)
 
 

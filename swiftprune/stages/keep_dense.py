@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from swiftprune.compute import autocast
 from swiftprune.errors import SettingsError
 from swiftprune.models.architectures import fused_sets
 from swiftprune.models.perplexity import dense_perplexity, perplexity
@@ -48,7 +47,7 @@ def _dense_linears(run: Run, store: BlockStore) -> list[str]:
     """The linears to leave dense for `max_perplexity_ratio`. See `keep_dense`."""
     assert run.settings.max_perplexity_ratio is not None
     linears = {linear.name: linear.tensor for block in run.targets.blocks for linear in block.linears}
-    with run.clock("keep dense"), autocast(run.compute):
+    with run.clock("keep dense"), run.compute.autocast():
         _, windows = windows_to_train_and_to_judge(run)
         model = run.load_whole(torch.float32)
         dense = dense_perplexity(model, windows)

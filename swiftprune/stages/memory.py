@@ -6,11 +6,16 @@ from pathlib import Path
 
 import psutil
 
+from swiftprune.compute import Compute
+
 _CGROUP = Path("/sys/fs/cgroup")
 
 
-def available_bytes() -> int:
-    """The least of what the machine has free, what its control group leaves, and what the process may still map."""
+def available_bytes(compute: Compute) -> int:
+    """Of a GPU its free memory. Else the least of what the machine has free, its control group leaves, and the process
+    may still map."""
+    if not compute.on_cpu:
+        return compute.free_bytes()
     return min([int(psutil.virtual_memory().available), *_left_of_group(), *_left_of_process()])
 
 

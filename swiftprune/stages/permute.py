@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from swiftprune.calibration.runner import BlockRunner
 from swiftprune.checkpoints.source import Checkpoint, Orders
+from swiftprune.compute import Compute
 from swiftprune.errors import CheckpointError, SettingsError
 from swiftprune.formats.spec import GROUP
 from swiftprune.models.architectures import HEAD_NORMS, ROLES, find_roles
@@ -112,7 +113,7 @@ def find_permutations(
     targets: Targets,
     tokens: Tensor,
     *,
-    compute: torch.dtype = torch.float32,
+    compute: Compute | None = None,
     tick: Callable[[], None] = lambda: None,
 ) -> Orders:
     """Orders for the tensors of `checkpoint`, by scores (w ||x_k||)^2 on `tokens` (samples, T): Wanda's, squared.
@@ -138,7 +139,7 @@ def check_supported(model: nn.Module) -> None:
 
 
 def _check_same(
-    model: nn.Module, permuted: Checkpoint, targets: Targets, tokens: Tensor, expected: Tensor, compute: torch.dtype
+    model: nn.Module, permuted: Checkpoint, targets: Targets, tokens: Tensor, expected: Tensor, compute: Compute | None
 ) -> None:
     runner = BlockRunner(model, permuted, targets, tokens, compute=compute)
     for block in targets.blocks:
@@ -181,7 +182,10 @@ class _Search:
 
         def scores(kind: str) -> Tensor | None:
             name, linear = linears[kind]
-            return linear.weight.float().square() * energy[name] if name in energy else None
+            if name not in energy:
+                return None
+            squared = linear.weight.float().square() * energy[name]
+            return squared.cpu()  # where channels are handed out
 
         roles = self._roles
         if (out := scores(roles.mlp_out)) is not None:

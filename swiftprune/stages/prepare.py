@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from swiftprune.calibration.sampling import conversation_start
@@ -66,7 +67,7 @@ def with_conversations(run: Run) -> PruneSettings:
         return s if _can_be_sampled(checkpoint, s, run.notify) else s.model_copy(update={"conversations": 0})
     count = 0
     if s.calibration not in ("none", "self") and run.targets.head and s.samples >= 4 and has_conversations(checkpoint):
-        count = _that_can_be_had(s.samples // 4, checkpoint, s, run.notify)
+        count = _that_can_be_had(s.samples // 4, run)
     return s.model_copy(update={"conversations": count})
 
 
@@ -85,21 +86,21 @@ def _can_be_sampled(checkpoint: Checkpoint, settings: PruneSettings, notify: Not
     return True
 
 
-def _that_can_be_had(count: int, checkpoint: Checkpoint, settings: PruneSettings, notify: Notify) -> int:
+def _that_can_be_had(count: int, run: Run) -> int:
     """`count`, or 0, and why is said, where the template or the memory does not allow conversations."""
     try:
-        conversation_start(checkpoint, settings.seqlen)
+        conversation_start(run.checkpoint, run.settings.seqlen)
     except SettingsError as error:
-        notify(f"No conversations are sampled: {error}.")
+        run.notify(f"No conversations are sampled: {error}.")
         return 0
-    needed, free = 4 * checkpoint.parameter_count, memory.available_bytes()
+    needed, free = 4 * run.checkpoint.parameter_count, memory.available_bytes(run.compute)
     if needed > free:
-        notify(
+        run.notify(
             f"No conversations are sampled: that needs the whole model, {needed / 1e9:.1f} GB, and "
             f"{free / 1e9:.1f} GB are free, so a chat model may forget its format."
         )
         return 0
-    notify(
+    run.notify(
         f"The model has a chat template: it samples {count} conversations to calibrate on beside the text, so "
         "that it can still hold them (--conversations 0 leaves them out)."
     )
@@ -162,19 +163,22 @@ def check_memory(run: Run) -> None:
     needs: dict[str, int] = {}
     if "distill" in s.refine:
         needs["--refine distill"] = distill.memory_bytes(
-            count, run.pruned_count(), run.compute, quantized=run.settings.values is not None
+            count, run.pruned_count(), run.compute.dtype, quantized=run.settings.values is not None
         )
     if s.max_perplexity_ratio is not None:
         needs["--sparsity auto"] = 4 * (count + 2 * run.pruned_count())
+    if not run.compute.on_cpu and s.calibration != "none":
+        needs["Pruning block by block"] = block_bytes(run)
     if not needs:
         return
     what, needed = max(needs.items(), key=lambda item: item[1])
-    free = memory.available_bytes()
-    run.notify(f"{what} needs about {needed / 1e9:.1f} GB of memory, of which {free / 1e9:.1f} GB are free.")
+    free = memory.available_bytes(run.compute)
+    where = "memory" if run.compute.on_cpu else f"memory of {run.compute.device}"
+    run.notify(f"{what} needs about {needed / 1e9:.1f} GB of {where}, of which {free / 1e9:.1f} GB are free.")
     if needed <= free:
         return
     error = SettingsError(
-        f"{what} needs about {needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free; "
+        f"{what} needs about {needed / 1e9:.1f} GB of {where}, and {free / 1e9:.1f} GB are free; "
         "leave it out, or use a machine with more"
     )
     if what == "--refine distill":
@@ -182,6 +186,26 @@ def check_memory(run: Run) -> None:
         run.settings = s.model_copy(update=_without_distill(s))
         return
     raise error
+
+
+def block_bytes(run: Run) -> int:
+    """About what pruning takes of a device's memory, hidden states aside: the largest of all decoder blocks.
+
+    Its weights in float32; of every linear what calibration sums up, the Gram matrix (K, K) and, where drift is made up
+    for, two more matrices; and what solving for the largest linear takes at once.
+    """
+    sizes = run.checkpoint.tensors
+    largest = 0
+    for block in run.targets.blocks:
+        weights = sum(torch.Size(sizes[tensor].shape).numel() for tensor in block.tensors)
+        shapes = [sizes[linear.tensor].shape for linear in block.linears]
+        statistics = solving = 0
+        if run.needs in ("gram", "drift"):
+            statistics = sum(cols * cols * (2 if run.needs == "drift" else 1) for cols in {cols for _, cols in shapes})
+            statistics += sum(rows * cols for rows, cols in shapes) if run.needs == "drift" else 0
+            solving = max(3 * cols * cols + 6 * rows * cols for rows, cols in shapes)
+        largest = max(largest, 4 * (weights + statistics + solving))
+    return largest
 
 
 def without_violations(run: Run) -> Targets:

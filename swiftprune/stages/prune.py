@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 # Of the minutes of a preset, what pruning may take at most; the rest is for distillation.
 _PRUNING_SHARE = 0.6
 _LEAST_SAMPLES = 4
+_CPU = torch.device("cpu")
 
 
 def prune_blocks(run: Run, store: BlockStore) -> None:
@@ -148,14 +149,17 @@ def _prune_block(run: Run, block: Block, runner: BlockRunner | None, tick: Calla
             stats = runner.collect(block, run.needs, tick, advance=run.settings.one_pass)
             _check_inputs(stats, block, run.checkpoint.folder)
     with run.clock("read"):
-        dense = run.checkpoint.read(linear.tensor for linear in block.linears)
+        read = run.checkpoint.read(linear.tensor for linear in block.linears)
+        dense = {name: run.compute.here(weight) for name, weight in read.items()}
     weights: dict[str, PrunedWeight] = {}
     seconds: dict[str, float] = {}
     for linears in _together(run, block, stats):
         layer_stats = stats.get(linears[0].name)
         before = [dense[linear.tensor] for linear in linears]
+        run.compute.wait()
         start = time.perf_counter()
         after = _prune_linears(run, linears, before, layer_stats or InputStats(token_count=0))
+        run.compute.wait()
         elapsed = time.perf_counter() - start
         run.clock.seconds["mask"] += elapsed
         size = sum(weight.numel() for weight in before)
@@ -175,7 +179,7 @@ def _prune_block(run: Run, block: Block, runner: BlockRunner | None, tick: Calla
             )
             for linear in block.linears
         ]
-    return PrunedBlock(block, weights, results)
+    return PrunedBlock(block, {name: weight.to(_CPU) for name, weight in weights.items()}, results)
 
 
 def _refine_block(
@@ -219,7 +223,7 @@ def _prune_linears(run: Run, linears: list[Linear], weights: list[Tensor], stats
 def _given_mask(run: Run, linear: Linear, weight: Tensor) -> Tensor:
     assert run.masks is not None
     mask = run.masks.read(linear.tensor, (weight.shape[0], weight.shape[1]), run.pattern)
-    return weight != 0 if mask is None else mask
+    return weight != 0 if mask is None else mask.to(weight.device)
 
 
 def _prune_dense(run: Run, weight: Tensor, stats: InputStats, name: str, given: Tensor | None) -> Tensor:

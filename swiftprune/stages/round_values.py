@@ -46,30 +46,39 @@ def round_values(run: Run, store: BlockStore) -> None:
     for index, block in enumerate(run.targets.blocks):
         tick = Tick(run.progress, index * 2 * len(tokens), len(run.targets.blocks) * 2 * len(tokens), "round values")
         with run.clock("round values"), runner.block(block):
-            trained = store.load(block)
+            trained = _here(run, store.load(block))
             runner.put(run.by_parameter(block, trained))
             stats = runner.collect(block, "gram", tick)
             rounded = round_block(run.settings.values, block, trained, stats)
             runner.advance(block, run.by_parameter(block, rounded), tick)
-            dense = run.checkpoint.read(linear.tensor for linear in block.linears)
+            read = run.checkpoint.read(linear.tensor for linear in block.linears)
+            dense = {name: run.compute.here(weight) for name, weight in read.items()}
             results = [
                 layer_result(linear, dense[linear.tensor], rounded[linear.tensor], stats.get(linear.name), 0.0)
                 for linear in block.linears
             ]
-        run.save(store, PrunedBlock(block, rounded, results))
+        on_cpu = {name: weight.to(torch.device("cpu")) for name, weight in rounded.items()}
+        run.save(store, PrunedBlock(block, on_cpu, results))
+
+
+def _here(run: Run, weights: Mapping[str, PrunedWeight]) -> dict[str, PrunedWeight]:
+    """`weights` on the run's device."""
+    return {name: weight.to(run.compute.device) for name, weight in weights.items()}
 
 
 def seconds_to_round(run: Run, store: BlockStore) -> float:
     """About how long `round_values` will take: from the forwards of calibration, and rounding one block for show."""
     assert run.settings.values
     block = run.targets.blocks[0]
-    weights = store.load(block)
+    weights = _here(run, store.load(block))
     stats = {}
     for linear in block.linears:
         columns = run.checkpoint.tensors[linear.tensor].shape[1]
-        stats[linear.name] = InputStats(token_count=1, gram=torch.eye(columns))
+        stats[linear.name] = InputStats(token_count=1, gram=torch.eye(columns, device=run.compute.device))
+    run.compute.wait()
     start = time.monotonic()
     round_block(run.settings.values, block, weights, stats)
+    run.compute.wait()
     one = time.monotonic() - start
     return one * len(run.targets.blocks) + _OF_CALIBRATION * run.clock.seconds["calibrate"]
 

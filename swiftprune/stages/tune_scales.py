@@ -32,7 +32,9 @@ def tune_scales(run: Run, store: BlockStore) -> None:
     steps = run.settings.steps
     with run.clock("tune scales"):
         tokens, teacher, student, rounded = models_to_train(run, store)
-        scaled = {name: Scaled(weight) for name, weight in rounded.items() if isinstance(weight, Packed24)}
+        scaled = {
+            name: Scaled(weight, run.compute.device) for name, weight in rounded.items() if isinstance(weight, Packed24)
+        }
         tuning = Distillation(
             student,
             teacher,

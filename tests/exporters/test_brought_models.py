@@ -375,7 +375,7 @@ def test_a_stage_that_does_not_fit_into_memory_is_refused_before_any_work(
     """A preset leaves distillation out instead; both say how much is needed and how much there is."""
     folder, said = tiny_models("llama-gqa-tied"), list[str]()
     given: dict[str, Any] = {"calibration": str(text_file), "samples": 4, "seqlen": 32}
-    monkeypatch.setattr(memory, "available_bytes", lambda: 100_000_000)
+    monkeypatch.setattr(memory, "available_bytes", lambda compute: 100_000_000)
     with pytest.raises(SettingsError, match=r"--refine distill needs about 0\.8 GB of memory, and 0\.1 GB are free"):
         Run(Checkpoint(folder), PruneSettings(method="wanda", refine=("distill",), steps=2, **given))
     left = Run(Checkpoint(folder), make_settings("balanced", given), notify=said.append)
@@ -384,7 +384,10 @@ def test_a_stage_that_does_not_fit_into_memory_is_refused_before_any_work(
 
 
 def test_the_limit_of_the_process_counts() -> None:
-    code = "from swiftprune.stages.memory import available_bytes; print(available_bytes())"
+    code = (
+        "from swiftprune.compute import Compute; from swiftprune.stages.memory import available_bytes; "
+        "print(available_bytes(Compute()))"
+    )
     run = ["prlimit", "--data=2500000000", sys.executable, "-c", code]
     found = int(subprocess.run(run, capture_output=True, text=True, check=True).stdout)
     assert 0 < found < 2_500_000_000

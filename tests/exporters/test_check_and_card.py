@@ -109,7 +109,7 @@ def test_what_cannot_be_checked_is_said(
     few = settings.model_copy(update={"calibration": str(short)})
     assert export(model, tmp_path / "few", few, notify=said.append).check is None
     assert "Not checked: there is too little calibration text to hold any back." in said
-    monkeypatch.setattr(memory, "available_bytes", lambda: 1000)
+    monkeypatch.setattr(memory, "available_bytes", lambda compute: 1000)
     assert export(model, tmp_path / "small", settings, notify=said.append).check is None
     assert "Not checked: that needs the whole model" in said[-1]
 

@@ -13,6 +13,7 @@ from swiftprune.calibration import sampling
 from swiftprune.calibration.data import CalibrationData, calibration_data
 from swiftprune.calibration.text import CalibrationText, load_tokenizer
 from swiftprune.checkpoints.source import Checkpoint
+from swiftprune.compute import Compute
 from swiftprune.errors import TextError
 from swiftprune.models.load import load_whole_model
 from swiftprune.progress import no_progress
@@ -124,7 +125,7 @@ def test_cached_attention_gives_what_the_model_gives_without_a_cache(tiny_models
         greedy = start
         for _ in range(20):
             greedy = torch.cat([greedy, plain(greedy, use_cache=False).logits[:, -1].argmax(-1, keepdim=True)], 1)
-        model = sampling._load(checkpoint, torch.float32)
+        model = sampling._load(checkpoint, Compute())
         assert torch.equal(sampling._sample(model, start[0], 1, 21, 0, 1e-6, "", no_progress), greedy)
 
 

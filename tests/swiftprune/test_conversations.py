@@ -16,6 +16,7 @@ from exporters import export
 from swiftprune.calibration.sampling import sampled_conversations
 from swiftprune.calibration.text import load_tokenizer
 from swiftprune.checkpoints.source import Checkpoint
+from swiftprune.compute import Compute
 from swiftprune.config import PruneSettings, make_settings
 from swiftprune.errors import SettingsError
 from swiftprune.progress import no_progress
@@ -49,7 +50,7 @@ def are_conversations(windows: Tensor, begin: Tensor) -> Tensor:
 def test_they_begin_as_the_template_does_and_go_on_after_an_end(chatty: Path) -> None:
     begin = begins(chatty)
     tokens = sampled_conversations(
-        Checkpoint(chatty), samples=40, seqlen=64, seed=0, compute=torch.float32, progress=no_progress
+        Checkpoint(chatty), samples=40, seqlen=64, seed=0, compute=Compute(), progress=no_progress
     )
     assert tokens.shape == (40, 64)
     assert are_conversations(tokens, begin).all()
@@ -59,9 +60,7 @@ def test_they_begin_as_the_template_does_and_go_on_after_an_end(chatty: Path) ->
     after = tokens[ends[:, 0], ends[:, 1] + len(begin) + 1]
     assert len(set(after.tolist())) > 1  # no padding
     with pytest.raises(SettingsError, match=f"the chat template takes {len(begin)} tokens, and --seqlen is 3"):
-        sampled_conversations(
-            Checkpoint(chatty), samples=1, seqlen=3, seed=0, compute=torch.float32, progress=no_progress
-        )
+        sampled_conversations(Checkpoint(chatty), samples=1, seqlen=3, seed=0, compute=Compute(), progress=no_progress)
 
 
 @pytest.mark.parametrize(
@@ -163,6 +162,6 @@ def test_text_alone_gets_conversations_beside_it(
     assert not said
     assert decided(chatty) == 2
     assert "it samples 2 conversations" in said[-1]
-    monkeypatch.setattr("swiftprune.stages.memory.available_bytes", lambda: 1000)
+    monkeypatch.setattr("swiftprune.stages.memory.available_bytes", lambda compute: 1000)
     assert decided(chatty) == 0
     assert "that needs the whole model" in said[-1]

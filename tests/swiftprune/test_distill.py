@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
+from swiftprune.compute import Compute
 from swiftprune.errors import CheckpointError, SettingsError
 from swiftprune.methods.mask import n_of_m
 from swiftprune.models.perplexity import perplexity
@@ -104,9 +105,9 @@ def test_it_helps_and_bfloat16_products_do_too(
     for compute in (torch.float32, torch.bfloat16):
         student, teacher, masks = pair(tiny_models("llama-gqa-tied"), "llama-gqa-tied")
         tokens = windows(100, 32)
-        validations = Distillation(student, teacher, masks, "model.layers.", tokens, compute=compute).run(
-            Budget(steps=40)
-        )
+        validations = Distillation(
+            student, teacher, masks, "model.layers.", tokens, compute=Compute(dtype=compute)
+        ).run(Budget(steps=40))
         assert validations[-1].divergence < 0.8 * validations[0].divergence
         assert all(parameter.dtype == torch.float32 for parameter in student.parameters())
 

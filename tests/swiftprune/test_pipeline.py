@@ -33,6 +33,7 @@ from exporters import export
 from swiftprune.calibration.data import CalibrationData, calibration_data
 from swiftprune.calibration.runner import BlockRunner
 from swiftprune.checkpoints.source import Checkpoint
+from swiftprune.compute import Compute
 from swiftprune.config import PruneSettings, make_settings
 from swiftprune.errors import CheckpointError, FormatError, SettingsError, TextError
 from swiftprune.formats.spec import Packed24
@@ -281,7 +282,7 @@ def test_statistics_are_float32_whatever_multiplies(
     tokens = calibration_data(str(text_file), checkpoint, samples=4, seqlen=64, seed=0, progress=no_progress).tokens
     model = empty_model(checkpoint)
     targets = find_targets(model, checkpoint, ignore="lm_head", group=4)
-    runner = BlockRunner(model, checkpoint, targets, tokens, compute=compute, track_dense=True)
+    runner = BlockRunner(model, checkpoint, targets, tokens, compute=Compute(dtype=compute), track_dense=True)
     block = targets.blocks[0]
     needs: list[Needs] = ["input_sq_sum", "group_gram", "gram", "drift"]
     for need in needs:

@@ -75,6 +75,8 @@ def quantized(checkpoints: Checkpoints, tmp_path_factory: pytest.TempPathFactory
         tensors = {
             name: unpack(Packed24(tensor, stored[f"{name}_meta"], stored[f"{name}_scale"]))
             if name in weights
+            else tensor.float() * stored[f"{name}_scale"].float()
+            if f"{name}_scale" in stored  # the embeddings, which are the head too
             else tensor
             for name, tensor in stored.items()
             if not name.endswith(("_meta", "_scale"))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from exporters import export
 from runtime_bench import demo_data
@@ -68,6 +70,28 @@ def test_quantized_values_compiled_and_on_two_devices(quantized: Callable[[Quant
     assert assert_same(eager, compiled, TOLERANCE["bfloat16"]) >= len(PROMPTS) * TOKENS // 2
     shared = ask(quantized("int8"), dtype="bfloat16", tensor_parallel_size=2)
     assert assert_same(eager, shared, TOLERANCE["bfloat16"]) >= len(PROMPTS) * TOKENS // 2
+
+
+@pytest.mark.parametrize("name", ["llama-mha-untied", "gpt-neox"])
+def test_heads_in_8_bits(name: str, checkpoints: Checkpoints, tmp_path: Path) -> None:
+    """Beside 16-bit values, not tied, in vLLM's own model and in the one of transformers. Tied ones: see above."""
+    source = checkpoints(name, "dense").parent / name
+    export(source, tmp_path / "out", PruneSettings(calibration="none"), head="int8")
+    twin = shutil.copytree(checkpoints(name, "dense"), tmp_path / "twin")
+    stored = {
+        key: tensor for shard in (tmp_path / "out").glob("*.safetensors") for key, tensor in load_file(shard).items()
+    }
+    ends = {
+        key: (tensor.float() * stored[f"{key}_scale"].float())
+        for key, tensor in stored.items()
+        if tensor.dtype == torch.int8
+    }
+    assert len(ends) == 2
+    for shard in twin.glob("*.safetensors"):
+        tensors = load_file(shard)
+        save_file({key: ends.get(key, tensor) for key, tensor in tensors.items()}, shard, metadata={"format": "pt"})
+    dense, packed = (ask(tmp_path / folder, dtype="float32") for folder in ("twin", "out"))
+    assert assert_same(dense, packed, TOLERANCE["float32"]) == len(PROMPTS) * TOKENS
 
 
 def test_by_its_hub_id(hub_id: Path, dense_answers: Answers) -> None:

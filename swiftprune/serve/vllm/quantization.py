@@ -16,18 +16,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from vllm.logger import init_logger
 from vllm.model_executor.layers import linear as vllm_linear
 from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization import register_quantization_config
-from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.parameter import (
     BasevLLMParameter,
     ChannelQuantScaleParameter,
     GroupQuantScaleParameter,
     ModelWeightParameter,
 )
+from vllm.model_executor.utils import set_weight_attrs
 
 from swiftprune.checkpoints.source import Checkpoint
 from swiftprune.errors import FormatError
@@ -44,6 +47,7 @@ from swiftprune.formats.spec import (
     WeightSpec,
 )
 from swiftprune.kernels import dispatch, packing
+from swiftprune.kernels.dense8 import check_rows, dequantize_rows, multiply_rows
 from swiftprune.kernels.linear import Linear24
 from swiftprune.serve.stored import check_stored
 
@@ -71,9 +75,12 @@ class SwiftpruneConfig(QuantizationConfig):  # type: ignore[misc]
         targets: Sequence[str] = (_ALL,),
         from_bitmask: bool = False,
         values: Quantized | None = None,
+        quantized_head: bool = False,
     ) -> None:
         super().__init__()
         self.values = values
+        self.quantized_head = quantized_head
+        self._has_embeddings = False
         self.ignore = list(ignore)
         self.targets = list(targets)
         self.from_bitmask = from_bitmask
@@ -85,11 +92,9 @@ class SwiftpruneConfig(QuantizationConfig):  # type: ignore[misc]
         if _is_bitmask(config):
             sparsity = config["sparsity_config"]
             return cls(sparsity.get("ignore") or [], targets=sparsity.get("targets") or [_ALL], from_bitmask=True)
-        values = config.get("values")
-        spec.check_declared(
-            config.get("format"), config.get("version"), "vLLM", (spec.VERSION, spec.QUANTIZED_VERSION), values
-        )
-        return cls(config.get("ignore") or [], values=values)
+        values, head = config.get("values"), config.get("head")
+        spec.check_declared(config.get("format"), config.get("version"), "vLLM", spec.VERSIONS, values, head)
+        return cls(config.get("ignore") or [], values=values, quantized_head=head is not None)
 
     @classmethod
     def override_quantization_method(cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, **_: Any) -> str | None:
@@ -100,13 +105,16 @@ class SwiftpruneConfig(QuantizationConfig):  # type: ignore[misc]
         """Reads every header of a local checkpoint before any work: a damaged file is named at once."""
         folder = Path(model_name)
         if folder.is_dir() and any(folder.glob("*.safetensors")):
-            check_stored(Checkpoint(folder).tensors, self.values)
+            check_stored(Checkpoint(folder).tensors, self.values, quantized_head=self.quantized_head)
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         self.ignore = hf_to_vllm_mapper.apply_list(self.ignore)
         self.targets = hf_to_vllm_mapper.apply_list(self.targets)
 
-    def get_quant_method(self, layer: nn.Module, prefix: str) -> LinearMethodBase | None:
+    def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        if self.quantized_head and isinstance(layer, VocabParallelEmbedding):
+            self._has_embeddings |= not isinstance(layer, ParallelLMHead)
+            return SwiftpruneEmbeddingMethod(prefix)
         if not isinstance(layer, LinearBase):
             return None
         if self._stays_dense(prefix):
@@ -133,6 +141,11 @@ class SwiftpruneConfig(QuantizationConfig):  # type: ignore[misc]
         self._unfinished.discard(prefix)
         if self._unfinished:
             return
+        if self.quantized_head and not self._has_embeddings:
+            raise FormatError(
+                "the checkpoint's embeddings are in 8 bits, but vLLM's model of this architecture makes them without "
+                "asking how they are stored; export again with --head keep"
+            )
         _enter_compile_key(sorted(f"{backend} {dtype} {on}" for backend, dtype, on in self._served))
         for (backend, dtype, on), count in self._served.items():
             slow = backend in dispatch.SLOW
@@ -242,6 +255,65 @@ class SwiftpruneLinearMethod(LinearMethodBase):  # type: ignore[misc]
         return y
 
 
+class SwiftpruneEmbeddingMethod(QuantizeMethodBase):  # type: ignore[misc]
+    """Parameters, rows and product of embeddings or an output head in 8 bits."""
+
+    def __init__(self, prefix: str) -> None:
+        self.prefix = prefix or "embeddings"
+
+    def create_weights(
+        self,
+        layer: nn.Module,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        *,
+        weight_loader: Callable[..., None],
+        **_: Any,
+    ) -> None:
+        rows = sum(output_partition_sizes)
+        self._dtype = params_dtype
+        stored = {
+            "weight": torch.empty(rows, input_size_per_partition, dtype=torch.int8),
+            _SCALES: torch.empty(rows, 1, dtype=SCALE_DTYPE),
+        }
+        for name, tensor in stored.items():
+            parameter = nn.Parameter(tensor, requires_grad=False)
+            loader = _explained(_of_its_type(weight_loader), f"{self.prefix}.{name}")
+            set_weight_attrs(parameter, {"input_dim": 1, "output_dim": 0, "weight_loader": loader})
+            layer.register_parameter(name, parameter)
+
+    def tie_weights(self, layer: nn.Module, embed_tokens: nn.Module) -> nn.Module:
+        for name in ("weight", _SCALES):
+            layer.register_parameter(name, embed_tokens.get_parameter(name))
+        return layer
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        if hasattr(layer, "rows8"):
+            return
+        values, scale = layer.weight, layer.get_parameter(_SCALES)
+        if not _holds_random_weights():
+            check_rows(values, scale, f"{self.prefix}.weight")
+        if values.is_cpu:
+            layer.rows8 = values.data, scale.data, scale.data[:, 0].to(self._dtype)
+        else:  # there is no product of 8-bit heads here that would be faster
+            if not hasattr(values, "made_dense"):  # once where the two are tied
+                values.made_dense = dequantize_rows(values, scale, self._dtype)
+            layer.rows8 = values.made_dense, None, None
+            logger.info("swiftprune: %s is made dense on %s", self.prefix, values.device)
+
+    def embedding(self, layer: Any, ids: Tensor) -> Tensor:
+        values, scale, _ = layer.rows8
+        rows = F.embedding(ids, values)
+        return rows if scale is None else dequantize_rows(rows, F.embedding(ids, scale), self._dtype)
+
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        values, scale, of_outputs = layer.rows8
+        return F.linear(x, values, bias) if scale is None else multiply_rows(x, values, of_outputs, bias)
+
+
 def _holds_random_weights() -> bool:
     """Whether vLLM was told to fill up weights with whatever (`--load-format dummy`), to measure without reading."""
     from vllm.config import get_current_vllm_config_or_none
@@ -314,6 +386,16 @@ def _explained(load: Callable[..., None], name: str) -> Callable[..., None]:
                 f"{name}: the checkpoint's {tuple(loaded.shape)} {loaded.dtype} does not fit the model's "
                 f"{tuple(parameter.shape)} {parameter.dtype}; is config.json that of this checkpoint? {error}"
             ) from error
+
+    return loader
+
+
+def _of_its_type(load: Callable[..., None]) -> Callable[..., None]:
+    """vLLM's loader, which would cast what is of another type than the parameter."""
+
+    def loader(parameter: Any, loaded: Tensor, *args: Any, **kwargs: Any) -> None:
+        assert loaded.dtype == parameter.dtype
+        load(parameter, loaded, *args, **kwargs)
 
     return loader
 
