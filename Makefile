@@ -29,6 +29,7 @@ SOURCES := $(shell find swiftprune exporters runtime_bench -name '*.py')
 setup: $(VENV)/installed
 
 $(VENV)/torch: Makefile
+	@echo "setting up $(VENV): torch, transformers and what tests need (2 GB), then the kernels; three to six minutes"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	@$(BIN)/pip install --quiet "$(TORCH)" || { \

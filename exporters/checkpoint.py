@@ -86,6 +86,8 @@ class ExportReport(BaseModel):
     """What an export did. Everything but seconds and perplexity is also in the output's swiftprune.json."""
 
     out: str
+    source: str
+    """The folder of the checkpoint that was pruned."""
     settings: PruneSettings
     target: Target
     layers: list[LayerResult]
@@ -455,6 +457,7 @@ class _ShardWriter:
         )
         return ExportReport(
             out=str(workspace.out),
+            source=str(checkpoint.folder),
             settings=self._run.settings,
             target=self._target,
             layers=layers,

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from exporters import start
+from exporters import model_card, start
 from exporters.console import ProgressBars, run, sigint_as_keyboard_interrupt
 from swiftprune.calibration.text_files import DEFAULT_COLUMN
 from swiftprune.config import QUALITIES, PruneSettings, make_settings, output_name
@@ -72,11 +72,6 @@ class ComputeChoice(enum.StrEnum):
 
 
 DEFAULT_RATIO = 1.5
-# By target, what a user does with the output.
-_SERVED_BY = {
-    "packed": "vllm serve {out}; how fast it is: swiftprune-bench run {out} --baseline MODEL",
-    "onnx": "swiftprune-onnx generate {out}",
-}
 _DEFAULTS = PruneSettings()
 _QUALITY_HELP = "; ".join(f"[b]{name}[/]: {quality.summary}" for name, quality in QUALITIES.items())
 _QUALITY_HELP += "."
@@ -155,7 +150,7 @@ def export_command(
         typer.Option(
             metavar="TYPE",
             help="Of the kept weights. [b]int8[/]: 5 bits a weight in all, at next to no loss; [b]int4[/]: 3.1 bits. "
-            "Both for --target packed and onnx, on CPUs.",
+            "Both for --target packed and onnx, on CPUs. [b]bfloat16[/] is --dtype bfloat16.",
             show_default="that of --dtype",
         ),
     ] = None,
@@ -431,7 +426,12 @@ def print_report(report: ExportReport, console: Console) -> None:
     kinds = defaultdict(list)
     for layer in report.layers:
         kinds[layer.kind].append(layer)
-    table = Table(title=f"{report.settings.pattern} by {report.settings.method}", title_justify="left")
+    table = Table(
+        title=f"{report.settings.pattern} by {report.settings.method}",
+        title_justify="left",
+        caption="energy: squared weights, of dense, above 100% where kept ones make up for others; error: of outputs",
+        caption_justify="left",
+    )
     for heading in ("layer", "count", "shape", "zeros", "kept energy", "output error", "mask s"):
         table.add_column(heading, justify="left" if heading == "layer" else "right")
     for kind, layers in kinds.items():
@@ -468,6 +468,7 @@ def print_report(report: ExportReport, console: Console) -> None:
         whole.add_row(
             "against transformers",
             f"{made.equal_tokens} of {CHECK_TOKENS} greedy tokens equal, logits within {made.max_logit_difference:.2g}"
+            + (" (inputs are rounded to 8 bits, so a few may differ)" if report.settings.values else "")
             if made.max_logit_difference is not None
             else "not compared: ONNX Runtime runs no bfloat16 on CPUs",
         )
@@ -498,10 +499,11 @@ def print_report(report: ExportReport, console: Console) -> None:
     for reason, names in reasons.items():
         whole.add_row("left dense", escape(f"{names[0]}{and_more(names)}: {reason}"))
     whole.add_row("written to", escape(report.out))
-    if report.target in _SERVED_BY:
-        by_session = report.onnx is not None and not report.onnx.genai
-        served = "swiftprune.serve.onnxruntime.session('{out}/model.onnx')" if by_session else _SERVED_BY[report.target]
-        whole.add_row("next", escape(served.format(out=report.out)))
+    by_session = report.target == "onnx" and report.onnx is not None and not report.onnx.genai
+    if command := model_card.SERVED_BY.get(model_card.BY_SESSION if by_session else report.target):
+        whole.add_row("next", escape(command.format(folder=report.out)))
+    if report.target == "packed":
+        whole.add_row("how fast it is", escape(f"swiftprune-bench run {report.out} --baseline {report.source}"))
     if report.hub:
         whole.add_row("pushed to", escape(report.hub))
     console.print(whole)

@@ -11,11 +11,19 @@ from huggingface_hub.repocard import metadata_load
 
 from swiftprune.checkpoints.source import Checkpoint
 from swiftprune.config import PruneSettings, output_name
+from swiftprune.errors import and_more
 from swiftprune.results import Check
 
 NAME = "README.md"
 BY_SESSION = "onnx, by session"
 """The target `onnx` where onnxruntime-genai does not run the architecture."""
+
+SERVED_BY = {
+    "packed": "vllm serve {folder}",
+    "onnx": 'swiftprune-onnx generate {folder} --prompt "The capital of France is"',
+    BY_SESSION: 'swiftprune.serve.onnxruntime.session("{folder}/model.onnx")',
+}
+"""By target, what a user does with the output."""
 
 _TRANSFORMERS = """In transformers, with swiftprune installed:
 
@@ -26,9 +34,9 @@ from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained("{folder}")
 ```
 """
-_SERVE = """
+_SERVE = f"""
 ```console
-vllm serve {folder}
+{SERVED_BY["packed"]}
 ```
 """
 _USE = {
@@ -46,18 +54,18 @@ tensors = load("{folder}")  # dense ones, and SparseSemiStructuredTensorCUTLASS
 ```
 """,
     "sparse24-bitmask": "For vLLM up to 0.18 as it is, and for later ones with swiftprune[vllm] installed:\n" + _SERVE,
-    "onnx": """In ONNX Runtime, with swiftprune[onnx] installed; any other runtime runs the file too, unpacked:
+    "onnx": f"""In ONNX Runtime, with swiftprune[onnx] installed:
 
 ```console
-swiftprune-onnx generate {folder} --prompt "The capital of France is"
+{SERVED_BY["onnx"]}
 ```
 """,
-    BY_SESSION: """In ONNX Runtime, with swiftprune[onnx] installed; any other runtime runs the file too, unpacked:
+    BY_SESSION: f"""In ONNX Runtime, with swiftprune[onnx] installed; any other runtime runs the file too, unpacked:
 
 ```python
 import swiftprune.serve.onnxruntime
 
-session = swiftprune.serve.onnxruntime.session("{folder}/model.onnx")
+session = {SERVED_BY[BY_SESSION]}
 ```
 """,
     "onnx-dense": "An ONNX decoder with zeros in place, for TensorRT and other ONNX runtimes.\n",
@@ -94,12 +102,16 @@ def model_card(
         tags=["swiftprune", "sparse", settings.pattern],
         base_model_relation="quantized" if target == "packed" else None,
     )
-    kept = f" Left dense: {len(dense)}." if dense else ""
+    kept = f" Left dense: {next(iter(dense))}{and_more(list(dense))}." if dense else ""
     lines = [
         f"---\n{data.to_yaml()}\n---\n",
         f"# {checkpoint.name}, {settings.pattern} sparse\n",
-        f"[{checkpoint.name}](https://huggingface.co/{checkpoint.name})" if "/" in checkpoint.name else checkpoint.name,
-        f"with {pruned} linears of its decoder pruned to {settings.pattern} by swiftprune.{kept}\n",
+        (
+            f"[{checkpoint.name}](https://huggingface.co/{checkpoint.name})"
+            if "/" in checkpoint.name
+            else checkpoint.name
+        )
+        + f" with {pruned} linears of its decoder pruned to {settings.pattern} by swiftprune.{kept}\n",
         "| | |\n| --- | --- |",
         f"| method | `{settings.method}`{_stages(settings)} |",
         f"| calibration | {_calibration(settings)} |",

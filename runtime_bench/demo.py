@@ -119,6 +119,11 @@ def show(result: DemoResult, console: Console) -> None:
         table.add_row(*row)
     console.print(table)
     console.print(
+        f"To save time the demo calibrated on {result.report.settings.samples} sequences of text; swiftprune-export "
+        f"takes {PruneSettings().samples} and loses less.",
+        highlight=False,
+    )
+    console.print(
         f"Ten minutes, some of them training, give better text:\n  {_command('swiftprune-export')} {result.model} "
         f"--quality balanced --calibration {result.report.settings.calibration}",
         soft_wrap=True,

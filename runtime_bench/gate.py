@@ -34,6 +34,7 @@ from swiftprune.errors import SettingsError
 Verdict = Literal["pass", "regression", "unclear", "void", "missing"]
 MIN_ROUNDS = 10
 """What is advised, and the default of `run`: with fewer, noise that machines have decides too often."""
+_HOPELESS = 20  # times as many rounds
 EXIT_CODES: dict[Verdict, int] = {"pass": 0, "regression": 1, "unclear": 2, "void": 2, "missing": 2}
 
 
@@ -159,9 +160,12 @@ def _advice(slowdown: float, at_least: float, at_most: float, limit: float) -> s
     half = max(slowdown - at_least, at_most - slowdown)
     if not math.isfinite(half) or at_least <= -1:
         return f"too few rounds to tell; take {MIN_ROUNDS} or more"
-    if distance < half / 10:
+    if distance < limit / 10:
         return f"right at the limit of {limit:.1%}; take many more rounds, or another limit"
-    return f"too noisy to tell; about {max((half / distance) ** 2, 1.5):.1f} times as many rounds would do"
+    times = max((half / distance) ** 2, 1.5)
+    if times > _HOPELESS:
+        return f"much too noisy to tell, so this machine was busy; about {times:,.0f} times as many rounds would do"
+    return f"too noisy to tell; about {times:.1f} times as many rounds would do"
 
 
 def _setting(result: Any) -> tuple[str, ...]:

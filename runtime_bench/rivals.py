@@ -37,8 +37,9 @@ from runtime_bench.stored import Stored, in_table
 from swiftprune.calibration.text import load_tokenizer, token_windows
 from swiftprune.calibration.text_files import read_text
 from swiftprune.config import PruneSettings
-from swiftprune.errors import SettingsError, SwiftpruneError
+from swiftprune.errors import SettingsError, SwiftpruneError, first_line
 from swiftprune.kernels import native
+from swiftprune.models.load import context_length, read_config
 from swiftprune.progress import ProgressCallback, no_progress
 
 LOSSLESS = "BF16"
@@ -162,8 +163,12 @@ def measure(
     Raises SettingsError when one of `ours` is no export's folder.
     """
     source = Path(model) if Path(model).is_dir() else known_models.fetch(model, folder, progress)
+    longest = context_length(read_config(source)) or SEQLEN
+    if (needed := settings.prompt_tokens + settings.new_tokens) > longest:
+        raise SettingsError(f"--prompt-tokens and --new-tokens: {needed} in all, but the model takes {longest}")
+    seqlen = min(SEQLEN, longest)
     made = [*_rivals(source, folder, settings, progress), *_our_entries(source, ours, folder, settings, progress)]
-    windows = {path.name: _windows(source, path, settings.windows) for path in texts}
+    windows = {path.name: _windows(source, path, seqlen, settings.windows) for path in texts}
     _check_and_read(made, windows, settings, progress)
     read: list[float] = []
     with watch() as seen:
@@ -308,9 +313,9 @@ def _stored_bytes(tensor: Any) -> int:
     return int(math.prod(tensor.dims)) * bits // 8
 
 
-def _windows(source: Path, text: Path, count: int) -> torch.Tensor:
-    """(count, SEQLEN) from all over the text."""
-    taken = token_windows(read_text(text), load_tokenizer(source), SEQLEN, str(text))
+def _windows(source: Path, text: Path, seqlen: int, count: int) -> torch.Tensor:
+    """(count, seqlen) from all over the text."""
+    taken = token_windows(read_text(text), load_tokenizer(source), seqlen, str(text))
     if count < len(taken):
         taken = taken[torch.linspace(0, len(taken) - 1, count).round().long()]
     return taken
@@ -351,7 +356,7 @@ def _check_and_read(
                     losses = itertools.chain.from_iterable(scoring.score(row.tolist()).loss for row in taken)
                     each.perplexity[text] = _perplexity(list(losses))
         except (SwiftpruneError, RuntimeError) as error:
-            each.void = str(error)
+            each.void = first_line(error)
     progress("check and perplexity", len(entries), len(entries))
 
 

@@ -134,7 +134,7 @@ class Quality:
 _SOLVED: dict[str, Any] = {"method": "admm", "seqlen": 256, "refine": ("distill",)}
 QUALITIES: dict[QualityName, Quality] = {
     "fast": Quality(
-        "seconds, masks only",
+        "masks only, under a minute; rounding values, the check and ONNX files come on top",
         {"method": "swiftprune-pairs", "one_pass": True, "samples": 12, "seqlen": 256, "conversations": 0},
     ),
     "balanced": Quality(

@@ -24,7 +24,7 @@ class GenaiModel:
         self.engine_version = importlib.metadata.version("onnxruntime-genai")
 
     def generate(self, prompts: list[list[int]], new_tokens: int, arrived: Callable[[], None]) -> list[list[int]]:
-        generator = serve.greedy_generator(self._model, len(prompts[0]) + new_tokens, len(prompts))
+        generator = serve.greedy_generator(self._model, len(prompts[0]) + new_tokens, len(prompts), endless=True)
         generator.append_tokens(np.asarray(prompts, dtype=np.int32))
         answers = []
         for _ in range(new_tokens):

@@ -10,6 +10,7 @@ import torch
 
 import swiftprune.serve.onnxruntime
 from runtime_bench.engines import Options, Scores, scores
+from swiftprune.checkpoints.source import read_json
 from swiftprune.errors import CheckpointError, SettingsError
 
 
@@ -33,7 +34,9 @@ class OnnxModel:
         settings.intra_op_num_threads = options.threads
         session = swiftprune.serve.onnxruntime.session(path, settings)
         self.linears: dict[str, int] = session.linears
-        self._decoder = swiftprune.serve.onnxruntime.Decoder(session)
+        genai = folder / "genai_config.json"  # of others' files, which leave the width of heads open
+        width = read_json(genai)["model"]["decoder"]["head_size"] if genai.exists() else None
+        self._decoder = swiftprune.serve.onnxruntime.Decoder(session, width)
 
     def generate(self, prompts: list[list[int]], new_tokens: int, arrived: Callable[[], None]) -> list[list[int]]:
         self._decoder.reset()

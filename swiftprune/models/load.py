@@ -55,7 +55,11 @@ def read_config(folder: Path, *, trust_remote_code: bool = False) -> PretrainedC
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers raises many types here, all meaning the same to the user
-        hint = "; if you trust that code, add --trust-remote-code" if "trust_remote_code" in str(error) else ""
+        hint = ""
+        if "trust_remote_code" in str(error):
+            hint = "; if you trust that code, add --trust-remote-code"
+        elif "does not recognize this architecture" in str(error):
+            hint = "; a newer transformers may know it: pip install --upgrade transformers"
         raise CheckpointError(
             f"{folder / 'config.json'}: transformers cannot read it: {first_line(error)}{hint}"
         ) from error

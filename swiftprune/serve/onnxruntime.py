@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from swiftprune.checkpoints.source import from_hub
+from swiftprune.checkpoints.source import from_hub, read_json
 from swiftprune.errors import CheckpointError, SettingsError
 from swiftprune.formats.spec import QUANT_METHOD
 from swiftprune.kernels import dispatch, native
@@ -89,8 +89,8 @@ def genai_model(folder: str | Path, *, threads: int | None = None, endless: bool
     """An `onnxruntime_genai.Model` on an exported `folder`, or hub id, its packed linears on the library's kernels.
 
     Returns it and how many linears run on which backend, as in `session`. `folder` holds genai_config.json and
-    model.onnx. With `endless` no token ends an answer, for measurements. Raises CheckpointError when onnxruntime-genai
-    cannot load it, SettingsError when it is missing.
+    model.onnx. With `endless` only the last token of the vocabulary ends an answer, for measurements. Raises
+    CheckpointError when onnxruntime-genai cannot load it, SettingsError when it is missing.
     """
     genai = _import("onnxruntime_genai")
     folder = (Path(folder) if Path(folder).is_dir() else from_hub(str(folder), None, *_ONNX_FILES)).resolve()
@@ -111,7 +111,7 @@ def genai_model(folder: str | Path, *, threads: int | None = None, endless: bool
             config = genai.Config(str(folder))
             settings: dict[str, Any] = {"decoder": {"session_options": options}}
             if endless:
-                settings["eos_token_id"] = [_NO_TOKEN]
+                settings["eos_token_id"] = read_json(folder / "genai_config.json")["model"]["vocab_size"] - 1
             config.overlay(json.dumps({"model": settings}))
             made = genai.Model(config)
         except Exception as error:
@@ -120,7 +120,6 @@ def genai_model(folder: str | Path, *, threads: int | None = None, endless: bool
 
 
 _ONNX_FILES = ("*.onnx", "*.onnx.data")
-_NO_TOKEN = 2**31 - 1  # beyond every vocabulary
 
 # All that onnxruntime-genai would else take from genai_config.json, which has it from the model's own settings.
 _GREEDY = {
@@ -160,14 +159,15 @@ def generate(model: Any, prompt: str, tokens: int, *, chat: bool = False) -> Ite
         yield stream.decode(generator.get_next_tokens()[0])
 
 
-def greedy_generator(model: Any, longest: int, sequences: int = 1) -> Any:
+def greedy_generator(model: Any, longest: int, sequences: int = 1, *, endless: bool = False) -> Any:
     """An `onnxruntime_genai.Generator` that takes the likeliest token, whatever the model's own settings say.
 
-    `longest` counts the tokens of a sequence, prompt and answer.
+    `longest` counts the tokens of a sequence, prompt and answer, which all have with `endless`.
     """
     genai = _import("onnxruntime_genai")
     parameters = genai.GeneratorParams(model)
-    parameters.set_search_options(max_length=longest, batch_size=sequences, **_GREEDY)
+    options = _GREEDY | ({"min_length": longest} if endless else {})
+    parameters.set_search_options(max_length=longest, batch_size=sequences, **options)
     return genai.Generator(model, parameters)
 
 
@@ -179,16 +179,24 @@ class Decoder:
     `present.I.key` and `.value`: what onnxruntime-genai's model builder, optimum and `swiftprune-export` write.
     """
 
-    def __init__(self, session: Any) -> None:
-        """`session` is what `session` returns. Raises CheckpointError when it is of no decoder."""
+    def __init__(self, session: Any, head_width: int | None = None) -> None:
+        """`session` is what `session` returns; `head_width` that of the cache's heads, where the model leaves it open.
+
+        Raises CheckpointError when it is of no decoder.
+        """
         self._session = session
         self._inputs = {value.name: value for value in session.get_inputs()}
+        self._heads: dict[str, tuple[int, int]] = {}
         self._outputs = [value.name for value in session.get_outputs()]
         if missing := {"input_ids", "logits"} - {*self._inputs, *self._outputs}:
             raise CheckpointError(f"the ONNX model has no {' and no '.join(sorted(missing))}: not an exported decoder")
         for name, value in self._inputs.items():
-            if name.startswith(_PAST) and not (isinstance(value.shape[1], int) and isinstance(value.shape[3], int)):
+            if not name.startswith(_PAST):
+                continue
+            width = value.shape[3] if isinstance(value.shape[3], int) else head_width
+            if not isinstance(value.shape[1], int) or width is None:
                 raise CheckpointError(f"the ONNX model leaves the heads or their width open in {name}: {value.shape}")
+            self._heads[name] = value.shape[1], width
         self._cache: dict[str, Any] = {}
         self._seen = 0
 
@@ -201,9 +209,8 @@ class Decoder:
         rows, length = tokens.shape
         if not self._seen:
             self._cache = {
-                name: np.zeros((rows, value.shape[1], 0, value.shape[3]), _NUMPY_TYPES[value.type])
-                for name, value in self._inputs.items()
-                if name.startswith(_PAST)
+                name: np.zeros((rows, heads, 0, width), _NUMPY_TYPES[self._inputs[name].type])
+                for name, (heads, width) in self._heads.items()
             }
         positions = np.arange(self._seen, self._seen + length, dtype=np.int64)
         feeds = {

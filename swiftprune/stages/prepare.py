@@ -147,7 +147,9 @@ def check_text(run: Run) -> None:
     path = Path(source)
     looks_like_one = path.suffix.lower() in (".txt", ".md", *ROWS, *COMPRESSED) or source.startswith((".", "/", "~"))
     if source not in ("none", "self") and looks_like_one and not path.exists():
-        raise TextError(f"{source}: no such file")
+        raise TextError(
+            f"--calibration {source}: no such file; give a text file or a folder of them, the id of a data set, or self"
+        )
 
 
 def check_length(run: Run) -> None:
