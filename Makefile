@@ -24,7 +24,7 @@ endif
 NATIVE := $(wildcard swiftprune/kernels/csrc/*)
 SOURCES := $(shell find swiftprune exporters runtime_bench -name '*.py')
 
-.PHONY: setup demo browser test test-neon vllm-env test-vllm check bench bench-onnx bench-vllm bench-prune bench-methods bench-quality bench-kernels clean
+.PHONY: setup demo browser test test-neon vllm-env test-vllm check bench bench-onnx bench-rivals bench-vllm bench-prune bench-methods bench-quality bench-kernels clean
 
 setup: $(VENV)/installed
 
@@ -120,6 +120,13 @@ bench: setup
 bench-onnx: setup
 	for model in smollm2-135m llama-3.2-1b; do for dtype in float32 bfloat16; do \
 	  $(BENCH) $$model --engine onnxruntime --dtype $$dtype --prompt-tokens 64,512 --rounds 8 || exit 1; done; done
+
+# What people run instead; compiles llama.cpp first.
+bench-rivals: setup
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,rivals]'
+	$(BIN)/swiftprune-bench rivals smollm2-135m --folder $(DEMO) --text $(DEMO)/wikipedia-held-out.txt --text $(DEMO)/news.txt \
+	  --out $(RESULTS)/rivals-smollm2.json --picture $(RESULTS)/rivals-smollm2.png
+	$(BIN)/swiftprune-bench rivals llama-3.2-1b --folder $(DEMO) --out $(RESULTS)/rivals-1b.json --picture $(RESULTS)/rivals-1b.png
 
 # Hours in all: vLLM's latency and throughput load the model for every run.
 bench-vllm: vllm-env

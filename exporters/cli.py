@@ -388,9 +388,9 @@ def export_command(
     destination = out or Path(output_name(Path(model).resolve().name, format))
     from exporters.checkpoint import export  # with transformers, which takes seconds: not for --help or a typo
 
-    console = Console(stderr=json)
+    console = Console(stderr=json, emoji=False)
     try:
-        with sigint_as_keyboard_interrupt(), ProgressBars(Console(stderr=True)) as progress:
+        with sigint_as_keyboard_interrupt(), ProgressBars(Console(stderr=True, emoji=False)) as progress:
             if used := start.others_percent():
                 progress.notify(f"Other processes use {used:.0f}% of this machine's processors: all takes longer.")
             report = export(

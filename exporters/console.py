@@ -85,7 +85,7 @@ class ProgressBars:
 
 def run(app: Callable[[], object]) -> None:
     """Runs a command-line app with swiftprune's logging, error messages and exit codes."""
-    console = Console(stderr=True)
+    console = Console(stderr=True, emoji=False)
     handler = RichHandler(console=console, show_path=False, show_time=False)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
     try:

@@ -15,11 +15,13 @@ from rich.table import Table
 
 from exporters.workspace import MANIFEST
 from swiftprune.checkpoints.source import Checkpoint, read_json
-from swiftprune.config import PruneSettings
+from swiftprune.config import DTYPES, PruneSettings
+from swiftprune.errors import FormatError
 from swiftprune.formats import bitmask, cutlass, spec
 from swiftprune.formats.spec import METADATA_SUFFIX
 from swiftprune.kernels import dispatch
 from swiftprune.results import Check
+from swiftprune.serve.stored import check_stored
 
 app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
 
@@ -49,7 +51,10 @@ _FROM_ONNX = "other ONNX runtimes"
 
 
 def describe(folder: Path) -> FolderInfo:
-    """Reads config.json, swiftprune.json and headers; no weights. Raises CheckpointError."""
+    """Reads config.json, swiftprune.json and headers; no weights.
+
+    Raises CheckpointError, and FormatError for what engines would refuse.
+    """
     config = read_json(folder / "config.json")
     manifest = read_json(folder / MANIFEST) if (folder / MANIFEST).exists() else {}
     target = manifest.get("target")
@@ -102,8 +107,12 @@ def _use(folder: Path, config: dict[str, Any], target: str | None, zeros: str | 
         return "CUTLASS layout of torch.sparse", {"torch on NVIDIA GPUs": "sparse, by exporters.torch_sparse.load"}
     if method == spec.QUANT_METHOD:
         values = declared.get("values")
-        config_type = getattr(torch, str(config.get("dtype") or config.get("torch_dtype") or "bfloat16"))
-        backend = dispatch.linear_backend(config_type, quantized=spec.find_quantized(str(values)))
+        spec.check_declared(stored, declared.get("version"), "swiftprune", spec.VERSIONS, values, declared.get("head"))
+        check_stored(Checkpoint(folder).tensors, values, quantized_head="head" in declared)
+        name = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
+        if name not in DTYPES:
+            raise FormatError(f"{folder / 'config.json'}: dtype {name!r} is none of {', '.join(DTYPES)}")
+        backend = dispatch.linear_backend(getattr(torch, name), quantized=spec.find_quantized(str(values)))
         parts = [f"{values} values"] if values else []
         parts += [f"{head} output head and embeddings"] if (head := declared.get("head")) else []
         return ", ".join(["packed 2:4 weights", *parts]), {
@@ -119,6 +128,8 @@ def _use(folder: Path, config: dict[str, Any], target: str | None, zeros: str | 
         }
     if method:
         return f"quantized by {method}", {"swiftprune": f"{_NO}: prune the checkpoint before it was quantized"}
+    if any(name.endswith(METADATA_SUFFIX) for name in Checkpoint(folder).tensors):
+        raise FormatError(f"{folder / 'config.json'}: has no quantization_config, but weights are packed")
     kind = f"dense tensors with {zeros} zeros in place" if zeros else "a dense checkpoint"
     return kind, {
         "transformers, vLLM and others": "dense",
@@ -160,4 +171,4 @@ def info_command(
         table.add_row("left dense", f"{count}: {escape(reason)}")
     for engine, use in found.engines.items():
         table.add_row(escape(engine), escape(use))
-    Console().print(table)
+    Console(emoji=False).print(table)

@@ -162,6 +162,9 @@ def measure(
 
     Raises SettingsError when one of `ours` is no export's folder.
     """
+    for path in (*texts, *ours):
+        if not path.exists():
+            raise SettingsError(f"{path}: there is no such file or folder")
     source = Path(model) if Path(model).is_dir() else known_models.fetch(model, folder, progress)
     longest = context_length(read_config(source)) or SEQLEN
     if (needed := settings.prompt_tokens + settings.new_tokens) > longest:
@@ -269,7 +272,7 @@ def _exports(source: Path, folder: Path, progress: ProgressCallback) -> list[Pat
         out = folder / f"{_file_name(source)}-2of4-{values or 'bf16'}-onnx"
         if not out.exists():
             settings = PruneSettings.model_validate(pruning | {"values": values} if values else pruning)
-            export(source, out, settings, target="onnx", progress=progress)
+            export(source, out, settings, target="onnx", overwrite=True, progress=progress)
         made.append(out)
     return made
 

@@ -139,9 +139,6 @@ def find(
     that of the packed values: it computes in float32.
     """
     source = known_models.fetch(model, folder, progress)
-    if not list(source.glob("tokenizer*")):  # vLLM's benchmarks need one; any will do
-        for path in demo_data.fetch(folder, progress).model.glob("tokenizer*"):
-            shutil.copy(path, source)
     pruning = PruneSettings(method="swiftprune-data-free", calibration="none")
     if model == known_models.DEMO_MODEL:
         pruning = PruneSettings(method="sparsegpt", calibration=str(demo_data.fetch(folder, progress).calibration))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 import time
 from dataclasses import dataclass
 from typing import Literal
@@ -65,14 +66,11 @@ def find_device(name: str) -> torch.device:
     """
     if name == "auto":
         return torch.device("cuda:0") if torch.cuda.is_available() else _CPU
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = torch.device("meta")
-    if device.type not in ("cpu", "cuda"):
-        raise SettingsError(f"--device {name}: give auto, cpu, cuda or cuda:N")
-    if device.type == "cpu":
+    if name == "cpu":
         return _CPU
+    if not re.fullmatch(r"cuda(:\d+)?", name):
+        raise SettingsError(f"--device {name!r}: give auto, cpu, cuda or cuda:N")
+    device = torch.device(name)
     if not torch.cuda.is_available():
         built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
         raise SettingsError(f"--device {name}: torch {torch.__version__}, {built}, finds no NVIDIA GPU")

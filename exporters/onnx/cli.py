@@ -47,7 +47,7 @@ def check_command(
     That is what TensorRT's structured-sparsity kernels ask for. Ends with the `trtexec` command that lets it try them.
     """
     ignored = compile_ignore(ignore)
-    with ProgressBars(Console(stderr=True)) as progress:
+    with ProgressBars(Console(stderr=True, emoji=False)) as progress:
         checks = check_weights(model, progress=progress)
     if ignore != DEFAULT_IGNORE:
         ignored.check(weight.name for weight in checks)
@@ -65,7 +65,7 @@ def check_command(
             if weight.problem is None
             else escape(f"{'cannot be' if weight.impossible else 'no'}: {weight.problem}"),
         )
-    console = Console()
+    console = Console(emoji=False)
     console.print(table)
     good = sum(weight.problem is None for weight in checks)
     impossible = sum(weight.impossible for weight in checks)
@@ -106,7 +106,7 @@ def pack_command(
     swiftprune.serve.onnxruntime.session, ONNX Runtime runs it on the packed weights.
     """
     compile_ignore(ignore)
-    with ProgressBars(Console(stderr=True)) as progress:
+    with ProgressBars(Console(stderr=True, emoji=False)) as progress:
         report = pack_model(
             model,
             out,
@@ -115,7 +115,7 @@ def pack_command(
             overwrite=overwrite,
             progress=progress,
         )
-    console = Console()
+    console = Console(emoji=False)
     before, after = report.weight_bytes_before, report.weight_bytes_after
     console.print(
         f"packed {len(report.packed)} weights: {before / 1e6:,.1f} -> {after / 1e6:,.1f} MB "

@@ -191,22 +191,21 @@ def check_declared(
             f"this checkpoint has the format {format!r}; {engine} can run {FORMAT!r} only (export with --target packed)"
         )
     if type(version) is not int or version not in versions:
-        known = " and ".join(map(str, versions))
+        known = f"{', '.join(map(str, versions[:-1]))} and {versions[-1]}" if len(versions) > 1 else versions[0]
         raise FormatError(
             f"this checkpoint has version {version!r} of the packed format, but {engine} reads {known} here; "
             "use a matching swiftprune or export again"
         )
     if (version == HEAD_VERSION) != (head == QUANTIZED_HEAD) or (head is not None and head != QUANTIZED_HEAD):
         raise FormatError(
-            f"this checkpoint declares version {version} of the packed format with head {head!r}; version "
-            f"{HEAD_VERSION}, and no other, has {QUANTIZED_HEAD}"
+            f"config.json declares version {version} of the packed format with head {head!r}; version {HEAD_VERSION}, "
+            f"and no other, has {QUANTIZED_HEAD!r}: put back the config.json that came with the weights"
         )
-    if version == HEAD_VERSION and values is None:
-        return
-    if (version in (QUANTIZED_VERSION, HEAD_VERSION)) != (values in QUANTIZED):
+    if values not in {VERSION: (None,), QUANTIZED_VERSION: QUANTIZED, HEAD_VERSION: (None, *QUANTIZED)}[version]:
         raise FormatError(
-            f"this checkpoint declares version {version} of the packed format with values {values!r}; version "
-            f"{QUANTIZED_VERSION} has {' or '.join(QUANTIZED)}, and version {VERSION} none"
+            f"config.json declares version {version} of the packed format with values {values!r}; version "
+            f"{QUANTIZED_VERSION} has {' or '.join(QUANTIZED)}, version {VERSION} none, version {HEAD_VERSION} any of "
+            "these: put back the config.json that came with the weights"
         )
 
 

@@ -7,7 +7,8 @@ are to be made dense once loaded (`to_dense`): there is no such product here tha
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,8 @@ from swiftprune.kernels.quantize import LARGEST, scales_of, to_values
 
 BACKEND = "int8-dense"
 """What is reported of a head in 8 bits."""
+# torch's operator reads past the ends of rows of other widths: wrong results and crashes, of 2.13 in bfloat16.
+_OPERATOR_INPUTS = 32
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -45,7 +48,8 @@ def check_rows(values: Tensor, scale: Tensor, name: str = "weight") -> None:
 
 def multiply_rows(x: Tensor, values: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
     """x W^T + bias: (..., V) in the dtype of `x` (..., H), from `values` (V, H) int8 and `scale` (V,) in that dtype."""
-    if x.is_cpu and x.dtype in _FLOATS and not (torch.is_grad_enabled() and x.requires_grad):
+    plain = x.is_cpu and x.dtype in _FLOATS and not (torch.is_grad_enabled() and x.requires_grad)
+    if plain and x.shape[-1] % _OPERATOR_INPUTS == 0:
         product: Any = torch.ops.aten._weight_int8pack_mm
         y: Tensor = product(x.reshape(-1, x.shape[-1]).contiguous(), values, scale).view(*x.shape[:-1], len(values))
     else:
@@ -53,11 +57,41 @@ def multiply_rows(x: Tensor, values: Tensor, scale: Tensor, bias: Tensor | None 
     return y if bias is None else y + bias
 
 
-class Embedding8(nn.Embedding):
-    """Embeddings whose rows are stored in 8 bits; what comes out is of type `dtype`."""
+class _Rows8(nn.Module):
+    """Rows in 8 bits, for modules that compute in a float type.
+
+    It is no nn.Embedding and no nn.Linear, so that what changes weights, as adapters and resizing do, refuses it.
+    """
 
     weight: nn.Parameter
     weight_scale: nn.Parameter
+    _like: Tensor
+
+    def __init__(self, dtype: torch.dtype, device: torch.device | str) -> None:
+        super().__init__()
+        self.register_buffer("_like", torch.empty(0, dtype=dtype, device=device), persistent=False)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That it computes in: what the module is moved to."""
+        return self._like.dtype
+
+    def _hold(self, rows: int, cols: int, device: torch.device | str) -> None:
+        values = torch.empty(rows, cols, dtype=torch.int8, device=device)
+        scale = torch.empty(rows, 1, dtype=SCALE_DTYPE, device=device)
+        self.weight = nn.Parameter(values, requires_grad=False)
+        self.weight_scale = nn.Parameter(scale, requires_grad=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """The format fixes the type of scales, whatever type the module computes in."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if "weight_scale" in self._parameters:
+            self.weight_scale.data = self.weight_scale.data.to(SCALE_DTYPE)
+        return self
+
+
+class Embedding8(_Rows8):
+    """Embeddings whose rows are stored in 8 bits; what comes out is of type `dtype`."""
 
     def __init__(
         self,
@@ -68,17 +102,9 @@ class Embedding8(nn.Embedding):
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
     ) -> None:
-        nn.Module.__init__(self)  # nn.Embedding's own would draw a dense weight
-        self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
-        self.padding_idx = padding_idx
-        self.dtype = dtype
-        values = torch.empty(num_embeddings, embedding_dim, dtype=torch.int8, device=device)
-        scale = torch.empty(num_embeddings, 1, dtype=SCALE_DTYPE, device=device)
-        self.weight = nn.Parameter(values, requires_grad=False)
-        self.weight_scale = nn.Parameter(scale, requires_grad=False)
-
-    def reset_parameters(self) -> None:
-        """Rows are made elsewhere, so there is nothing to draw."""
+        super().__init__(dtype, device)
+        self.num_embeddings, self.embedding_dim, self.padding_idx = num_embeddings, embedding_dim, padding_idx
+        self._hold(num_embeddings, embedding_dim, device)
 
     def forward(self, ids: Tensor) -> Tensor:
         return dequantize_rows(F.embedding(ids, self.weight), F.embedding(ids, self.weight_scale), self.dtype)
@@ -93,10 +119,10 @@ class Embedding8(nn.Embedding):
         return f"{self.num_embeddings}, {self.embedding_dim}, int8"
 
 
-class Head8(nn.Linear):
+class Head8(_Rows8):
     """An output head whose rows are stored in 8 bits. `tied` embeddings share theirs, scales included."""
 
-    weight: nn.Parameter
+    bias: nn.Parameter | None
 
     def __init__(
         self,
@@ -108,22 +134,14 @@ class Head8(nn.Linear):
         device: torch.device | str = "cpu",
         tied: Embedding8 | None = None,
     ) -> None:
-        nn.Module.__init__(self)  # nn.Linear's own would make a dense weight
+        super().__init__(dtype, device)
         self.in_features, self.out_features = in_features, out_features
-        self.dtype = dtype
         self.backend = BACKEND
         self._tied = [tied] if tied else []  # a list, so that it is no part of this module
-        values = (
-            tied.weight
-            if tied
-            else nn.Parameter(
-                torch.empty(out_features, in_features, dtype=torch.int8, device=device), requires_grad=False
-            )
-        )
-        self.weight = values
-        if not tied:
-            scale = torch.empty(out_features, 1, dtype=SCALE_DTYPE, device=device)
-            self.weight_scale = nn.Parameter(scale, requires_grad=False)
+        if tied:
+            self.weight = tied.weight
+        else:
+            self._hold(out_features, in_features, device)
         empty = torch.empty(out_features, dtype=dtype, device=device)
         self.register_parameter("bias", nn.Parameter(empty, requires_grad=False) if bias else None)
 
@@ -131,9 +149,6 @@ class Head8(nn.Linear):
     def scale(self) -> Tensor:
         """(V, 1) bfloat16."""
         return self._tied[0].weight_scale if self._tied else self.weight_scale
-
-    def reset_parameters(self) -> None:
-        """Rows are made elsewhere, so there is nothing to draw."""
 
     def forward(self, x: Tensor) -> Tensor:
         return multiply_rows(x, self.weight, self.scale[:, 0].to(x.dtype), self.bias)

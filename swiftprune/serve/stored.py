@@ -14,6 +14,7 @@ from swiftprune.errors import FormatError
 from swiftprune.formats.spec import METADATA_SUFFIX, SCALE_SUFFIX, Quantized, WeightSpec
 
 WEIGHT = ".weight"
+_ENDS = 2  # embeddings and head
 # As safetensors calls the types of values.
 _VALUE_TYPES: dict[Quantized | None, tuple[str, ...]] = {None: ("BF16", "F16", "F32"), "int8": ("I8",), "int4": ("U8",)}
 
@@ -32,17 +33,40 @@ def check_stored(stored: Mapping[str, TensorEntry], values: Quantized | None, *,
     packed = packed_modules(stored)
     for module in packed:
         _check_weight(stored, module + WEIGHT, values)
-    ends = [name for name, entry in stored.items() if entry.dtype_name == "I8" and name.endswith(WEIGHT)]
+    ends = [name for name, entry in stored.items() if entry.dtype_name == "I8"]
     ends = sorted(set(ends) - {module + WEIGHT for module in packed})
     if bool(ends) != quantized_head:
         where = f"{stored[ends[0]].shard}: holds {ends[0]} in 8 bits" if ends else "no embeddings are stored in 8 bits"
         raise FormatError(f"{where}, but config.json says {'so' if quantized_head else 'nothing'} of a quantized head")
+    if len(ends) > _ENDS:
+        raise FormatError(
+            f"{stored[ends[-1]].shard}: holds {', '.join(ends)} in 8 bits, more than embeddings and a head"
+        )
     for name in ends:
-        scale = stored.get(name + SCALE_SUFFIX)
-        if scale is None or scale.dtype_name != "BF16" or scale.shape != (stored[name].shape[0], 1):
-            found = f"{scale.dtype_name} {scale.shape}" if scale else "missing"
-            expected = (stored[name].shape[0], 1)
-            raise FormatError(f"{stored[name].shard}: {name}{SCALE_SUFFIX} is {found}, not BF16 {expected}")
+        _check_rows(stored, name)
+
+
+def find_end(stored: Mapping[str, TensorEntry], module: str) -> str | None:
+    """The tensor of the embeddings or the head `module` of a model that has them in 8 bits, or None where it has none.
+
+    Names in files may have a prefix less or more than those of the model. Raises FormatError for another type.
+    """
+    name = module + WEIGHT
+    others = (key for key in stored if key.endswith(f".{name}") or name.endswith(f".{key}"))
+    found = name if name in stored else next(others, None)
+    if found is not None:
+        _check_rows(stored, found)
+    return found
+
+
+def _check_rows(stored: Mapping[str, TensorEntry], name: str) -> None:
+    entry, scale = stored[name], stored.get(name + SCALE_SUFFIX)
+    if entry.dtype_name != "I8":
+        raise FormatError(f"{entry.shard}: {name} is {entry.dtype_name}, but config.json says that it is in 8 bits")
+    expected = (entry.shape[0], 1)
+    if scale is None or scale.dtype_name != "BF16" or scale.shape != expected:
+        found = f"{scale.dtype_name} {scale.shape}" if scale else "missing"
+        raise FormatError(f"{entry.shard}: {name}{SCALE_SUFFIX} is {found}, not BF16 {expected}")
 
 
 def _check_weight(stored: Mapping[str, TensorEntry], weight: str, values: Quantized | None) -> None:

@@ -16,7 +16,7 @@ import runpy
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +25,14 @@ from torch import nn
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from swiftprune.checkpoints.source import shard_entries
+from swiftprune.checkpoints.source import TensorEntry, shard_entries
+from swiftprune.errors import FormatError
 from swiftprune.formats import spec
 from swiftprune.formats.spec import QUANT_METHOD, Quantized
 from swiftprune.kernels import native
 from swiftprune.kernels.dense8 import Embedding8, Head8, check_rows
 from swiftprune.kernels.linear import Linear24
-from swiftprune.serve.stored import check_stored, packed_modules
+from swiftprune.serve.stored import check_stored, find_end, packed_modules
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +84,8 @@ class SwiftpruneQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_before_weight_loading(
         self, model: nn.Module, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> nn.Module:
-        is_packed = self._is_packed(checkpoint_files)
+        stored = _stored(checkpoint_files)
+        is_packed = self._is_packed(stored)
         for name, module in list(model.named_modules()):
             if isinstance(module, nn.Linear) and is_packed(name):
                 packed = Linear24(
@@ -96,19 +98,18 @@ class SwiftpruneQuantizer(HfQuantizer):  # type: ignore[misc]
                 )
                 model.set_submodule(name, packed)
         if hasattr(self.quantization_config, "head"):
-            _quantize_ends(model)
+            _quantize_ends(model, stored)
         return model
 
-    def _is_packed(self, checkpoint_files: list[str] | None) -> Callable[[str], bool]:
+    def _is_packed(self, stored: Mapping[str, TensorEntry] | None) -> Callable[[str], bool]:
         """By name in the model: whether the checkpoint stores a linear packed.
 
         The model may be another than the one that was exported: the body without its head, or with another head. Its
         names then have a prefix less or more than those of the files, and heads of its own are in none of them.
         """
-        if not checkpoint_files or not all(file.endswith(".safetensors") for file in checkpoint_files):
+        if stored is None:
             ignored = set(self.quantization_config.ignore)
             return lambda name: name not in ignored
-        stored = {name: entry for file in checkpoint_files for name, entry in shard_entries(Path(file)).items()}
         check_stored(stored, self._values, quantized_head=hasattr(self.quantization_config, "head"))
         packed = set(packed_modules(stored))
         shortened = {name.partition(".")[2] for name in packed}
@@ -138,11 +139,28 @@ class SwiftpruneQuantizer(HfQuantizer):  # type: ignore[misc]
         return True
 
 
-def _quantize_ends(model: Any) -> None:
-    """Puts 8-bit modules in the places of the input embeddings and of the output head, where the model has one."""
+def _stored(checkpoint_files: list[str] | None) -> dict[str, TensorEntry] | None:
+    """What is in the files of a checkpoint; None where they are no safetensors."""
+    if not checkpoint_files or not all(file.endswith(".safetensors") for file in checkpoint_files):
+        return None
+    return {name: entry for file in checkpoint_files for name, entry in shard_entries(Path(file)).items()}
+
+
+def _quantize_ends(model: Any, stored: Mapping[str, TensorEntry] | None) -> None:
+    """Puts 8-bit modules in the places of the input embeddings and of the output head, where the model has one.
+
+    A head that is not `stored` shares the rows of the embeddings. Raises FormatError where an end that is needed is
+    stored in another way, or nowhere, or something else is in 8 bits.
+    """
     names = {id(module): name for name, module in model.named_modules()}
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    tied = head is not None and f"{names[id(head)]}.weight" in (getattr(model, "all_tied_weights_keys", None) or {})
+    ends = [names[id(end)] for end in (embedding, head) if end is not None]
+    own_head = head is not None and not _may_be_tied(model, ends[-1])
+    if stored is not None:
+        found = [name for name in ends if find_end(stored, name)]
+        own_head = head is not None and ends[-1] in found
+        if ends[0] not in found or (head is not None and not own_head and not _may_be_tied(model, ends[-1])):
+            raise FormatError(f"{next(end for end in ends if end not in found)}.weight is in none of the files")
     meta = torch.device("meta")
     rows = Embedding8(
         embedding.num_embeddings,
@@ -151,7 +169,7 @@ def _quantize_ends(model: Any) -> None:
         dtype=embedding.weight.dtype,
         device=meta,
     )
-    model.set_submodule(names[id(embedding)], rows)
+    model.set_submodule(ends[0], rows)
     if head is not None:
         own = Head8(
             head.in_features,
@@ -159,9 +177,13 @@ def _quantize_ends(model: Any) -> None:
             bias=head.bias is not None,
             dtype=head.weight.dtype,
             device=meta,
-            tied=rows if tied else None,
+            tied=None if own_head else rows,
         )
-        model.set_submodule(names[id(head)], own)
+        model.set_submodule(ends[1], own)
+
+
+def _may_be_tied(model: Any, head: str) -> bool:
+    return f"{head}.weight" in (getattr(model, "all_tied_weights_keys", None) or {})
 
 
 def _check_ends(model: nn.Module) -> None:

@@ -24,9 +24,9 @@ def test_every_stage_keeps_to_its_device() -> None:
     assert not {case: said for case, said in found.items() if said != "same"}
 
 
-@pytest.mark.parametrize("name", ["gpu", "cuda:x", "mps", "cuda:-2", "", "meta"])
+@pytest.mark.parametrize("name", ["gpu", "cuda:x", "mps", "cuda:-2", "", "meta", "cpu:1"])
 def test_devices_that_are_none(name: str) -> None:
-    with pytest.raises(SettingsError, match=f"--device {name}: give auto, cpu, cuda or cuda:N"):
+    with pytest.raises(SettingsError, match=f"--device '{name}': give auto, cpu, cuda or cuda:N"):
         find_device(name)
 
 

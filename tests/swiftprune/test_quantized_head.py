@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import swiftprune.serve.transformers
 from exporters import export
 from exporters.info import describe
 from swiftprune.config import PruneSettings
-from swiftprune.errors import FormatError, SettingsError
+from swiftprune.errors import CheckpointError, FormatError, SettingsError
 from swiftprune.formats.spec import check_declared
 from swiftprune.kernels.dense8 import Embedding8, Head8, multiply_rows, quantize_rows
 from tests import models
@@ -72,12 +73,18 @@ def test_head_in_transformers(name: str, values: Any, tiny_models: Callable[[str
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("tokens", [1, 3, 40])
-def test_products_are_those_of_the_numbers(dtype: torch.dtype, tokens: int) -> None:
+@pytest.mark.parametrize("inputs", [1, 4, 20, 33, 48, 60, 64, 576, 900])
+def test_products_are_those_of_the_numbers(dtype: torch.dtype, inputs: int) -> None:
+    """Of every width: torch's operator reads past the ends of rows of some, so it is for others."""
+    for tokens in (1, 3, 40):
+        _check_product(dtype, tokens, inputs)
+
+
+def _check_product(dtype: torch.dtype, tokens: int, inputs: int) -> None:
     torch.manual_seed(tokens)
-    values, scale = quantize_rows(torch.randn(70, 48))
-    x, bias = torch.randn(2, tokens, 48).to(dtype), torch.randn(70).to(dtype)
-    layer = Head8(48, 70, bias=True, dtype=dtype)
+    values, scale = quantize_rows(torch.randn(70, inputs))
+    x, bias = torch.randn(2, tokens, inputs).to(dtype), torch.randn(70).to(dtype)
+    layer = Head8(inputs, 70, bias=True, dtype=dtype)
     layer.weight.data, layer.weight_scale.data = values, scale
     assert layer.bias is not None
     layer.bias.data = bias
@@ -91,6 +98,37 @@ def test_products_are_those_of_the_numbers(dtype: torch.dtype, tokens: int) -> N
     multiply_rows(x, values, scale[:, 0].float()).sum().backward()  # type: ignore[no-untyped-call]
     assert x.grad is not None
     assert torch.allclose(x.grad[0, 0], (values.float() * scale.float()).sum(0), rtol=1e-4, atol=1e-4)
+
+
+def test_moved_to_another_type(tiny_models: Callable[[str], Path], tmp_path: Path) -> None:
+    export(tiny_models("llama-gqa-tied"), tmp_path / "out", PruneSettings(calibration="none"), head="int8")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16).to(torch.float32)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    with torch.inference_mode():
+        assert model(IDS).logits.dtype == torch.float32
+        # Norms and the like have been rounded to bfloat16, in which they are stored.
+        assert torch.allclose(model(IDS).logits, loaded(IDS).logits, atol=1e-4)
+    model.save_pretrained(tmp_path / "again")
+    stored, again = tensors_of(tmp_path / "out"), tensors_of(tmp_path / "again")
+    assert all(torch.equal(again[key], stored[key]) for key in stored if key.endswith("_scale"))
+    with pytest.raises(TypeError, match="Embedding8"):
+        model.resize_token_embeddings(400)
+
+
+def test_ends_that_differ_though_the_config_ties_them(tiny_models: Callable[[str], Path], tmp_path: Path) -> None:
+    """transformers then keeps them apart, and so must what is exported."""
+    source = tmp_path / "model"
+    shutil.copytree(tiny_models("llama-mha-untied"), source)
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    settings = PruneSettings(calibration="none")
+    kept, out = tmp_path / "kept", tmp_path / "out"
+    export(source, kept, settings)
+    export(source, out, settings, head="int8")
+    dense, model = (AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32) for folder in (kept, out))
+    with torch.inference_mode():
+        expected, found = dense(IDS).logits, model(IDS).logits
+    assert (found - expected).norm() < 0.03 * expected.norm()
 
 
 def test_heads_that_are_refused(tiny_models: Callable[[str], Path], tmp_path: Path) -> None:
@@ -130,12 +168,22 @@ def test_damaged_heads(tiny_models: Callable[[str], Path], tmp_path: Path) -> No
         save_file(changed, shard, metadata={"format": "pt"})
         with pytest.raises(FormatError, match=match):
             AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+        if "not finite" not in match and "-128" not in match and "none" not in match:  # from headers alone
+            with pytest.raises((FormatError, CheckpointError)):
+                describe(tmp_path / "out")
 
     scale = good[f"{end}_scale"]
     refused({f"{end}_scale": None}, r"embed_tokens.weight_scale is missing, not BF16")
     refused({f"{end}_scale": scale.float()}, "is F32")
     refused({f"{end}_scale": scale[:-1]}, "is BF16")
     refused({end: good[end].float() * scale.float()}, "no embeddings are stored in 8 bits, but config.json says so")
+    refused({end: good[end].view(torch.uint8)}, "no embeddings are stored in 8 bits")
+    norm = torch.ones(8, dtype=torch.int8)
+    refused({"a.weight": norm, "b.weight": norm}, "a.weight, b.weight, model.embed_tokens.weight in 8 bits, more than")
+    refused(
+        {end: None, f"{end}_scale": None, "a.weight": good[end], "a.weight_scale": scale},
+        "embed_tokens.weight is in none",
+    )
     refused({f"{end}_scale": torch.full_like(scale, torch.nan)}, "a scale is not finite")
     refused({end: torch.full_like(good[end], -128)}, "holds -128")
     (tmp_path / "out" / "config.json").write_text(
