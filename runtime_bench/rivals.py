@@ -50,7 +50,8 @@ CHECK_TOKENS = 16
 TOLERANCE = 0.5
 """In log probability: how much less likely than the likeliest a greedy token may be, when the answer is read again."""
 _READ_BYTES = 512 << 20
-_EMBEDDINGS = ("Gather", "GatherBlockQuantized")
+# Operators that read a row or two of a table for a token: embeddings, and positions.
+_LOOKING_UP = ("Gather", "GatherBlockQuantized", "GroupQueryAttention", "RotaryEmbedding")
 
 
 class Contestant(Stored):
@@ -303,7 +304,7 @@ def _onnx_token_bytes(path: Path) -> int:
     import onnx
 
     graph = onnx.load(path, load_external_data=False).graph
-    read_whole = {name for node in graph.node if node.op_type not in _EMBEDDINGS for name in node.input}
+    read_whole = {name for node in graph.node if node.op_type not in _LOOKING_UP for name in node.input}
     return sum(_stored_bytes(tensor) for tensor in graph.initializer if tensor.name in read_whole)
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import itertools
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,23 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GgufConfig, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
+from exporters import export
 from runtime_bench import gguf_files, plots, report, result_files, results, rivals
-from runtime_bench.engines import Options, onnxruntime_engine, scores, transformers_engine
+from runtime_bench.engines import (
+    Job,
+    Loaded,
+    Options,
+    Round,
+    Scores,
+    figures,
+    genai_engine,
+    onnxruntime_engine,
+    scores,
+    transformers_engine,
+    worker,
+)
 from runtime_bench.rivals import Contestant, RivalsResult, RivalsSettings
+from swiftprune.config import PruneSettings
 from swiftprune.errors import CheckpointError
 from tests.runtime_bench.sample_results import machine
 
@@ -114,17 +130,43 @@ def test_llama_cpp_gives_the_answers_of_transformers(tmp_path: Path) -> None:
         assert max(model.score(IDS[0].tolist() + answer).gap[-8:]) < tolerance
 
 
-def test_rivals_end_to_end(tiny_models: Callable[[str], Path], tmp_path: Path) -> None:
+class InProcess(AbstractContextManager["InProcess"]):
+    """A worker without a process of its own, each of which takes seconds to start."""
+
+    def __init__(self, engine: str, folder: Path, options: Options) -> None:
+        self._model = importlib.import_module(f"runtime_bench.engines.{engine}_engine").load(folder, options)
+        self.loaded = Loaded(self._model.engine_version, 0.1, self._model.linears)
+
+    def __exit__(self, *_: object) -> None:
+        del self._model
+
+    def tokens(self, prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
+        return worker._tokens(self._model, prompts, new_tokens)
+
+    def score(self, tokens: list[int]) -> Scores:
+        return worker._score(self._model, tokens)
+
+    def run(self, job: Job, prompts: list[list[int]]) -> Round:
+        return figures(worker._arrivals(self._model, prompts, job.new_tokens), 1)
+
+    def peak_memory_bytes(self) -> int:
+        return 10**6
+
+
+def test_rivals_end_to_end(tiny_models: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With llama.cpp or without it: what is not there is said, and the others are measured."""
+    monkeypatch.setattr(rivals, "Worker", InProcess)
     text = tmp_path / "text.txt"
     text.write_text("the cat sat on the mat and looked at the dog " * 400)
+    model = tiny_models("llama-gqa-tied")
+    export(model, tmp_path / "int4", PruneSettings(calibration="none", values="int4"), target="onnx")
     settings = RivalsSettings(prompt_tokens=8, new_tokens=4, rounds=2, threads=1, windows=1)
-    found = rivals.measure(str(tiny_models("llama-gqa-tied")), (), [text], tmp_path, settings)
+    found = rivals.measure(str(model), [tmp_path / "int4"], [text], tmp_path, settings)
     results.save(found, tmp_path / "rivals.json")
     assert result_files.load(tmp_path / "rivals.json").model_dump() == found.model_dump()
     by_name = {each.name: each for each in found.contestants}
     ours = [each for each in found.contestants if each.ours]
-    assert len(ours) == 3
+    assert len(ours) == 1
     assert all(each.void is None and len(each.tpot_ms) == 2 for each in ours)
     assert by_name["onnxruntime-genai int4"].tpot_ms
     dense = next(each for each in found.contestants if each.engine == "transformers")
@@ -135,9 +177,9 @@ def test_rivals_end_to_end(tiny_models: Callable[[str], Path], tmp_path: Path) -
             assert "llama.cpp is not installed" in each.void
         elif each.engine == "llamacpp":
             assert each.tpot_ms
-    # int8 values and head: 5 bits for 9, and 8.25 for 32; the file is all weights.
-    bf16, int8, int4 = (each.token_bytes for each in ours)
-    assert int4 < int8 < bf16 / 2
+    # Linears at 3.125 bits a weight, scales of a row beside that, and a tied head at 8.5, beside vectors in float32.
+    linears = 3 * (64 * 64 * 2 + 32 * 64 * 2 + 64 * 160 * 3)
+    assert 1.0 < ours[0].token_bytes / (linears * 3.125 / 8 + 300 * 64 * 8.5 / 8) < 1.1
     shown = rivals.markdown(found)
     assert all(each.name in shown for each in found.contestants)
     page = report.html([found], ["rivals.json"])
@@ -189,12 +231,7 @@ def test_what_is_said_of_rivals() -> None:
 
 
 def test_onnx_runtime_scores_as_it_decodes(tiny_models: Callable[[str], Path], tmp_path: Path) -> None:
-    from exporters import export
-    from swiftprune.config import PruneSettings
-
     export(tiny_models("llama-gqa-tied"), tmp_path / "onnx", PruneSettings(calibration="none"), target="onnx")
-    from runtime_bench.engines import genai_engine
-
     options = Options("float32", 1, longest=64)
     prompt = list(range(5, 25))
     scorer = onnxruntime_engine.load(tmp_path / "onnx", options)

@@ -179,7 +179,10 @@ def test_damaged_heads(tiny_models: Callable[[str], Path], tmp_path: Path) -> No
     refused({end: good[end].float() * scale.float()}, "no embeddings are stored in 8 bits, but config.json says so")
     refused({end: good[end].view(torch.uint8)}, "no embeddings are stored in 8 bits")
     norm = torch.ones(8, dtype=torch.int8)
-    refused({"a.weight": norm, "b.weight": norm}, "a.weight, b.weight, model.embed_tokens.weight in 8 bits, more than")
+    refused(
+        {"a.weight": norm, "b.weight": norm.clone()},
+        "a.weight, b.weight, model.embed_tokens.weight in 8 bits, more than",
+    )
     refused(
         {end: None, f"{end}_scale": None, "a.weight": good[end], "a.weight_scale": scale},
         "embed_tokens.weight is in none",
