@@ -173,7 +173,7 @@ def export(
             _check_fused(run.targets)
         windows = _evaluation_windows(checkpoint, Path(evaluate), settings.text_column) if evaluate else None
         with run.clock("hash source"):
-            state = _state(checkpoint, settings, target, progress) | ({"head": head} if target in _WITH_HEADS else {})
+            state = _state(checkpoint, settings, target, progress) | {"head": head}
         workspace.begin(state)
         workspace.check_space(_estimate(run, target))
 

@@ -33,8 +33,7 @@ def check_stored(stored: Mapping[str, TensorEntry], values: Quantized | None, *,
     packed = packed_modules(stored)
     for module in packed:
         _check_weight(stored, module + WEIGHT, values)
-    ends = [name for name, entry in stored.items() if entry.dtype_name == "I8"]
-    ends = sorted(set(ends) - {module + WEIGHT for module in packed})
+    ends = quantized_ends(stored)
     if bool(ends) != quantized_head:
         where = f"{stored[ends[0]].shard}: holds {ends[0]} in 8 bits" if ends else "no embeddings are stored in 8 bits"
         raise FormatError(f"{where}, but config.json says {'so' if quantized_head else 'nothing'} of a quantized head")
@@ -44,6 +43,12 @@ def check_stored(stored: Mapping[str, TensorEntry], values: Quantized | None, *,
         )
     for name in ends:
         _check_rows(stored, name)
+
+
+def quantized_ends(stored: Mapping[str, TensorEntry]) -> list[str]:
+    """Tensors in 8 bits that are no values of packed linears: embeddings, and a head of its own."""
+    packed = {module + WEIGHT for module in packed_modules(stored)}
+    return sorted(name for name, entry in stored.items() if entry.dtype_name == "I8" and name not in packed)
 
 
 def find_end(stored: Mapping[str, TensorEntry], module: str) -> str | None:

@@ -32,7 +32,7 @@ from swiftprune.formats.spec import QUANT_METHOD, Quantized
 from swiftprune.kernels import native
 from swiftprune.kernels.dense8 import Embedding8, Head8, check_rows
 from swiftprune.kernels.linear import Linear24
-from swiftprune.serve.stored import check_stored, find_end, packed_modules
+from swiftprune.serve.stored import check_stored, find_end, packed_modules, quantized_ends
 
 logger = logging.getLogger(__name__)
 
@@ -157,10 +157,15 @@ def _quantize_ends(model: Any, stored: Mapping[str, TensorEntry] | None) -> None
     ends = [names[id(end)] for end in (embedding, head) if end is not None]
     own_head = head is not None and not _may_be_tied(model, ends[-1])
     if stored is not None:
-        found = [name for name in ends if find_end(stored, name)]
-        own_head = head is not None and ends[-1] in found
-        if ends[0] not in found or (head is not None and not own_head and not _may_be_tied(model, ends[-1])):
-            raise FormatError(f"{next(end for end in ends if end not in found)}.weight is in none of the files")
+        tensors = {end: find_end(stored, end) for end in ends}
+        renamed = [name for name in quantized_ends(stored) if name not in tensors.values()]
+        for end in ends:
+            if tensors[end] is None and renamed:  # transformers has other names for some than older checkpoints
+                tensors[end] = renamed.pop()
+        own_head = head is not None and tensors[ends[-1]] is not None
+        for end in ends:
+            if tensors[end] is None and (end == ends[0] or not _may_be_tied(model, end)):
+                raise FormatError(f"{end}.weight is in none of the files")
     meta = torch.device("meta")
     rows = Embedding8(
         embedding.num_embeddings,

@@ -111,7 +111,7 @@ def test_quantized_values_are_those_of_the_packed_checkpoint(
     assert made
     assert made.max_logit_difference is not None
     assert made.max_logit_difference > 1e-4  # the kernels round inputs
-    export(tiny_models(name), tmp_path / "packed", settings)
+    export(tiny_models(name), tmp_path / "packed", settings, head="keep")
     monkeypatch.setenv("SWIFTPRUNE_BACKEND", "reference")  # which does not, nor does the function in the file
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "packed", dtype=torch.float32)
     plain = Decoder(swiftprune.serve.onnxruntime.session(tmp_path / "onnx" / "model.onnx", kernels=False))

@@ -86,7 +86,7 @@ def test_what_keeps_its_head(tiny_models: Callable[[str], Path], tmp_path: Path)
     neox = export(tiny_models("gpt-neox"), tmp_path / "neox", INT8, target="onnx", notify=said.append).onnx
     assert neox
     assert neox.head == "keep"
-    assert any(line.startswith("The output head stays in float32: GPTNeoX") for line in said)
+    assert any(line.startswith("The output head and the embeddings stay as they are: GPTNeoX") for line in said)
     assert "serve.onnxruntime.session(" in (tmp_path / "neox" / "README.md").read_text()
     none = PruneSettings(calibration="none")
     plain = export(tiny_models("llama-gqa-tied"), tmp_path / "plain", none, target="onnx").onnx
@@ -95,7 +95,7 @@ def test_what_keeps_its_head(tiny_models: Callable[[str], Path], tmp_path: Path)
     assert asked
     assert (plain.head, asked.head) == ("keep", "int8")
     with pytest.raises(
-        SettingsError, match="--head int4: the output head stays in float32: GPTNeoXForCausalLM is written"
+        SettingsError, match="--head int4: the output head stays as it is: GPTNeoXForCausalLM is written"
     ):
         export(tiny_models("gpt-neox"), tmp_path / "no", none, target="onnx", head="int4")
     assert not (tmp_path / "no.partial").exists()

@@ -52,7 +52,7 @@ def test_from_checkpoint_to_transformers(
     name: str, method: str, quantized: Quantized, tiny_models: Models, text_file: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
     settings: dict[str, Any] = {"method": method, "calibration": str(text_file), "samples": 6, "seqlen": 48}
-    report = export(tiny_models(name), tmp_path / "out", PruneSettings(values=quantized, **settings))
+    report = export(tiny_models(name), tmp_path / "out", PruneSettings(values=quantized, **settings), head="keep")
     export(tiny_models(name), tmp_path / "plain", PruneSettings(**settings))
     weights, plain = stored(tmp_path / "out"), stored(tmp_path / "plain")
     assert weights.keys() == plain.keys()
@@ -197,7 +197,7 @@ def test_a_packed_weight_that_is_not_whole_is_refused(
 
 
 def test_damaged_checkpoints_are_refused(tiny_models: Models, tmp_path: Path) -> None:
-    export(tiny_models("qwen2"), tmp_path / "out", PruneSettings(calibration="none", values="int4"))
+    export(tiny_models("qwen2"), tmp_path / "out", PruneSettings(calibration="none", values="int4"), head="keep")
     shard = next(
         path
         for path in sorted((tmp_path / "out").glob("*.safetensors"))
