@@ -12,10 +12,9 @@ import torch
 from accelerate import init_empty_weights
 from torch import nn
 from transformers import AutoModelForCausalLM
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.pytorch_utils import Conv1D
 
+from swiftprune.checkpoints.names import parameter_names
 from swiftprune.checkpoints.source import Checkpoint
 from swiftprune.errors import CheckpointError, SettingsError, first_line
 from swiftprune.formats.spec import unpackable_reason
@@ -117,7 +116,7 @@ def find_targets(model: nn.Module, checkpoint: Checkpoint, *, ignore: str, group
         ignored.check(name for name, _ in model.named_modules())
     list_name, modules = decoder_blocks(model)
     _refuse_unsupported(list_name, modules)
-    parameter_of = _parameter_names(model, checkpoint)
+    parameter_of = parameter_names(model, checkpoint.tensors)
     tensor_of = {parameter: tensor for tensor, parameter in parameter_of.items()}
     _match_tensors(model, checkpoint, tensor_of)
     dense = _further_blocks(model, checkpoint, f"{list_name}.", len(modules), tensor_of)
@@ -240,24 +239,6 @@ def _refuse_unsupported(list_name: str, modules: nn.ModuleList) -> None:
                 f"{what}: mixture-of-experts weights; such models are not supported yet, "
                 "since their experts are fused into three-dimensional tensors that no 2:4 engine serves"
             )
-
-
-def _parameter_names(model: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
-    """Tensor of the checkpoint -> parameter of the model, as transformers itself would load it.
-
-    Names differ where a base model was saved without its prefix, or where transformers renamed a module since
-    (GPT-NeoX: `embed_out` -> `lm_head`).
-    """
-    renamings = [change for change in get_model_conversion_mapping(model) if isinstance(change, WeightRenaming)]
-    parameters = model.state_dict()
-    prefix = getattr(model, "base_model_prefix", "")
-    names = {}
-    for tensor in checkpoint.tensors:
-        renamed, _ = rename_source_key(tensor, renamings, [], prefix, parameters)
-        if renamed not in parameters and tensor in parameters:
-            renamed = tensor
-        names[tensor] = renamed
-    return names
 
 
 def _match_tensors(model: nn.Module, checkpoint: Checkpoint, tensor_of: dict[str, str]) -> None:

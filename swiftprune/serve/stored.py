@@ -33,7 +33,8 @@ def check_stored(stored: Mapping[str, TensorEntry], values: Quantized | None, *,
     packed = packed_modules(stored)
     for module in packed:
         _check_weight(stored, module + WEIGHT, values)
-    ends = quantized_ends(stored)
+    ends = [name for name, entry in stored.items() if entry.dtype_name == "I8"]
+    ends = sorted(set(ends) - {module + WEIGHT for module in packed})
     if bool(ends) != quantized_head:
         where = f"{stored[ends[0]].shard}: holds {ends[0]} in 8 bits" if ends else "no embeddings are stored in 8 bits"
         raise FormatError(f"{where}, but config.json says {'so' if quantized_head else 'nothing'} of a quantized head")
@@ -42,29 +43,11 @@ def check_stored(stored: Mapping[str, TensorEntry], values: Quantized | None, *,
             f"{stored[ends[-1]].shard}: holds {', '.join(ends)} in 8 bits, more than embeddings and a head"
         )
     for name in ends:
-        _check_rows(stored, name)
+        check_rows_stored(stored, name)
 
 
-def quantized_ends(stored: Mapping[str, TensorEntry]) -> list[str]:
-    """Tensors in 8 bits that are no values of packed linears: embeddings, and a head of its own."""
-    packed = {module + WEIGHT for module in packed_modules(stored)}
-    return sorted(name for name, entry in stored.items() if entry.dtype_name == "I8" and name not in packed)
-
-
-def find_end(stored: Mapping[str, TensorEntry], module: str) -> str | None:
-    """The tensor of the embeddings or the head `module` of a model that has them in 8 bits, or None where it has none.
-
-    Names in files may have a prefix less or more than those of the model. Raises FormatError for another type.
-    """
-    name = module + WEIGHT
-    others = (key for key in stored if key.endswith(f".{name}") or name.endswith(f".{key}"))
-    found = name if name in stored else next(others, None)
-    if found is not None:
-        _check_rows(stored, found)
-    return found
-
-
-def _check_rows(stored: Mapping[str, TensorEntry], name: str) -> None:
+def check_rows_stored(stored: Mapping[str, TensorEntry], name: str) -> None:
+    """Raises FormatError, with file and tensor, unless the embeddings or the head `name` are in 8 bits, with scales."""
     entry, scale = stored[name], stored.get(name + SCALE_SUFFIX)
     if entry.dtype_name != "I8":
         raise FormatError(f"{entry.shard}: {name} is {entry.dtype_name}, but config.json says that it is in 8 bits")

@@ -25,6 +25,7 @@ from torch import nn
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from swiftprune.checkpoints.names import parameter_names
 from swiftprune.checkpoints.source import TensorEntry, shard_entries
 from swiftprune.errors import FormatError
 from swiftprune.formats import spec
@@ -32,7 +33,7 @@ from swiftprune.formats.spec import QUANT_METHOD, Quantized
 from swiftprune.kernels import native
 from swiftprune.kernels.dense8 import Embedding8, Head8, check_rows
 from swiftprune.kernels.linear import Linear24
-from swiftprune.serve.stored import check_stored, find_end, packed_modules, quantized_ends
+from swiftprune.serve.stored import check_rows_stored, check_stored, packed_modules
 
 logger = logging.getLogger(__name__)
 
@@ -157,14 +158,13 @@ def _quantize_ends(model: Any, stored: Mapping[str, TensorEntry] | None) -> None
     ends = [names[id(end)] for end in (embedding, head) if end is not None]
     own_head = head is not None and not _may_be_tied(model, ends[-1])
     if stored is not None:
-        tensors = {end: find_end(stored, end) for end in ends}
-        renamed = [name for name in quantized_ends(stored) if name not in tensors.values()]
-        for end in ends:
-            if tensors[end] is None and renamed:  # transformers has other names for some than older checkpoints
-                tensors[end] = renamed.pop()
-        own_head = head is not None and tensors[ends[-1]] is not None
-        for end in ends:
-            if tensors[end] is None and (end == ends[0] or not _may_be_tied(model, end)):
+        tensor_of = {parameter: tensor for tensor, parameter in parameter_names(model, stored).items()}
+        found = {end: tensor_of.get(f"{end}.weight") for end in ends}
+        own_head = head is not None and found[ends[-1]] is not None
+        for end, tensor in found.items():
+            if tensor is not None:
+                check_rows_stored(stored, tensor)
+            elif end == ends[0] or not _may_be_tied(model, end):
                 raise FormatError(f"{end}.weight is in none of the files")
     meta = torch.device("meta")
     rows = Embedding8(

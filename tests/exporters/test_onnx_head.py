@@ -99,5 +99,5 @@ def test_what_keeps_its_head(tiny_models: Callable[[str], Path], tmp_path: Path)
     ):
         export(tiny_models("gpt-neox"), tmp_path / "no", none, target="onnx", head="int4")
     assert not (tmp_path / "no.partial").exists()
-    with pytest.raises(SettingsError, match="--head int8 is for --target onnx, not for packed"):
-        export(tiny_models("llama-gqa-tied"), tmp_path / "no", none, head="int8")
+    with pytest.raises(SettingsError, match="--head int4 is for --target onnx, not for packed"):
+        export(tiny_models("llama-gqa-tied"), tmp_path / "no", none, head="int4")
