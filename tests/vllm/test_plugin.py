@@ -91,7 +91,7 @@ def test_other_formats_and_versions_are_refused(checkpoints: Checkpoints, tmp_pa
     folder = Path(shutil.copytree(checkpoints("llama-gqa-tied", "packed"), tmp_path / "model"))
     quantization = json.loads((folder / "config.json").read_text())["quantization_config"]
     edit_config(folder, quantization_config=quantization | {"version": 99})
-    with pytest.raises(FormatError, match="version 99 of the packed format, but vLLM reads 1 and 2 here"):
+    with pytest.raises(FormatError, match="version 99 of the packed format, but vLLM reads 1, 2 and 3 here"):
         ask(folder)
     edit_config(folder, quantization_config=quantization | {"format": "2:4-cutlass"})
     with pytest.raises(FormatError, match="format '2:4-cutlass'; vLLM can run '2:4' only"):
