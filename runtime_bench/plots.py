@@ -136,13 +136,13 @@ def rivals(result: RivalsResult, path: Path) -> None:
         for panel, text in zip(figure.subplots(1, len(result.tokens), squeeze=False)[0], result.tokens, strict=True):
             front = result.front(text)
             panel.plot([each.token_ms for each in front], [each.perplexity[text] for each in front], "--", color="gray")
-            for each in result.measured:
+            for index, each in enumerate(result.measured):
                 colour = "C0" if each.ours else "black"
                 panel.plot(each.token_ms, each.perplexity[text], "o", color=colour, markersize=5)
                 panel.annotate(
                     each.name,
                     (each.token_ms, each.perplexity[text]),
-                    xytext=(5, 3),
+                    xytext=(5, 3 if index % 2 else -10),  # neighbours above and below, or they would overlap
                     textcoords="offset points",
                     fontsize=8,
                     color=colour,
@@ -153,7 +153,7 @@ def rivals(result: RivalsResult, path: Path) -> None:
                 axis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
                 axis.set_major_formatter(lambda value, _: f"{value:g}")
                 axis.set_minor_formatter(NullFormatter())
-            panel.set_xlim(right=2 * panel.get_xlim()[1])  # for the last name
+            panel.set_xlim(right=3 * panel.get_xlim()[1])  # for the last name
             panel.set_xlabel("ms a token")
             panel.set_title(f"{text}, {result.tokens[text]:,} tokens", fontsize=10)
             panel.grid(alpha=0.25, which="both")
