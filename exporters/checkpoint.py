@@ -416,9 +416,9 @@ class _ShardWriter:
             shard = self._shard_name(index)
             if self._results(shard) is None:
                 tensors = self._unpruned(names)
-                for name in {self._run.targets.embedding, self._run.targets.head} & tensors.keys():
-                    if self._quantized_head:
-                        tensors[name], tensors[name + spec.SCALE_SUFFIX] = dense8.quantize_rows(tensors[name], name)
+                ends = {self._run.targets.embedding, self._run.targets.head} if self._quantized_head else set()
+                for name in ends & tensors.keys():
+                    tensors[name], tensors[name + spec.SCALE_SUFFIX] = dense8.quantize_rows(tensors[name], name)
                 self._workspace.write_shard(shard, tensors, [])
 
     def complete(self, state: dict[str, Any], check: Check | None, repository: str | None) -> ExportReport:
@@ -432,14 +432,15 @@ class _ShardWriter:
         total = sum(entry.nbytes for entry in stored.values())
         weight_map = {name: entry.shard for name, entry in stored.items()}
         workspace.write_json(INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map})
-        workspace.write_json("config.json", self._config())
+        config = self._config()
+        workspace.write_json("config.json", config)
         for name in self._copied():
             workspace.copy(self._checkpoint.folder / name, name)
         workspace.write_json(
             MANIFEST,
             state
             | {
-                "format_version": self._config().get("quantization_config", {}).get("version", spec.VERSION),
+                "format_version": config.get("quantization_config", {}).get("version", spec.VERSION),
                 **({"fitted_samples": fitted} if (fitted := self._run.fitted_samples) else {}),
                 **({"check": check.model_dump()} if check else {}),
                 "layers": [layer.model_dump() for layer in layers],

@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from exporters import model_card, start
-from exporters.console import ProgressBars, run, sigint_as_keyboard_interrupt
+from exporters import start
+from exporters.console import ProgressBars, make_console, run, sigint_as_keyboard_interrupt
 from swiftprune.calibration.text_files import DEFAULT_COLUMN
 from swiftprune.config import QUALITIES, PruneSettings, make_settings, output_name
 from swiftprune.errors import InterruptedByUserError, SettingsError, and_more
@@ -388,9 +388,9 @@ def export_command(
     destination = out or Path(output_name(Path(model).resolve().name, format))
     from exporters.checkpoint import export  # with transformers, which takes seconds: not for --help or a typo
 
-    console = Console(stderr=json, emoji=False)
+    console = make_console(stderr=json)
     try:
-        with sigint_as_keyboard_interrupt(), ProgressBars(Console(stderr=True, emoji=False)) as progress:
+        with sigint_as_keyboard_interrupt(), ProgressBars() as progress:
             if used := start.others_percent():
                 progress.notify(f"Other processes use {used:.0f}% of this machine's processors: all takes longer.")
             report = export(
@@ -421,6 +421,7 @@ def export_command(
 
 def print_report(report: ExportReport, console: Console) -> None:
     """The final tables: per kind of layer, then the whole model."""
+    from exporters import model_card
     from exporters.onnx.export import CHECK_TOKENS
 
     kinds = defaultdict(list)

@@ -29,11 +29,16 @@ from swiftprune.errors import SwiftpruneError
 _SECONDS_BETWEEN_LINES = 15
 
 
+def make_console(*, stderr: bool = False) -> Console:
+    """Names of files and values are shown as they are: no `:name:` in them becomes an emoji."""
+    return Console(stderr=stderr, emoji=False)
+
+
 class ProgressBars:
     """Shows each stage as a bar with the time it will still take; in a log, as a line now and then."""
 
-    def __init__(self, console: Console) -> None:
-        self._console = console
+    def __init__(self, console: Console | None = None) -> None:
+        self._console = console = console or make_console(stderr=True)
         self._began: dict[str, float] = {}
         self._last_line = time.monotonic()
         self._bars = RichProgress(
@@ -85,7 +90,7 @@ class ProgressBars:
 
 def run(app: Callable[[], object]) -> None:
     """Runs a command-line app with swiftprune's logging, error messages and exit codes."""
-    console = Console(stderr=True, emoji=False)
+    console = make_console(stderr=True)
     handler = RichHandler(console=console, show_path=False, show_time=False)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
     try:

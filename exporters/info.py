@@ -9,10 +9,10 @@ from typing import Annotated, Any
 import torch
 import typer
 from pydantic import BaseModel
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from exporters.console import make_console
 from exporters.workspace import MANIFEST
 from swiftprune.checkpoints.source import Checkpoint, read_json
 from swiftprune.config import DTYPES, PruneSettings
@@ -171,4 +171,4 @@ def info_command(
         table.add_row("left dense", f"{count}: {escape(reason)}")
     for engine, use in found.engines.items():
         table.add_row(escape(engine), escape(use))
-    Console(emoji=False).print(table)
+    make_console().print(table)

@@ -11,10 +11,9 @@ from typing import Annotated, Literal, TypeVar
 import torch
 import typer
 from pydantic import BaseModel
-from rich.console import Console
 from rich.markdown import Markdown
 
-from exporters.console import ProgressBars
+from exporters.console import ProgressBars, make_console
 from exporters.console import run as run_app
 from runtime_bench import (
     answers,
@@ -69,15 +68,15 @@ def demo_command(
 ) -> None:
     """Prune and pack SmolLM2-135M-Instruct, and show what was gained and what was lost."""
     find_method(method)
-    with ProgressBars(Console(stderr=True, emoji=False)) as progress:
+    with ProgressBars() as progress:
         result = demo.run(folder, method, progress)
-    demo.show(result, Console(emoji=False))
+    demo.show(result, make_console())
 
 
 @app.command("demo-data")
 def demo_data_command(folder: Folder = DEMO_FOLDER) -> None:
     """Fetch the demo model and texts only."""
-    with ProgressBars(Console(stderr=True, emoji=False)) as progress:
+    with ProgressBars() as progress:
         data = demo_data.fetch(folder, progress)
     print(data.model, data.calibration, data.held_out, data.news, sep="\n")
 
@@ -98,7 +97,7 @@ def prune_command(
     out: Result = None,
 ) -> None:
     """Mask time: native kernels against memcpy, topk, sort, and SparseGPT's on a whole model."""
-    with ProgressBars(Console(stderr=True, emoji=False)) as progress:
+    with ProgressBars() as progress:
         data = None if kernels_only else demo_data.fetch(folder, progress)
         result = pruning.measure_all(data, progress)
     _finish(result, pruning.markdown(result), out)
@@ -127,7 +126,7 @@ def trade_off_command(
     names = recipe or list(trade_off.RECIPES)
     if "methods" in names:
         names = [*(name for name in names if name != "methods"), *trade_off.PRUNING_METHODS]
-    with ProgressBars(Console(stderr=True, emoji=False)) as progress:
+    with ProgressBars() as progress:
         data = demo_data.fetch(folder, progress)
         result = trade_off.measure(data, names, out, seeds=seeds, keep=keep, progress=progress)
     if plot:
@@ -144,7 +143,7 @@ def answers_command(
 ) -> None:
     """Text: greedy answers of two models to plain questions, side by side."""
     asked = answers.read_questions(questions) if questions else answers.QUESTIONS
-    with ProgressBars(Console(stderr=True, emoji=False)) as progress:
+    with ProgressBars() as progress:
         given = answers.compare({"dense": dense, "sparse": sparse}, asked, new_tokens=new_tokens, progress=progress)
     _show(answers.markdown(given))
 
@@ -170,7 +169,7 @@ def layers_command(
     dtypes = dtype.split(",")
     for name in dtypes:
         _known(name, layers.DTYPES)
-    with ProgressBars(Console(stderr=True, emoji=False)) as progress:
+    with ProgressBars() as progress:
         result = layers.measure(
             shapes,
             tokens=_numbers(m, "--m"),
@@ -258,7 +257,7 @@ def run_command(
     """
     if require_gpu:
         gpu.require()
-    with ProgressBars(Console(stderr=True, emoji=False)) as progress:
+    with ProgressBars() as progress:
         if Path(model).is_dir():
             if baseline is None:
                 raise SettingsError("--baseline FOLDER is missing: what the sparse model is compared with")
@@ -349,7 +348,7 @@ def rivals_command(
         threads=threads or torch.get_num_threads(),
         windows=windows,
     )
-    with ProgressBars(Console(stderr=True, emoji=False)) as progress:
+    with ProgressBars() as progress:
         result = rivals.measure(model, ours or (), text or (), folder, settings, progress=progress)
     _finish(result, rivals.markdown(result), out)
     if picture:
@@ -368,7 +367,7 @@ def gpu_suite_command(
     """
     gpu.require()
     file = out / "gpu-suite.json"
-    with ProgressBars(Console(stderr=True, emoji=False)) as progress:
+    with ProgressBars() as progress:
         result = gpu.suite(budget_seconds=budget, progress=progress, keep=lambda now: results.save(now, file))
     _finish(result, gpu.markdown(result), file)
     if not all(check.passed for check in result.checks):
@@ -399,7 +398,7 @@ def tune_triton_command(
 ) -> None:
     """How to launch the Triton kernels on this GPU: measures what is promising, for the shapes of Llama-3-8B."""
     gpu.require()
-    with ProgressBars(Console(stderr=True, emoji=False)) as progress:
+    with ProgressBars() as progress:
         tuned = gpu_tables.tune(gpu.CudaDevice(), _numbers(tokens, "--tokens"), progress=progress)
     results.write_text(out, gpu_tables.configs_text(tuned))
     typer.echo(f"wrote {out}; set {CONFIGS_VARIABLE}={out} to use it")
@@ -519,7 +518,7 @@ def _finish(result: BaseModel, table: str, out: Path | None) -> None:
 
 def _show(table: str) -> None:
     """Set as a table on a terminal, as it stands elsewhere."""
-    console = Console(emoji=False)
+    console = make_console()
     if console.is_terminal:
         console.print(Markdown(table))
     else:

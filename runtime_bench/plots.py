@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from runtime_bench.layers import BYTE_BOUND, LayersResult
 from runtime_bench.rivals import RivalsResult
@@ -69,7 +70,6 @@ def layers(bench: LayersResult, path: Path) -> None:
 def trade_off(result: TradeOff, path: Path) -> None:
     """Perplexity over minutes, a panel a text, both on logarithmic scales; the line joins the best for its time."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import LogLocator, NullFormatter
 
     dense = result.rows[0]
     figure = Figure(figsize=(6.5 * len(result.tokens), 5), layout="constrained")
@@ -97,12 +97,7 @@ def trade_off(result: TradeOff, path: Path) -> None:
             ha="right",
             fontsize=8,
         )
-        panel.set_xscale("log")
-        panel.set_yscale("log")
-        for axis in (panel.xaxis, panel.yaxis):
-            axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axis.set_major_formatter(lambda value, _: f"{value:g}")
-            axis.set_minor_formatter(NullFormatter())
+        _logarithmic(panel, (1, 2, 5))
         panel.set_xlim(right=2 * panel.get_xlim()[1])  # for the last name
         panel.set_xlabel("minutes")
         panel.set_title(f"{text}, {result.tokens[text]:,} tokens", fontsize=10)
@@ -119,7 +114,6 @@ def rivals(result: RivalsResult, path: Path) -> None:
     Where no text was read, the time of a token alone, in bars.
     """
     from matplotlib.figure import Figure
-    from matplotlib.ticker import LogLocator, NullFormatter
 
     path.parent.mkdir(parents=True, exist_ok=True)
     title = f"{result.model} on {result.machine.cpu}, {result.threads} threads, one sequence at a time"
@@ -147,12 +141,7 @@ def rivals(result: RivalsResult, path: Path) -> None:
                     fontsize=8,
                     color=colour,
                 )
-            panel.set_xscale("log")
-            panel.set_yscale("log")
-            for axis in (panel.xaxis, panel.yaxis):
-                axis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
-                axis.set_major_formatter(lambda value, _: f"{value:g}")
-                axis.set_minor_formatter(NullFormatter())
+            _logarithmic(panel, (1, 2, 3, 5, 7))
             panel.set_xlim(right=3 * panel.get_xlim()[1])  # for the last name
             panel.set_xlabel("ms a token")
             panel.set_title(f"{text}, {result.tokens[text]:,} tokens", fontsize=10)
@@ -160,3 +149,15 @@ def rivals(result: RivalsResult, path: Path) -> None:
         figure.axes[0].set_ylabel("perplexity")
     figure.suptitle(title, fontsize=11)
     figure.savefig(path, dpi=130)
+
+
+def _logarithmic(panel: Any, subs: tuple[int, ...]) -> None:
+    """Both axes, with plain numbers at `subs` times powers of ten."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    panel.set_xscale("log")
+    panel.set_yscale("log")
+    for axis in (panel.xaxis, panel.yaxis):
+        axis.set_major_locator(LogLocator(subs=subs))
+        axis.set_major_formatter(lambda value, _: f"{value:g}")
+        axis.set_minor_formatter(NullFormatter())

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AutoTokenizer
 
 import swiftprune.serve.transformers  # noqa: F401 - registers the packed format
@@ -33,9 +34,7 @@ def perplexity(
     `windows` takes so many of them from all over the text. fp32 is also faster than bf16 on most CPUs. Raises
     TextError when the text is missing or shorter than a window.
     """
-    taken = token_windows(read_text(text), load_tokenizer(sides["dense"]), seqlen, str(text))
-    if windows and windows < len(taken):
-        taken = taken[torch.linspace(0, len(taken) - 1, windows).round().long()]
+    taken = windows_of(text, sides["dense"], seqlen, windows)
     values = {
         side: evaluate.perplexity(load_model(sides[side], dtype), taken, stage=f"perplexity, {side}", progress=progress)
         for side in SIDES
@@ -47,6 +46,14 @@ def perplexity(
         tokens=taken.numel(),
         **values,
     )
+
+
+def windows_of(text: Path, model: Path, seqlen: int, count: int | None = None) -> Tensor:
+    """(W, seqlen) tokens of `text`, by the tokenizer of `model`: all windows, or `count` from all over the text."""
+    taken = token_windows(read_text(text), load_tokenizer(model), seqlen, str(text))
+    if count and count < len(taken):
+        taken = taken[torch.linspace(0, len(taken) - 1, count).round().long()]
+    return taken
 
 
 def tasks(

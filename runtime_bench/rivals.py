@@ -26,20 +26,18 @@ from transformers import AutoConfig
 
 from exporters import export
 from exporters.onnx.decoder import run_builder
-from runtime_bench import demo_data, gguf_files, known_models, onednn, results, roofline
+from runtime_bench import demo_data, gguf_files, known_models, onednn, quality, results, roofline
 from runtime_bench.conditions import judged, watch
 from runtime_bench.engines import Job, Options, Scores, llamacpp_engine
 from runtime_bench.engines.worker import Worker
 from runtime_bench.machine import PACKAGES, this_machine
-from runtime_bench.measure import interleaved
+from runtime_bench.run import disk_bytes
 from runtime_bench.statistics import spread
 from runtime_bench.stored import Stored, in_table
-from swiftprune.calibration.text import load_tokenizer, token_windows
-from swiftprune.calibration.text_files import read_text
 from swiftprune.config import PruneSettings
 from swiftprune.errors import SettingsError, SwiftpruneError, first_line
-from swiftprune.kernels import native
 from swiftprune.models.load import context_length, read_config
+from swiftprune.models.perplexity import of_loss
 from swiftprune.progress import ProgressCallback, no_progress
 
 LOSSLESS = "BF16"
@@ -49,7 +47,6 @@ WINDOWS = 8  # of each text
 CHECK_TOKENS = 16
 TOLERANCE = 0.5
 """In log probability: how much less likely than the likeliest a greedy token may be, when the answer is read again."""
-_READ_BYTES = 512 << 20
 # Operators that read a row or two of a table for a token: embeddings, and positions.
 _LOOKING_UP = ("Gather", "GatherBlockQuantized", "GroupQueryAttention", "RotaryEmbedding")
 
@@ -172,7 +169,7 @@ def measure(
         raise SettingsError(f"--prompt-tokens and --new-tokens: {needed} in all, but the model takes {longest}")
     seqlen = min(SEQLEN, longest)
     made = [*_rivals(source, folder, settings, progress), *_our_entries(source, ours, folder, settings, progress)]
-    windows = {path.name: _windows(source, path, seqlen, settings.windows) for path in texts}
+    windows = {path.name: quality.windows_of(path, source, seqlen, settings.windows) for path in texts}
     _check_and_read(made, windows, settings, progress)
     read: list[float] = []
     with watch() as seen:
@@ -210,7 +207,7 @@ def _rivals(source: Path, folder: Path, settings: RivalsSettings, progress: Prog
     for index, file_type in enumerate(FILE_TYPES):
         progress("make llama.cpp's files", index, len(FILE_TYPES))
         entry = _Entry(
-            Contestant(name=f"llama.cpp {file_type}", engine="llamacpp", ours=False),
+            Contestant(name=_llama_name(file_type), engine="llamacpp", ours=False),
             folder / f"{name}-{file_type}.gguf",
             "llamacpp",
             settings.options(),
@@ -238,6 +235,13 @@ def _rivals(source: Path, folder: Path, settings: RivalsSettings, progress: Prog
     except SwiftpruneError as error:
         entry.contestant.void = str(error)
     return [*entries, entry]
+
+
+def _llama_name(file_type: str) -> str:
+    return f"llama.cpp {file_type}"
+
+
+_LOSSLESS_NAME = _llama_name(LOSSLESS)
 
 
 def _file_name(source: Path) -> str:
@@ -284,7 +288,7 @@ def _transformers_entry(name: str, folder: Path, options: Options, *, ours: bool
         name=name,
         engine="transformers",
         ours=ours,
-        file_bytes=sum(path.stat().st_size for path in folder.glob("*.safetensors")),
+        file_bytes=disk_bytes(folder),
         token_bytes=matrices.nbytes,
     )
     return _Entry(contestant, folder, "transformers", options)
@@ -295,8 +299,7 @@ def _onnx_entry(name: str, folder: Path, options: Options, *, ours: bool) -> _En
 
 
 def _measure_onnx(entry: _Entry) -> None:
-    files = [path for path in entry.path.iterdir() if path.suffix in (".onnx", ".data")]
-    entry.contestant.file_bytes = sum(path.stat().st_size for path in files)
+    entry.contestant.file_bytes = disk_bytes(entry.path)
     entry.contestant.token_bytes = _onnx_token_bytes(entry.path / "model.onnx")
 
 
@@ -317,14 +320,6 @@ def _stored_bytes(tensor: Any) -> int:
     return int(math.prod(tensor.dims)) * bits // 8
 
 
-def _windows(source: Path, text: Path, seqlen: int, count: int) -> torch.Tensor:
-    """(count, seqlen) from all over the text."""
-    taken = token_windows(read_text(text), load_tokenizer(source), seqlen, str(text))
-    if count < len(taken):
-        taken = taken[torch.linspace(0, len(taken) - 1, count).round().long()]
-    return taken
-
-
 def _check_and_read(
     entries: Sequence[_Entry],
     windows: dict[str, torch.Tensor],
@@ -336,9 +331,9 @@ def _check_and_read(
     What llama.cpp answers from 16-bit weights is also read by transformers: a file of ours in the wrong order would
     make a rival look bad.
     """
-    prompt = _prompt(entries[0].path, min(64, settings.prompt_tokens), random.Random(settings.seed))
     dense, *others = entries
-    lossless: list[int] = []
+    prompt = _prompt(_vocabulary(dense), min(64, settings.prompt_tokens), random.Random(settings.seed))
+    answers: dict[str, list[int]] = {}
     for index, entry in enumerate((*others, dense)):
         each = entry.contestant
         progress("check and perplexity", index, len(entries))
@@ -347,18 +342,16 @@ def _check_and_read(
         try:
             with Worker(each.engine, entry.path, entry.options) as decoding:
                 each.engine_version = decoding.loaded.engine_version
-                answer = decoding.tokens([prompt], CHECK_TOKENS)[0]
-            if entry.path.name.endswith(f"{LOSSLESS}.gguf"):
-                lossless = answer
+                answer = answers[each.name] = decoding.tokens([prompt], CHECK_TOKENS)[0]
             with Worker(entry.scorer, entry.path, entry.options) as scoring:
                 each.void = _wrong(scoring.score(prompt + answer), "its own reading of the answer")
-                if entry is dense and lossless:
-                    for other in others:
-                        if other.path.name.endswith(f"{LOSSLESS}.gguf"):
-                            other.contestant.void = _wrong(scoring.score(prompt + lossless), "transformers")
+                for other in others if entry is dense else ():
+                    if other.contestant.name == _LOSSLESS_NAME and not other.contestant.void:
+                        found = scoring.score(prompt + answers[_LOSSLESS_NAME])
+                        other.contestant.void = _wrong(found, "transformers")
                 for text, taken in windows.items():
                     losses = itertools.chain.from_iterable(scoring.score(row.tolist()).loss for row in taken)
-                    each.perplexity[text] = _perplexity(list(losses))
+                    each.perplexity[text] = of_loss(statistics.fmean(losses))
         except (SwiftpruneError, RuntimeError) as error:
             each.void = first_line(error)
     progress("check and perplexity", len(entries), len(entries))
@@ -369,43 +362,40 @@ def _wrong(found: Scores, by: str) -> str | None:
     return None if gap <= TOLERANCE else f"wrong answers: by {by} a token is {gap:.3g} less likely than the likeliest"
 
 
-def _perplexity(losses: list[float]) -> float:
-    mean = statistics.fmean(losses)
-    return math.exp(mean) if mean < 700 else math.inf
-
-
 def _time(entries: Sequence[_Entry], settings: RivalsSettings, read: list[float], progress: ProgressCallback) -> None:
     """Loads all that are not void, and times them in turn. Fills `read` with the memory's rate in every round."""
     draw = random.Random(settings.seed)
     job = Job("batch", 1, settings.prompt_tokens, settings.new_tokens)
-    memory = torch.empty(_READ_BYTES, dtype=torch.uint8).random_()
+    memory = torch.empty(roofline.READ_BYTES, dtype=torch.uint8).random_()
     running = [entry for entry in entries if not entry.contestant.void]
+    vocabulary = _vocabulary(entries[0])
     with ExitStack() as stack:
         workers: dict[str, Worker] = {}
         for index, entry in enumerate(running):
             progress("load", index, len(running))
             worker = stack.enter_context(Worker(entry.contestant.engine, entry.path, entry.options))
-            worker.run(Job("batch", 1, settings.prompt_tokens, 3), [_prompt(entries[0].path, job.prompt_tokens, draw)])
+            worker.run(Job("batch", 1, settings.prompt_tokens, 3), [_prompt(vocabulary, job.prompt_tokens, draw)])
             workers[entry.contestant.name] = worker
         progress("load", len(running), len(running))
         for index in range(settings.rounds):
             progress("rounds", index, settings.rounds)
-            prompt = _prompt(entries[0].path, job.prompt_tokens, draw)
+            prompt = _prompt(vocabulary, job.prompt_tokens, draw)
             for entry in draw.sample(running, len(running)):
                 figures = workers[entry.contestant.name].run(job, [prompt]).figures
                 entry.contestant.ttft_ms.append(figures["ttft"])
                 entry.contestant.tpot_ms.append(figures["tpot"])
-            read.append(
-                _READ_BYTES / interleaved({"": lambda: native.read_bandwidth_pass(memory)}, rounds=3)[""].median / 1e9
-            )
+            read.append(roofline.read_gb_per_s(memory))
         progress("rounds", settings.rounds, settings.rounds)
         for entry in running:
             entry.contestant.peak_memory_mb = workers[entry.contestant.name].peak_memory_bytes() / 1e6
 
 
-def _prompt(model: Path, length: int, draw: random.Random) -> list[int]:
+def _vocabulary(entry: _Entry) -> int:
+    return int(AutoConfig.from_pretrained(entry.path).get_text_config().vocab_size)
+
+
+def _prompt(vocabulary: int, length: int, draw: random.Random) -> list[int]:
     """Random tokens: speed does not depend on them."""
-    vocabulary = int(AutoConfig.from_pretrained(model).get_text_config().vocab_size)
     return [draw.randrange(vocabulary) for _ in range(length)]
 
 

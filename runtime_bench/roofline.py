@@ -23,7 +23,7 @@ from runtime_bench.stored import Stored
 from swiftprune.formats.spec import GROUP, KEPT, QUANT_METHOD, Quantized, WeightSpec, find_quantized
 from swiftprune.kernels import native
 
-_READ_BYTES = 512 << 20
+READ_BYTES = 512 << 20
 _GEMM_SIZES = (128, 256, 512, 1024, 2048)
 _LONG_ENOUGH = 0.05  # seconds of a product: no larger one is tried
 _REPEATS = 5
@@ -54,8 +54,8 @@ def measure(dtype: torch.dtype, threads: int) -> Peaks:
         gemm = max(_gemm_flop_per_s(each) for each in {dtype, torch.float32})
         read = None
         if native.supported_isas():
-            memory = torch.empty(_READ_BYTES, dtype=torch.uint8).random_()
-            read = _READ_BYTES / _median_seconds(lambda: native.read_bandwidth_pass(memory)) / 1e9
+            memory = torch.empty(READ_BYTES, dtype=torch.uint8).random_()
+            read = read_gb_per_s(memory)
     finally:
         torch.set_num_threads(before)
     return Peaks(
@@ -64,6 +64,11 @@ def measure(dtype: torch.dtype, threads: int) -> Peaks:
         read_gb_per_s=read,
         gemm_gflop_per_s=gemm / 1e9,
     )
+
+
+def read_gb_per_s(memory: torch.Tensor) -> float:
+    """How fast `memory`, larger than any cache, is read: median of a few passes. Needs the native kernels."""
+    return memory.nbytes / _median_seconds(lambda: native.read_bandwidth_pass(memory)) / 1e9
 
 
 def _gemm_flop_per_s(dtype: torch.dtype) -> float:

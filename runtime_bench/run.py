@@ -351,13 +351,13 @@ class _Run:
         folder = self._sides[side]
         return SideFacts(
             name=folder.resolve().name,
-            disk_bytes=_disk_bytes(folder),
+            disk_bytes=disk_bytes(folder),
             linears=self._linears[side],
             matrix_bytes=self._matrices[side].nbytes,
         )
 
     def load(self) -> list[Metric]:
-        disk: dict[str, list[float]] = {side: [_disk_bytes(self._sides[side]) / 1e6] for side in SIDES}
+        disk: dict[str, list[float]] = {side: [disk_bytes(self._sides[side]) / 1e6] for side in SIDES}
         return [
             _metric(name, values["dense"], values["sparse"])
             for name, values in (*self._loads.items(), ("disk", disk))
@@ -409,6 +409,6 @@ def _metric(name: str, dense: list[float], sparse: list[float]) -> Metric:
     return Metric(name=name, unit=unit, lower_is_better=lower_is_better, dense=dense, sparse=sparse)
 
 
-def _disk_bytes(folder: Path) -> int:
+def disk_bytes(folder: Path) -> int:
     """Of the files that hold weights."""
     return sum(path.stat().st_size for path in folder.iterdir() if path.suffix in (".safetensors", ".onnx", ".data"))

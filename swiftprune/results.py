@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from pydantic import BaseModel, Field
@@ -15,6 +17,14 @@ from swiftprune.models.plan import Block, Linear
 
 PrunedWeight = Packed24 | Tensor
 """A pruned weight: packed when the pattern is 2:4, else dense (N, K) with zeros."""
+
+
+_W = TypeVar("_W", Tensor, Packed24 | Tensor)
+
+
+def moved(weights: Mapping[str, _W], device: torch.device) -> dict[str, _W]:
+    """`weights` on `device`."""
+    return {name: weight.to(device) for name, weight in weights.items()}
 
 
 class LayerResult(BaseModel):

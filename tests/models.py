@@ -36,6 +36,15 @@ SMALL: dict[str, Any] = {
     "eos_token_id": 1,
 }
 
+LLAMA3_ROPE: dict[str, Any] = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
 SUPPORTED: dict[str, PretrainedConfig] = {
     "llama-mha-untied": LlamaConfig(**SMALL, num_key_value_heads=4, tie_word_embeddings=False),
     "llama-gqa-tied": LlamaConfig(**SMALL, num_key_value_heads=2, tie_word_embeddings=True),

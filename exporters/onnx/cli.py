@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from exporters.cli import DtypeChoice
-from exporters.console import ProgressBars, run
+from exporters.console import ProgressBars, make_console, run
 from exporters.onnx.check import WeightCheck, check_weights
 from exporters.onnx.pack import pack_model
 from exporters.onnx.tensorrt import trtexec_command
@@ -47,7 +46,7 @@ def check_command(
     That is what TensorRT's structured-sparsity kernels ask for. Ends with the `trtexec` command that lets it try them.
     """
     ignored = compile_ignore(ignore)
-    with ProgressBars(Console(stderr=True, emoji=False)) as progress:
+    with ProgressBars() as progress:
         checks = check_weights(model, progress=progress)
     if ignore != DEFAULT_IGNORE:
         ignored.check(weight.name for weight in checks)
@@ -65,7 +64,7 @@ def check_command(
             if weight.problem is None
             else escape(f"{'cannot be' if weight.impossible else 'no'}: {weight.problem}"),
         )
-    console = Console(emoji=False)
+    console = make_console()
     console.print(table)
     good = sum(weight.problem is None for weight in checks)
     impossible = sum(weight.impossible for weight in checks)
@@ -106,7 +105,7 @@ def pack_command(
     swiftprune.serve.onnxruntime.session, ONNX Runtime runs it on the packed weights.
     """
     compile_ignore(ignore)
-    with ProgressBars(Console(stderr=True, emoji=False)) as progress:
+    with ProgressBars() as progress:
         report = pack_model(
             model,
             out,
@@ -115,7 +114,7 @@ def pack_command(
             overwrite=overwrite,
             progress=progress,
         )
-    console = Console(emoji=False)
+    console = make_console()
     before, after = report.weight_bytes_before, report.weight_bytes_after
     console.print(
         f"packed {len(report.packed)} weights: {before / 1e6:,.1f} -> {after / 1e6:,.1f} MB "

@@ -76,6 +76,11 @@ class _Rows8(nn.Module):
         """That it computes in: what the module is moved to."""
         return self._like.dtype
 
+    @property
+    def scale(self) -> Tensor:
+        """(V, 1) bfloat16."""
+        return self.weight_scale
+
     def _hold(self, rows: int, cols: int, device: torch.device | str) -> None:
         values = torch.empty(rows, cols, dtype=torch.int8, device=device)
         scale = torch.empty(rows, 1, dtype=SCALE_DTYPE, device=device)
@@ -147,8 +152,7 @@ class Head8(_Rows8):
 
     @property
     def scale(self) -> Tensor:
-        """(V, 1) bfloat16."""
-        return self._tied[0].weight_scale if self._tied else self.weight_scale
+        return self._tied[0].scale if self._tied else super().scale
 
     def forward(self, x: Tensor) -> Tensor:
         return multiply_rows(x, self.weight, self.scale[:, 0].to(x.dtype), self.bias)

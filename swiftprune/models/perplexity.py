@@ -25,7 +25,11 @@ def perplexity(
         logits = model(input_ids=window[None].to(model.device), use_cache=False).logits[0, :-1].float()
         total += float(torch.nn.functional.cross_entropy(logits, window[1:].to(model.device), reduction="sum"))
         progress(stage, index + 1, len(windows))
-    mean = total / (windows.shape[0] * (windows.shape[1] - 1))
+    return of_loss(total / (windows.shape[0] * (windows.shape[1] - 1)))
+
+
+def of_loss(mean: float) -> float:
+    """exp of the mean negative log-likelihood of a token, infinite where that does not fit."""
     return math.exp(mean) if mean < 700 else math.inf
 
 

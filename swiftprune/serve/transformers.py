@@ -195,8 +195,7 @@ def _check_ends(model: nn.Module) -> None:
     """Checks the numbers of 8-bit ends, and makes them dense where they are not on a CPU."""
     for name, module in list(model.named_modules()):
         if isinstance(module, (Embedding8, Head8)):
-            scale = module.scale if isinstance(module, Head8) else module.weight_scale
-            check_rows(module.weight, scale, f"{name}.weight")
+            check_rows(module.weight, module.scale, f"{name}.weight")
             if not module.weight.is_cpu:
                 logger.info(
                     "%s is made dense on %s: only CPUs multiply by 8-bit heads here", name, module.weight.device

@@ -20,7 +20,7 @@ from swiftprune.methods.least_squares import refine_weights
 from swiftprune.methods.mask import select
 from swiftprune.methods.statistics import InputStats
 from swiftprune.models.plan import Block, Linear
-from swiftprune.results import PrunedBlock, PrunedWeight, layer_result
+from swiftprune.results import PrunedBlock, PrunedWeight, layer_result, moved
 from swiftprune.stages import refine_blocks
 from swiftprune.stages.clock import Tick
 from swiftprune.stages.round_values import on_same_inputs, round_block, rounds_last
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 # Of the minutes of a preset, what pruning may take at most; the rest is for distillation.
 _PRUNING_SHARE = 0.6
 _LEAST_SAMPLES = 4
-_CPU = torch.device("cpu")
 
 
 def prune_blocks(run: Run, store: BlockStore) -> None:
@@ -149,8 +148,7 @@ def _prune_block(run: Run, block: Block, runner: BlockRunner | None, tick: Calla
             stats = runner.collect(block, run.needs, tick, advance=run.settings.one_pass)
             _check_inputs(stats, block, run.checkpoint.folder)
     with run.clock("read"):
-        read = run.checkpoint.read(linear.tensor for linear in block.linears)
-        dense = {name: run.compute.here(weight) for name, weight in read.items()}
+        dense = moved(run.checkpoint.read(linear.tensor for linear in block.linears), run.compute.device)
     weights: dict[str, PrunedWeight] = {}
     seconds: dict[str, float] = {}
     for linears in _together(run, block, stats):
@@ -179,7 +177,7 @@ def _prune_block(run: Run, block: Block, runner: BlockRunner | None, tick: Calla
             )
             for linear in block.linears
         ]
-    return PrunedBlock(block, {name: weight.to(_CPU) for name, weight in weights.items()}, results)
+    return PrunedBlock(block, moved(weights, torch.device("cpu")), results)
 
 
 def _refine_block(

@@ -66,12 +66,11 @@ def refine_block(
         if step % len(inputs) == 0:
             order = torch.randperm(len(inputs), generator=generator).tolist()
         sample = order[step % len(inputs)]
-        out = run(sample, inputs[sample])
-        _loss(out, targets[sample].to(out.device)).backward()  # type: ignore[no-untyped-call]
+        _loss(run(sample, inputs[sample]), targets[sample]).backward()  # type: ignore[no-untyped-call]
         for name, mask in keep_masks.items():
             gradient = parameters[name].grad
             assert gradient is not None
-            gradient.mul_(mask.to(gradient.device))
+            gradient.mul_(mask)
         for group in adam.param_groups:
             group["lr"] = LEARNING_RATE * (1 + math.cos(math.pi * step / STEPS)) / 2
         adam.step()
@@ -85,13 +84,13 @@ def refine_block(
 
 
 def _loss(out: Tensor, target: Tensor) -> Tensor:
+    target = target.to(out.device)  # hidden states of many samples may be kept elsewhere
     return ((out - target).square().sum(-1) / target.square().sum(-1).clamp_min(1e-12)).mean()
 
 
 @torch.no_grad()
 def _loss_of_all(run: Callable[[int, Tensor], Tensor], inputs: Sequence[Tensor], targets: Sequence[Tensor]) -> float:
-    total = 0.0
-    for sample, (hidden, target) in enumerate(zip(inputs, targets, strict=True)):
-        out = run(sample, hidden)
-        total += float(_loss(out, target.to(out.device)))
-    return total
+    return sum(
+        float(_loss(run(sample, hidden), target))
+        for sample, (hidden, target) in enumerate(zip(inputs, targets, strict=True))
+    )

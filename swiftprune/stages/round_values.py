@@ -17,7 +17,7 @@ from swiftprune.kernels.quantize import quantize, split_rows
 from swiftprune.methods.rounding import round_kept
 from swiftprune.methods.statistics import InputStats
 from swiftprune.models.plan import Block, Linear
-from swiftprune.results import PrunedBlock, PrunedWeight, layer_result
+from swiftprune.results import PrunedBlock, PrunedWeight, layer_result, moved
 from swiftprune.stages.clock import Tick
 from swiftprune.stages.text import calibration_tokens
 
@@ -46,31 +46,24 @@ def round_values(run: Run, store: BlockStore) -> None:
     for index, block in enumerate(run.targets.blocks):
         tick = Tick(run.progress, index * 2 * len(tokens), len(run.targets.blocks) * 2 * len(tokens), "round values")
         with run.clock("round values"), runner.block(block):
-            trained = _here(run, store.load(block))
+            trained = moved(store.load(block), run.compute.device)
             runner.put(run.by_parameter(block, trained))
             stats = runner.collect(block, "gram", tick)
             rounded = round_block(run.settings.values, block, trained, stats)
             runner.advance(block, run.by_parameter(block, rounded), tick)
-            read = run.checkpoint.read(linear.tensor for linear in block.linears)
-            dense = {name: run.compute.here(weight) for name, weight in read.items()}
+            dense = moved(run.checkpoint.read(linear.tensor for linear in block.linears), run.compute.device)
             results = [
                 layer_result(linear, dense[linear.tensor], rounded[linear.tensor], stats.get(linear.name), 0.0)
                 for linear in block.linears
             ]
-        on_cpu = {name: weight.to(torch.device("cpu")) for name, weight in rounded.items()}
-        run.save(store, PrunedBlock(block, on_cpu, results))
-
-
-def _here(run: Run, weights: Mapping[str, PrunedWeight]) -> dict[str, PrunedWeight]:
-    """`weights` on the run's device."""
-    return {name: weight.to(run.compute.device) for name, weight in weights.items()}
+        run.save(store, PrunedBlock(block, moved(rounded, torch.device("cpu")), results))
 
 
 def seconds_to_round(run: Run, store: BlockStore) -> float:
     """About how long `round_values` will take: from the forwards of calibration, and rounding one block for show."""
     assert run.settings.values
     block = run.targets.blocks[0]
-    weights = _here(run, store.load(block))
+    weights = moved(store.load(block), run.compute.device)
     stats = {}
     for linear in block.linears:
         columns = run.checkpoint.tensors[linear.tensor].shape[1]

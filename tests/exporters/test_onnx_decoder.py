@@ -51,18 +51,15 @@ _COMMON: dict[str, Any] = {
 }
 _GROUPED = _COMMON | {"num_key_value_heads": 2}
 _SMALL = _COMMON | {"num_hidden_layers": 1}
-_LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 10000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
 _LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
 CONFIGS: dict[str, PretrainedConfig] = {
     "llama": LlamaConfig(
-        **_GROUPED, tie_word_embeddings=True, head_dim=32, attention_bias=True, mlp_bias=True, rope_parameters=_LLAMA3
+        **_GROUPED,
+        tie_word_embeddings=True,
+        head_dim=32,
+        attention_bias=True,
+        mlp_bias=True,
+        rope_parameters=models.LLAMA3_ROPE,
     ),
     "llama-plain": LlamaConfig(**_COMMON, tie_word_embeddings=False),
     "llama-linear": LlamaConfig(**_GROUPED, rope_parameters=_LINEAR),

@@ -33,6 +33,7 @@ from runtime_bench.engines import (
 from runtime_bench.rivals import Contestant, RivalsResult, RivalsSettings
 from swiftprune.config import PruneSettings
 from swiftprune.errors import CheckpointError
+from tests import models
 from tests.runtime_bench.sample_results import machine
 
 SHAPE: dict[str, Any] = {
@@ -43,14 +44,6 @@ SHAPE: dict[str, Any] = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 128,
-}
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 10000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
 }
 IDS = torch.arange(3, 43)[None]
 
@@ -82,7 +75,7 @@ def test_gguf_files_of_llama_3(tmp_path: Path) -> None:
     """Frequencies are divided by factors of their own; transformers' reader leaves them out, so by hand."""
     import gguf
 
-    gguf_files.write(saved(tmp_path / "model", rope_parameters=LLAMA3), tmp_path / "model.gguf")
+    gguf_files.write(saved(tmp_path / "model", rope_parameters=models.LLAMA3_ROPE), tmp_path / "model.gguf")
     tensors = {tensor.name: tensor.data for tensor in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
     # Wavelengths 2 pi 10000^(i/8): below 16 positions as they are, beyond 64 eight times as long, between in between.
     waves = 2 * np.pi * 10000 ** (np.arange(8) / 8)
@@ -116,7 +109,7 @@ def test_scores_are_those_of_the_loss(tmp_path: Path) -> None:
 def test_llama_cpp_gives_the_answers_of_transformers(tmp_path: Path) -> None:
     from runtime_bench.engines import llamacpp_engine
 
-    source = saved(tmp_path / "model", rope_parameters=LLAMA3)
+    source = saved(tmp_path / "model", rope_parameters=models.LLAMA3_ROPE)
     gguf_files.write(source, tmp_path / "model.gguf")
     gguf_files.quantize(tmp_path / "model.gguf", tmp_path / "q8.gguf", "Q8_0", 1)
     options = Options("float32", 1, longest=64)

@@ -42,7 +42,7 @@ def test_the_best_of_each_is_kept() -> None:
 
 
 def test_this_machine_has_peaks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("runtime_bench.roofline._READ_BYTES", 1 << 22)
+    monkeypatch.setattr("runtime_bench.roofline.READ_BYTES", 1 << 22)
     monkeypatch.setattr("runtime_bench.roofline._GEMM_SIZES", (128,))
     before = torch.get_num_threads()
     found = measure(torch.float32, 1)
@@ -54,7 +54,7 @@ def test_this_machine_has_peaks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_type_that_the_machine_is_slow_in_does_not_bound_it_nor_hold_it_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """Like bfloat16 without AVX-512: 2048 x 2048 took half a minute a product there, and float32 is open to kernels."""
-    monkeypatch.setattr("runtime_bench.roofline._READ_BYTES", 1 << 22)
+    monkeypatch.setattr("runtime_bench.roofline.READ_BYTES", 1 << 22)
     product = torch.mm
     sizes: dict[torch.dtype, list[int]] = {torch.bfloat16: [], torch.float32: []}
 
