@@ -24,7 +24,7 @@ endif
 NATIVE := $(wildcard swiftprune/kernels/csrc/*)
 SOURCES := $(shell find swiftprune exporters runtime_bench -name '*.py')
 
-.PHONY: setup demo browser test test-neon vllm-env test-vllm check bench bench-onnx bench-rivals bench-vllm bench-prune bench-methods bench-quality bench-kernels clean
+.PHONY: setup demo browser lint test test-neon vllm-env test-vllm check bench bench-onnx bench-rivals bench-vllm bench-prune bench-methods bench-quality bench-kernels clean
 
 setup: $(VENV)/installed
 
@@ -61,11 +61,13 @@ browser:
 # Files in their order: by itself xdist puts those of few tests, which are the longest, last.
 SIDE_BY_SIDE := -n logical --dist loadfile --no-loadscope-reorder
 
-test: setup browser $(VENV)/compressed-tensors-0.14
+lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/hadolint docker/*.Dockerfile
+
+test: lint browser $(VENV)/compressed-tensors-0.14
 	OMP_NUM_THREADS=1 $(BIN)/pytest $(SIDE_BY_SIDE)
 
 # The kernel for 64-bit Arm, compiled by Zig and run in an emulator: a compiler and an emulator more (470 MB).
@@ -88,7 +90,7 @@ test-vllm: vllm-env
 	$(VLLM)/bin/pytest tests/vllm $(SIDE_BY_SIDE)
 
 check:
-	$(MAKE) --jobs=2 setup $(VLLM)/vllm
+	$(MAKE) --jobs=2 lint $(VLLM)/vllm
 	$(MAKE) test test-vllm
 
 bench-prune: setup

@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from click.testing import Result
 from huggingface_hub.repocard import metadata_load
+from typer.testing import CliRunner
 
 import swiftprune.serve.transformers  # noqa: F401 - registers the packed format
 from exporters import export
 from exporters.checkpoint import Target
-from exporters.info import describe
+from exporters.info import app, describe
 from swiftprune import PruneSettings
 from swiftprune.calibration.data import calibration_data
 from swiftprune.checkpoints.source import Checkpoint
+from swiftprune.errors import CheckpointError
 from swiftprune.models.load import load_whole_model
 from swiftprune.progress import no_progress
 from swiftprune.stages import memory
@@ -193,15 +193,14 @@ def test_info_says_what_each_target_is(
 def test_info_on_the_command_line(tiny_models: Callable[[str], Path], settings: PruneSettings, tmp_path: Path) -> None:
     export(tiny_models("llama-gqa-tied"), tmp_path / "out", settings)
 
-    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [str(Path(sys.executable).with_name("swiftprune-export")), "info", *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | {"COLUMNS": "200"})
+    def run(*arguments: str) -> Result:
+        return CliRunner(env={"COLUMNS": "200"}).invoke(app, [*arguments])
 
     shown = run(str(tmp_path / "out"))
-    assert shown.returncode == 0, shown.stderr
+    assert shown.exit_code == 0, shown.stderr
     for words in ("2:4 by wanda", "times dense on held-back", "vllm serve", "outside of the decoder blocks"):
         assert words in shown.stdout
     assert json.loads(run(str(tmp_path / "out"), "--json").stdout)["source"] == "llama-gqa-tied"
     missing = run(str(tmp_path / "nowhere"))
-    assert missing.returncode == 3
-    assert "config.json: missing; is" in missing.stderr
+    assert isinstance(missing.exception, CheckpointError)
+    assert "config.json: missing; is" in str(missing.exception)

@@ -185,7 +185,7 @@ def test_the_model_itself_is_never_overwritten(tiny_copy: Path) -> None:
 
 def test_ctrl_c_stops_with_130_and_resumes(text_file: Path, tmp_path: Path) -> None:
     config = models.SUPPORTED["llama-gqa-tied"].__class__(
-        **models.SUPPORTED["llama-gqa-tied"].to_dict() | {"num_hidden_layers": 40, "layer_types": None}
+        **models.SUPPORTED["llama-gqa-tied"].to_dict() | {"num_hidden_layers": 24, "layer_types": None}
     )
     model = models.write_model(tmp_path / "model", config)
     out = tmp_path / "out"
@@ -197,7 +197,7 @@ def test_ctrl_c_stops_with_130_and_resumes(text_file: Path, tmp_path: Path) -> N
         "--calibration",
         str(text_file),
         "--samples",
-        "96",
+        "48",
         "--seqlen",
         "128",
     ]

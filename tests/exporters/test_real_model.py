@@ -52,13 +52,13 @@ def test_the_texts_are_prose_and_apart(data: demo_data.DemoData, windows: torch.
 
 
 def test_dense_perplexity_is_what_this_model_has(data: demo_data.DemoData, windows: torch.Tensor) -> None:
-    assert 15 < perplexity(load(data.model), windows[::8]) < 24  # about 19 on all windows
+    assert 15 < perplexity(load(data.model), windows[::16]) < 24  # about 19 on all windows
 
 
 def test_packed_equals_masked_dense_and_calibration_pays(
     data: demo_data.DemoData, windows: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = PruneSettings(calibration=str(data.calibration), samples=4, seqlen=256)
+    settings = PruneSettings(method="swiftprune", calibration=str(data.calibration), samples=4, seqlen=256)
     report = export(data.model, tmp_path / "packed", settings)
     export(data.model, tmp_path / "dense", settings, target="dense")
     assert report.linear_bytes_before / report.linear_bytes_after == pytest.approx(16 / 9)

@@ -147,7 +147,7 @@ def test_what_config_json_may_declare() -> None:
 
 
 @pytest.mark.parametrize(("isa", "quantized"), KERNELS)
-@settings(max_examples=30)
+@settings(max_examples=12)
 @given(
     rows=st.one_of(st.integers(1, 40), st.sampled_from([64, 200])),
     groups=st.one_of(st.integers(1, 40), st.sampled_from([128, 193, 530])),
