@@ -29,6 +29,7 @@ from swiftprune.formats import FORMATS, CheckpointFormat, spec
 from swiftprune.formats.spec import Packed24, WeightSpec
 from swiftprune.kernels import dense8, dispatch, packing
 from swiftprune.kernels.linear import Linear24
+from swiftprune.models.experts import all_experts
 from swiftprune.models.architectures import fused_sets
 from swiftprune.models.load import context_length, load_whole_model, read_config
 from swiftprune.models.perplexity import dense_perplexity, perplexity
@@ -163,6 +164,7 @@ def export(
         settings = run.settings
         if evaluate and not run.targets.head:
             raise CheckpointError(f"{checkpoint.folder}: holds no output head, which --evaluate needs")
+        _check_experts(run, target)
         _check_stored(run, target)
         if head != "keep" and (reason := _dense_head(run, target)):
             if asked_head:
@@ -232,6 +234,19 @@ def _dense_head(run: Run, target: Target) -> str | None:
     if target == "onnx":
         return onnx_head.unsupported_reason(run.checkpoint.folder)
     return run.targets.dense_ends if run.targets.head else "the checkpoint holds no output head"
+
+
+def _check_experts(run: Run, target: Target) -> None:
+    """Raises SettingsError where engines would not find the experts of a mixture."""
+    if not any(all_experts(run.model)):
+        return
+    if target in _ONNX:
+        raise SettingsError(f"--target {target}: no ONNX file of experts is made here; use --target packed")
+    if run.checkpoint.is_split and target != "packed":
+        raise SettingsError(
+            f"--target {target}: the checkpoint stacks its experts into one tensor, where engines look for them; use "
+            "--target packed"
+        )
 
 
 def _check_stored(run: Run, target: Target) -> None:

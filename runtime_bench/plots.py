@@ -126,27 +126,28 @@ def rivals(result: RivalsResult, path: Path) -> None:
         panel.bar_label(bars, fmt="%.1f", padding=3, fontsize=8)
         panel.set_xlabel("ms a token")
     else:
-        figure = Figure(figsize=(7.5 * len(result.tokens), 5.5), layout="constrained")
+        figure = Figure(figsize=(5.5 * len(result.tokens) + 3, 5), layout="constrained")
         for panel, text in zip(figure.subplots(1, len(result.tokens), squeeze=False)[0], result.tokens, strict=True):
             front = result.front(text)
             panel.plot([each.token_ms for each in front], [each.perplexity[text] for each in front], "--", color="gray")
-            for index, each in enumerate(result.measured):
+            for index, each in enumerate(result.measured, start=1):  # names would overlap
                 colour = "C0" if each.ours else "black"
-                panel.plot(each.token_ms, each.perplexity[text], "o", color=colour, markersize=5)
+                label = f"{index}  {each.name}, {each.token_ms:.1f} ms"
+                panel.plot(each.token_ms, each.perplexity[text], "o", color=colour, markersize=5, label=label)
                 panel.annotate(
-                    each.name,
+                    str(index),
                     (each.token_ms, each.perplexity[text]),
-                    xytext=(5, 3 if index % 2 else -10),  # neighbours above and below, or they would overlap
+                    xytext=(4, 4),
                     textcoords="offset points",
-                    fontsize=8,
+                    fontsize=9,
                     color=colour,
                 )
             _logarithmic(panel, (1, 2, 3, 5, 7))
-            panel.set_xlim(right=3 * panel.get_xlim()[1])  # for the last name
             panel.set_xlabel("ms a token")
             panel.set_title(f"{text}, {result.tokens[text]:,} tokens", fontsize=10)
             panel.grid(alpha=0.25, which="both")
         figure.axes[0].set_ylabel("perplexity")
+        figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
     figure.suptitle(title, fontsize=11)
     figure.savefig(path, dpi=130)
 

@@ -254,11 +254,11 @@ def _file_name(source: Path) -> str:
 def _our_entries(
     source: Path, ours: Sequence[Path], folder: Path, settings: RivalsSettings, progress: ProgressCallback
 ) -> list[_Entry]:
+    named = [(f"ours, {path.resolve().name}", path) for path in ours] or _exports(source, folder, progress)
     entries = []
-    for path in ours or _exports(source, folder, progress):
+    for name, path in named:
         if not (path / "config.json").exists():
             raise SettingsError(f"--ours {path}: no config.json: not an export's folder")
-        name = f"ours, {path.resolve().name}"
         if (path / "model.onnx").exists():
             entries.append(_onnx_entry(name, path, settings.options(), ours=True))
             _measure_onnx(entries[-1])
@@ -267,8 +267,8 @@ def _our_entries(
     return entries
 
 
-def _exports(source: Path, folder: Path, progress: ProgressCallback) -> list[Path]:
-    """Our exports for onnxruntime-genai, calibrated where there is a text of the demo's."""
+def _exports(source: Path, folder: Path, progress: ProgressCallback) -> list[tuple[str, Path]]:
+    """Our exports, named, for onnxruntime-genai, calibrated where there is a text of the demo's."""
     pruning: dict[str, Any] = {"method": "swiftprune-data-free", "calibration": "none"}
     if source.name == demo_data.MODEL_NAME:
         pruning = {"method": "admm", "calibration": str(demo_data.fetch(folder, progress).calibration)}
@@ -278,7 +278,7 @@ def _exports(source: Path, folder: Path, progress: ProgressCallback) -> list[Pat
         if not out.exists():
             settings = PruneSettings.model_validate(pruning | {"values": values} if values else pruning)
             export(source, out, settings, target="onnx", overwrite=True, progress=progress)
-        made.append(out)
+        made.append((f"ours, {values or 'bf16'} values in onnxruntime-genai", out))
     return made
 
 

@@ -38,6 +38,8 @@ class LayerResult(BaseModel):
     """Sum of squares after pruning over that before; above 1 when an update made weights larger."""
     output_error: float | None
     """||X W^T - X W'^T|| / ||X W^T|| on a sample of calibration tokens; None without calibration."""
+    on_all_tokens: bool = False
+    """Of an expert: whether it was calibrated on all tokens, as too few were routed to it."""
     mask_seconds: float = Field(exclude=True, default=0.0)
 
     @property
@@ -90,5 +92,6 @@ def layer_result(
         sparsity=1 - int(torch.count_nonzero(kept)) / before.numel(),
         kept_energy=kept_energy(before, kept),
         output_error=error,
+        on_all_tokens=stats is not None and stats.on_all_tokens,
         mask_seconds=seconds,
     )

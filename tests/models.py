@@ -13,7 +13,6 @@ from transformers import (
     GPTNeoXConfig,
     LlamaConfig,
     MistralConfig,
-    MixtralConfig,
     PretrainedConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
@@ -55,7 +54,6 @@ SUPPORTED: dict[str, PretrainedConfig] = {
 }
 REFUSED: dict[str, PretrainedConfig] = {
     "gpt2": GPT2Config(vocab_size=VOCABULARY, n_embd=64, n_layer=2, n_head=4, n_positions=256),
-    "mixtral": MixtralConfig(**SMALL, num_key_value_heads=2, num_local_experts=4),
 }
 
 

@@ -24,7 +24,7 @@ MAY_IMPORT_INSIDE = {
     "models": {"formats", "checkpoints", "models"},
     "calibration": {"formats", "methods", "checkpoints", "models", "calibration"},
     "stages": {"formats", "kernels", "methods", "checkpoints", "models", "calibration", "stages", "config", "results"},
-    "serve": {"formats", "kernels", "checkpoints", "serve"},
+    "serve": {"formats", "kernels", "checkpoints", "models", "serve"},
 }
 FOR_ALL = {"errors", "progress", "compute"}
 

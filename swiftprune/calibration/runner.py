@@ -18,6 +18,7 @@ from swiftprune.checkpoints.source import Checkpoint
 from swiftprune.compute import Compute, move_buffers
 from swiftprune.errors import CheckpointError, SwiftpruneError, first_line
 from swiftprune.methods.statistics import InputStats, Needs
+from swiftprune.models.experts import Expert, all_experts
 from swiftprune.models.plan import Block, Linear, Targets, decoder_blocks
 
 logger = logging.getLogger(__name__)
@@ -27,6 +28,8 @@ _Arguments = dict[str, tuple[tuple[Any, ...], dict[str, Any]]]
 
 # Tokens whose inputs are kept to measure a linear's output error.
 SAMPLE_TOKENS = 256
+# Of an expert's inputs: with fewer tokens than that it is calibrated on all, as if the router sent them there.
+_SHARE_OF_INPUTS = 0.25
 # Of a device's free memory: hidden states that take more stay on the CPU.
 _SHARE_OF_HIDDEN = 0.3
 
@@ -186,27 +189,72 @@ class BlockRunner:
     ) -> dict[str, InputStats]:
         """Runs the loaded block on every sample and returns, by linear name, what entered it.
 
-        `dense_hidden` moves on to the next block, `hidden` only with `advance`.
+        `dense_hidden` moves on to the next block, `hidden` only with `advance`. Experts see the tokens that the dense
+        model routes to them; those that it routes too few to, all tokens.
         """
+        before = list(self.hidden), None if self.dense_hidden is None else list(self.dense_hidden)
+        stats = self._observe(block, block.linears, needs, tick, advance=advance)
+        if starved := self._starved(block, stats):
+            after = self.hidden, self.dense_hidden
+            self.hidden, self.dense_hidden = before
+            with self._on_all_tokens(block, starved):
+                more = self._observe(block, starved, needs, lambda: None, advance=False)
+            self.hidden, self.dense_hidden = after
+            for each in more.values():
+                each.on_all_tokens = True
+            stats |= more
+        return stats
+
+    def _observe(
+        self, block: Block, linears: list[Linear], needs: Needs, tick: Callable[[], None], *, advance: bool
+    ) -> dict[str, InputStats]:
         writers = self._residual_writers(block) if needs == "drift" else {}
         observer = InputObserver(needs, max(1, SAMPLE_TOKENS // len(self.hidden)), writers)
+        experts = list(all_experts(self._modules[block.name]))
         for index, hidden in enumerate(self.hidden):
             observer.new_sample()
             if self.dense_hidden is not None:
                 dense = self.dense_hidden[index]
-                with self._watched(block, observer.update_dense):
+                with self._watched(linears, observer.update_dense):
                     self.dense_hidden[index] = self._kept(self.run(block, index, dense, dense=True))
                 observer.residual_drift = self._compute.here(dense - hidden).flatten(0, -2)
-            with self._watched(block, observer.update):
+                for each in experts:  # drift is between the same tokens
+                    each.routing = each.routed
+            with self._watched(linears, observer.update):
                 out = self.run(block, index, hidden)
+            for each in experts:
+                each.routing = None
             if advance:
                 self.hidden[index] = self._kept(out)
             tick()
         return observer.stats
 
+    def _starved(self, block: Block, stats: Mapping[str, InputStats]) -> list[Linear]:
+        """The linears of experts that saw too few tokens."""
+        found = []
+        for name, module in self._modules[block.name].named_modules():
+            if isinstance(module, Expert):
+                own = [linear for linear in block.linears if linear.name.startswith(f"{block.name}.{name}.")]
+                if any(_too_few(stats.get(each.name), self._model.get_submodule(each.name)) for each in own):
+                    found += own
+        return found
+
     @contextmanager
-    def _watched(self, block: Block, watch: Callable[[Linear, Tensor], None]) -> Iterator[None]:
-        """Calls `watch` with every linear of `block` that runs and what enters it."""
+    def _on_all_tokens(self, block: Block, linears: list[Linear]) -> Iterator[None]:
+        """All tokens go through the experts that `linears` are of, besides what the router sends there."""
+        owners = {id(self._model.get_submodule(linear.name.rpartition(".")[0])) for linear in linears}
+        experts = list(all_experts(self._modules[block.name]))
+        for each in experts:
+            each.on_all_tokens = {index for index, expert in enumerate(each) if id(expert) in owners}
+        try:
+            yield
+        finally:
+            for each in experts:
+                each.on_all_tokens = set()
+
+    @contextmanager
+    def _watched(self, linears: list[Linear], watch: Callable[[Linear, Tensor], None]) -> Iterator[None]:
+        """Calls `watch` with every one of `linears` that runs and what enters it."""
 
         def hook(linear: Linear) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
             def watched(module: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -215,9 +263,7 @@ class BlockRunner:
 
             return watched
 
-        hooks = [
-            self._model.get_submodule(linear.name).register_forward_pre_hook(hook(linear)) for linear in block.linears
-        ]
+        hooks = [self._model.get_submodule(linear.name).register_forward_pre_hook(hook(linear)) for linear in linears]
         try:
             yield
         finally:
@@ -263,6 +309,12 @@ class BlockRunner:
         for index, hidden in enumerate(self.hidden):
             self.hidden[index] = self._kept(self.run(block, index, hidden))
             tick()
+
+
+def _too_few(stats: InputStats | None, module: nn.Module) -> bool:
+    """Whether an expert's linear saw less than a `_SHARE_OF_INPUTS` of as many tokens as it has inputs."""
+    linear: Any = module
+    return stats is None or stats.token_count < _SHARE_OF_INPUTS * linear.in_features
 
 
 class _ChangedError(Exception):

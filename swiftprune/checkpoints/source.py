@@ -61,6 +61,24 @@ class TensorEntry:
         return _TORCH_DTYPES.get(self.dtype_name)
 
 
+@dataclass(frozen=True)
+class Part:
+    """A matrix, or a bias, inside a tensor that stacks those of many experts."""
+
+    tensor: str
+    index: int
+    """Of the expert."""
+    rows: slice = slice(None)
+    """Of its outputs."""
+    transposed: bool = False
+    """Whether matrices are stored as (in, out)."""
+
+    def of(self, stacked: Any) -> Tensor:
+        """The part of `stacked`, a tensor or a slice of a file."""
+        whole: Tensor = stacked[self.index]
+        return (whole.T if self.transposed and whole.ndim == 2 else whole)[self.rows]
+
+
 class Checkpoint:
     """A local folder in the Hugging Face layout. Opening it reads and checks headers only, no weights.
 
@@ -76,6 +94,7 @@ class Checkpoint:
         self.config: dict[str, Any] = read_json(folder / "config.json")
         self.tensors: dict[str, TensorEntry] = _read_headers(folder)
         self._orders: Orders = {}
+        self._parts: Mapping[str, Part] = {}
 
     @classmethod
     def open(cls, model: str | Path, *, revision: str | None = None, trust_remote_code: bool = False) -> Checkpoint:
@@ -97,6 +116,22 @@ class Checkpoint:
         other = copy.copy(self)
         other._orders = orders
         return other
+
+    def split(self, parts: Mapping[str, Part]) -> Checkpoint:
+        """The same checkpoint with `parts`, by their names, in the place of the tensors that stack them."""
+        other = copy.copy(self)
+        other._parts = parts
+        stacked = {part.tensor for part in parts.values()}
+        other.tensors = {name: entry for name, entry in self.tensors.items() if name not in stacked}
+        for name, part in parts.items():
+            entry = self.tensors[part.tensor]
+            shape = tuple(part.of(torch.empty(entry.shape, device="meta")).shape)
+            other.tensors[name] = TensorEntry(entry.shard, shape, entry.dtype_name, _nbytes(shape, entry.dtype_name))
+        return other
+
+    @property
+    def is_split(self) -> bool:
+        return bool(self._parts)
 
     @property
     def is_permuted(self) -> bool:
@@ -152,7 +187,7 @@ class Checkpoint:
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """The named tensors, as read-only views of the mapped file: their pages go when the tensors go.
 
-        Tensors that are permuted are copies.
+        Tensors that are permuted, and parts of others, are copies.
         """
         by_shard: dict[str, list[str]] = {}
         for name in names:
@@ -161,7 +196,8 @@ class Checkpoint:
         for shard, members in by_shard.items():
             with _open_shard(self.folder / shard) as file:
                 for name in members:
-                    tensor = file.get_tensor(name)
+                    part = self._parts.get(name)
+                    tensor = part.of(file.get_slice(part.tensor)).contiguous() if part else file.get_tensor(name)
                     for axis, order in self._orders.get(name, {}).items():
                         tensor = tensor.index_select(axis, order)
                     tensors[name] = tensor

@@ -16,6 +16,8 @@ class InputStats:
     """What calibration saw at the input of one linear with K in_features."""
 
     token_count: int
+    on_all_tokens: bool = False
+    """Of an expert: whether all tokens were taken, as too few were routed to it."""
     input_sq_sum: Tensor | None = None
     """(K,) fp32: sum of squares of every input channel."""
     group_gram: Tensor | None = None

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-FUSED = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})
+FUSED = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"}, {"w1", "w3"})
 """Engines run these as one layer, so of each set all are packed or none."""
 MULTIPLIED_DIRECTLY = {"dt_proj"}
 """Of state-space layers: small, and their modules read the weight and do not call the linear."""
+ROUTERS = {"gate", "router", "shared_expert_gate"}
+"""Linears of few rows whose outputs choose experts, or weigh them."""
 HEAD_NORMS = {"q_norm", "k_norm"}
 """Norms of one attention head's queries or keys, which do not span the hidden dimension."""
 

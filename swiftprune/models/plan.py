@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections import defaultdict
 from collections.abc import Mapping
@@ -18,7 +19,8 @@ from swiftprune.checkpoints.names import parameter_names
 from swiftprune.checkpoints.source import Checkpoint
 from swiftprune.errors import CheckpointError, SettingsError, first_line
 from swiftprune.formats.spec import unpackable_reason
-from swiftprune.models.architectures import MULTIPLIED_DIRECTLY
+from swiftprune.models.architectures import MULTIPLIED_DIRECTLY, ROUTERS
+from swiftprune.models.experts import is_stacked, separate_experts, unseparable_reason
 from swiftprune.models.ignore import DEFAULT_IGNORE, Ignore, compile_ignore
 from swiftprune.models.load import read_config
 
@@ -62,8 +64,10 @@ class Targets:
     outside: list[str] = field(default_factory=list)
 
 
-def empty_model(checkpoint: Checkpoint) -> nn.Module:
+def empty_model(checkpoint: Checkpoint) -> tuple[nn.Module, Checkpoint]:
     """The checkpoint's causal LM with parameters on the meta device and real buffers (rotary tables and the like).
+
+    Experts of a mixture have linears of their own, in the model and in the view of the checkpoint that comes with it.
 
     Raises CheckpointError when transformers does not know the architecture.
     """
@@ -78,7 +82,13 @@ def empty_model(checkpoint: Checkpoint) -> nn.Module:
             f"{checkpoint.folder}: transformers has no causal language model for model_type "
             f"{checkpoint.config.get('model_type')!r}: {first_line(error)}{_way_out(checkpoint)}"
         ) from error
-    return model.eval()
+    tensor_of = {parameter: tensor for tensor, parameter in parameter_names(model, checkpoint.tensors).items()}
+    parts = {}
+    for name, part in separate_experts(model).items():
+        if stacked := tensor_of.get(part.tensor):
+            module = part.tensor.rpartition(".")[0]
+            parts[stacked.rpartition(".")[0] + name.removeprefix(module)] = dataclasses.replace(part, tensor=stacked)
+    return model.eval(), checkpoint.split(parts) if parts else checkpoint
 
 
 def _way_out(checkpoint: Checkpoint) -> str:
@@ -109,7 +119,7 @@ def find_targets(model: nn.Module, checkpoint: Checkpoint, *, ignore: str, group
 
     `ignore` is as in `Ignore`; `group` is the M of N:M, which in_features must be a multiple of.
     Raises CheckpointError when tensors are missing, have a wrong shape or dtype, or when the architecture keeps its
-    weights in a form that is not supported (transposed Conv1D, fused mixture-of-experts tensors).
+    weights in a form that is not supported (transposed Conv1D, some forms of experts).
     """
     ignored = compile_ignore(ignore)
     if ignore != DEFAULT_IGNORE:
@@ -204,8 +214,11 @@ def _first_reason(dense: dict[str, str]) -> str:
 def _dense_reason(
     name: str, module: nn.Linear, checkpoint: Checkpoint, tensor: str, ignored: Ignore, group: int
 ) -> str | None:
-    if name.rpartition(".")[2] in MULTIPLIED_DIRECTLY:
+    kind = name.rpartition(".")[2]
+    if kind in MULTIPLIED_DIRECTLY:
         return "its module multiplies by the weight itself"
+    if kind in ROUTERS:
+        return "it chooses experts"
     if ignored.search(name):
         return f"matches --ignore {ignored.pattern}"
     entry = checkpoint.tensors[tensor]
@@ -227,17 +240,10 @@ def _refuse_unsupported(list_name: str, modules: nn.ModuleList) -> None:
                 f"{name}: a GPT-2 style Conv1D, which stores its weight transposed (in, out); "
                 "such models are not supported, since no engine serves their packed form"
             )
-        fused = [
-            key
-            for key, parameter in module.named_parameters(recurse=False)
-            if parameter.ndim == 3 and not isinstance(module, nn.Conv1d)
-        ]
-        experts = isinstance(module, nn.ModuleList) and any(isinstance(child, nn.Linear) for child in module.modules())
-        if fused or (child_name and experts):
-            what = f"{name}.{fused[0]}" if fused else name
+        if is_stacked(module):
+            reason = unseparable_reason(module) or "it stands alone"
             raise CheckpointError(
-                f"{what}: mixture-of-experts weights; such models are not supported yet, "
-                "since their experts are fused into three-dimensional tensors that no 2:4 engine serves"
+                f"{name}: weights of experts that are stacked into one tensor, and cannot be pruned one by one: {reason}"
             )
 
 

@@ -86,6 +86,7 @@ class SwiftpruneQuantizer(HfQuantizer):  # type: ignore[misc]
         self, model: nn.Module, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> nn.Module:
         stored = _stored(checkpoint_files)
+        separate_experts(model)
         is_packed = self._is_packed(stored)
         for name, module in list(model.named_modules()):
             if isinstance(module, nn.Linear) and is_packed(name):
@@ -115,6 +116,11 @@ class SwiftpruneQuantizer(HfQuantizer):  # type: ignore[misc]
         packed = set(packed_modules(stored))
         shortened = {name.partition(".")[2] for name in packed}
         return lambda name: name in packed or name in shortened or name.partition(".")[2] in packed
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: nn.Module) -> list[Any]:
+        """Experts have linears of their own here, as checkpoints have them: none are stacked."""
+        kept = [conversion for conversion in weight_conversions if not merges_experts(conversion)]
+        return list(super().update_weight_conversions(kept, model))
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         served: Counter[str] = Counter()

@@ -20,6 +20,7 @@ from swiftprune.kernels import packing
 from swiftprune.methods.mask import Pattern
 from swiftprune.methods.scores import KEEP, find_method
 from swiftprune.methods.statistics import Needs
+from swiftprune.models.experts import separate_experts
 from swiftprune.models.load import load_whole_model
 from swiftprune.models.plan import Block, Linear, Targets, empty_model, find_targets
 from swiftprune.progress import Notify, ProgressCallback, ignore_message, no_progress
@@ -48,12 +49,12 @@ class Run:
         notify: Notify = ignore_message,
     ) -> None:
         checkpoint.refuse_quantized()
+        self.model, checkpoint = empty_model(checkpoint)
+        """On the meta device; blocks are filled in one at a time."""
         self.checkpoint = checkpoint
-        """The source; a permuted view of it once `permute` is done."""
+        """The source, with experts one by one; a permuted view of it once `permute` is done."""
         self.notify = notify
         self.progress = progress
-        self.model = empty_model(checkpoint)
-        """On the meta device; blocks are filled in one at a time."""
         self.places = frozenset(self.model.state_dict())
         kept = prepare.with_keep(checkpoint, settings, notify)
         self.settings = prepare.with_what_can_be_had(self.model, kept, notify).resolved()
@@ -149,10 +150,11 @@ class Run:
         return weight
 
     def load_whole(self, dtype: torch.dtype) -> Any:
-        """The source's model on the run's device."""
+        """The source's model on the run's device, experts with linears of their own."""
         model = load_whole_model(
             self.checkpoint.folder, dtype=dtype, trust_remote_code=self.checkpoint.trust_remote_code
         )
+        separate_experts(model)
         return model.to(self.compute.device)
 
     def save(self, store: BlockStore, done: PrunedBlock) -> None:

@@ -201,9 +201,10 @@ def block_bytes(run: Run) -> int:
     for block in run.targets.blocks:
         weights = sum(torch.Size(sizes[tensor].shape).numel() for tensor in block.tensors)
         shapes = [sizes[linear.tensor].shape for linear in block.linears]
+        inputs = {(linear.name.rpartition(".")[0], sizes[linear.tensor].shape[1]) for linear in block.linears}
         statistics = solving = 0
         if run.needs in ("gram", "drift"):
-            statistics = sum(cols * cols * (2 if run.needs == "drift" else 1) for cols in {cols for _, cols in shapes})
+            statistics = sum(cols * cols * (2 if run.needs == "drift" else 1) for _, cols in inputs)
             statistics += sum(rows * cols for rows, cols in shapes) if run.needs == "drift" else 0
             solving = max(3 * cols * cols + 6 * rows * cols for rows, cols in shapes)
         largest = max(largest, 4 * (weights + statistics + solving))

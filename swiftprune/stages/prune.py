@@ -54,6 +54,7 @@ def pruned_blocks(run: Run, store: BlockStore) -> Iterator[PrunedBlock]:
     if "blocks" in run.settings.refine:
         steps += refine_blocks.STEPS
     announced = False
+    starved: list[str] = []
     for index, block in enumerate(run.targets.blocks[: unfinished[-1] + 1]):
         tick = Tick(run.progress, index * steps, len(run.targets.blocks) * steps)
         if index not in unfinished:
@@ -72,7 +73,9 @@ def pruned_blocks(run: Run, store: BlockStore) -> Iterator[PrunedBlock]:
         if not announced:
             _announce_cost(run, time.monotonic() - start, len(run.targets.blocks) - index)
             announced = True
+        starved += [result.name for result in pruned.results if result.on_all_tokens]
         yield pruned
+    _note_starved_experts(run, starved)
 
 
 def _runner(run: Run) -> BlockRunner | None:
@@ -131,6 +134,15 @@ def _announce_cost(run: Run, seconds: float, blocks: int) -> None:
     elif run.settings.steps:
         text += f", and {run.settings.steps} steps of distillation follow"
     run.notify(f"{text}.")
+
+
+def _note_starved_experts(run: Run, linears: list[str]) -> None:
+    names = list(dict.fromkeys(name.rpartition(".")[0] for name in linears))
+    if names:
+        run.notify(
+            f"{len(names)} experts were given too few calibration tokens by their routers, first {names[0]}: they were "
+            "calibrated on all tokens (swiftprune.json says which). More --samples route more to them."
+        )
 
 
 def _forward_finished(

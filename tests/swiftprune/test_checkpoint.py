@@ -141,12 +141,9 @@ def test_in_features_that_are_no_multiple_of_four(tmp_path: Path) -> None:
     }
 
 
-@pytest.mark.parametrize(
-    ("name", "message"), [("gpt2", "h.0.attn.c_attn: a GPT-2 style Conv1D"), ("mixtral", "experts.*mixture-of-experts")]
-)
-def test_architectures_that_are_refused(name: str, message: str, tiny_models: Callable[[str], Path]) -> None:
-    with pytest.raises(CheckpointError, match=message):
-        open_pipeline(tiny_models(name))
+def test_architectures_that_are_refused(tiny_models: Callable[[str], Path]) -> None:
+    with pytest.raises(CheckpointError, match=r"h\.0\.attn\.c_attn: a GPT-2 style Conv1D"):
+        open_pipeline(tiny_models("gpt2"))
 
 
 def test_unknown_architecture(tiny_copy: Path) -> None:

@@ -86,7 +86,7 @@ def test_the_permuted_dense_model_is_the_same(name: str, tmp_path: Path) -> None
     """Its tensors, written to disk and loaded by transformers, give the same logits; all that should move has."""
     folder = write(tmp_path / "model", name)
     checkpoint = Checkpoint(folder)
-    model = empty_model(checkpoint)
+    model, _ = empty_model(checkpoint)
     targets = find_targets(model, checkpoint, ignore="lm_head|embed", group=4)
     tokens = torch.randint(0, models.VOCABULARY, (4, 30), generator=torch.Generator().manual_seed(0))
     ticks: list[None] = []

@@ -280,7 +280,7 @@ def test_statistics_are_float32_whatever_multiplies(
     """Every token is in the sample here, so the sums are known; sums in bfloat16 would be off by a percent."""
     checkpoint = Checkpoint(tiny_models("llama-gqa-tied"))
     tokens = calibration_data(str(text_file), checkpoint, samples=4, seqlen=64, seed=0, progress=no_progress).tokens
-    model = empty_model(checkpoint)
+    model, _ = empty_model(checkpoint)
     targets = find_targets(model, checkpoint, ignore="lm_head", group=4)
     runner = BlockRunner(model, checkpoint, targets, tokens, compute=Compute(dtype=compute), track_dense=True)
     block = targets.blocks[0]
@@ -583,7 +583,7 @@ def test_blocks_get_what_the_model_hands_to_them_for_each_sample(kind: Any, tmp_
     tokens = torch.randint(2, 300, (3, 48), generator=torch.Generator().manual_seed(1))
     whole = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     checkpoint = Checkpoint(folder)
-    model = empty_model(checkpoint)
+    model, _ = empty_model(checkpoint)
     targets = find_targets(model, checkpoint, ignore="lm_head", group=4)
     runner = BlockRunner(model, checkpoint, targets, tokens, track_dense=True)
     generator = torch.Generator().manual_seed(2)
@@ -653,7 +653,7 @@ def test_residual_writers_are_found_in_what_a_block_does(
         }[name]()
     )
     checkpoint = Checkpoint(models.write_model(tmp_path / "model", config, torch.float32))
-    model = empty_model(checkpoint)
+    model, _ = empty_model(checkpoint)
     targets = find_targets(model, checkpoint, ignore="lm_head", group=4)
     tokens = torch.randint(2, 300, (1, 24), generator=torch.Generator().manual_seed(1))
     runner = BlockRunner(model, checkpoint, targets, tokens, track_dense=True)

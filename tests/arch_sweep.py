@@ -1,0 +1,178 @@
+"""Every causal language model that transformers knows, tiny and random, from export to packed logits.
+
+`python -m tests.arch_sweep docs/models.md` (make arch-sweep, ten minutes or more) writes the table of what came
+through. A config is made small by the names of its fields, and by hand where that does not do.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import tempfile
+import warnings
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+import swiftprune.serve.transformers  # noqa: F401 - registers the packed format
+from exporters import export
+from swiftprune.config import PruneSettings
+from swiftprune.errors import SwiftpruneError, first_line
+from swiftprune.models.experts import separate_experts
+from tests import models
+
+TOLERANCE = 2e-2  # relative, of logits in bfloat16
+LARGEST = 60_000_000  # parameters of a model that counts as small
+LAYERS = 2
+_LENGTHS = ("layer_types", "mlp_layer_types", "layers_block_type", "block_types", "hybrid_override_pattern")
+# Fields of configs, by the many names that they have.
+_SMALL: dict[str, int] = {
+    name: size
+    for size, names in {
+        64: "hidden_size d_model n_embd dim moe_intermediate_size shared_expert_intermediate_size word_embed_proj_dim "
+        "embedding_size attention_hidden_size lru_width expert_ffn_hidden_size",
+        128: "intermediate_size ffn_dim n_inner d_ff ffn_hidden_size ff_proj mlp_hidden_size decoder_ffn_dim "
+        "encoder_ffn_dim",
+        LAYERS: "num_hidden_layers n_layer n_layers num_layers decoder_layers encoder_layers num_key_value_heads "
+        "num_query_groups num_experts_per_tok moe_topk",
+        4: "num_attention_heads n_head n_heads num_heads decoder_attention_heads encoder_attention_heads num_experts "
+        "num_local_experts n_routed_experts moe_num_experts",
+        16: "head_dim qk_rope_head_dim qk_nope_head_dim v_head_dim state_size mamba_d_state rotary_dim",
+        32: "q_lora_rank kv_lora_rank qk_head_dim hidden_size_per_layer_input",
+        models.VOCABULARY: "vocab_size vocab_size_per_layer_input",
+        256: "max_position_embeddings n_positions n_ctx",
+        1: "n_shared_experts first_k_dense_replace n_group topk_group",
+        0: "pad_token_id bos_token_id",
+    }.items()
+    for name in names.split()
+} | {"eos_token_id": 1, "expand": 2}
+
+
+@dataclass
+class Outcome:
+    """What became of one architecture."""
+
+    name: str
+    state: str
+    """`packed` when the packed model gives the logits of the masked one, else the stage that failed."""
+    why: str = ""
+    linears: int = 0
+
+
+def small_config(name: str) -> Any:
+    """A config of the architecture with two small layers."""
+    return _shrunk(CONFIG_MAPPING[name]())
+
+
+def _shrunk(config: Any) -> Any:
+    for key, value in _SMALL.items():
+        if isinstance(getattr(config, key, None), int | float) and not isinstance(getattr(config, key), bool):
+            setattr(config, key, value)
+    for key in _LENGTHS:
+        if isinstance(now := getattr(config, key, None), list | tuple | str) and len(now) > LAYERS:
+            setattr(config, key, now[:LAYERS])
+    for part in ("text_config", "decoder"):
+        if hasattr(getattr(config, part, None), "to_dict"):
+            _shrunk(getattr(config, part))
+    return config
+
+
+def try_out(name: str, text: Path, folder: Path) -> Outcome:
+    """Makes, exports, loads and compares one architecture in `folder`."""
+    try:
+        config = small_config(name)
+        with torch.device("meta"):
+            count = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+        if count > LARGEST:
+            return Outcome(name, "not built", f"{count / 1e6:.0f}M parameters when shrunk")
+        source = models.write_model(folder / "source", config)
+        logits(load(source))
+    except Exception as error:  # of any type, from any architecture
+        return Outcome(name, "not built", f"{type(error).__name__}: {first_line(error)}")
+    settings = PruneSettings(calibration=str(text), samples=4, seqlen=32, conversations=0)
+    try:
+        report = export(source, folder / "packed", settings, check=False)
+    except SwiftpruneError as error:
+        return Outcome(name, "refused", first_line(error).replace(str(source), "MODEL"))
+    except Exception as error:
+        return Outcome(name, "export failed", f"{type(error).__name__}: {first_line(error)}")
+    try:
+        packed, dense = load(folder / "packed"), load(source)
+        separate_experts(dense)
+        for layer in report.layers:
+            dense.get_submodule(layer.name).weight.data = packed.get_submodule(layer.name).to_dense().weight.data
+        found, expected = logits(packed), logits(dense)
+        error = float((found - expected).norm() / expected.norm())
+    except Exception as error:
+        return Outcome(name, "loading failed", f"{type(error).__name__}: {first_line(error)}", len(report.layers))
+    if not error < TOLERANCE:
+        return Outcome(name, "wrong logits", f"{error:.2g} of their size", len(report.layers))
+    return Outcome(name, "packed", "", len(report.layers))
+
+
+def load(folder: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+@torch.no_grad()
+def logits(model: Any) -> torch.Tensor:
+    found: torch.Tensor = model(torch.arange(3, 35)[None], use_cache=False).logits.float()
+    return found
+
+
+def sweep(names: Iterable[str], text: Path) -> list[Outcome]:
+    outcomes = []
+    for name in names:
+        with tempfile.TemporaryDirectory() as folder:
+            outcomes.append(try_out(name, text, Path(folder)))
+        print(outcomes[-1], file=sys.stderr, flush=True)
+    return outcomes
+
+
+def markdown(outcomes: list[Outcome]) -> str:
+    """The page: what came through, and why what did not."""
+    states = Counter(outcome.state for outcome in outcomes)
+    built = len(outcomes) - states["not built"]
+    through = ", ".join(outcome.name for outcome in outcomes if outcome.state == "packed")
+    lines = [
+        "# Architectures",
+        "",
+        f"Written by `make arch-sweep`, with transformers {transformers.__version__}: a tiny random checkpoint of each of "
+        f"its {len(outcomes)} causal language models is pruned on text, packed, loaded in transformers, and its logits "
+        f"compared with those of the dense model with the same masks. {built} could be built small, and "
+        f"{states['packed']} of them came through.",
+        "",
+        f"Came through: {through}.",
+        "",
+        "| did not | where | why |",
+        "| --- | --- | --- |",
+    ]
+    for outcome in outcomes:
+        if outcome.state != "packed":
+            why = outcome.why.replace("|", "\\|").replace("\n", " ")
+            lines.append(f"| {outcome.name} | {outcome.state} | {why} |")
+    return "\n".join([*lines, ""])
+
+
+def main() -> None:
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
+    torch.set_num_threads(1)
+    out, *names = sys.argv[1:]
+    with tempfile.TemporaryDirectory() as folder:
+        text = Path(folder) / "text.txt"
+        text.write_text(models.TEXT * 2)
+        outcomes = sweep(names or sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES), text)
+    Path(out).write_text(markdown(outcomes))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,180 @@
+"""Mixtures of experts: separate linears against transformers' stacked ones, from calibration to the packed model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    DeepseekV3Config,
+    GptOssConfig,
+    MixtralConfig,
+    PretrainedConfig,
+    Qwen2MoeConfig,
+    Qwen3MoeConfig,
+)
+
+import swiftprune.serve.transformers  # noqa: F401 - registers the packed format
+from exporters import export
+from swiftprune.calibration.runner import BlockRunner
+from swiftprune.checkpoints.source import Checkpoint
+from swiftprune.config import PruneSettings
+from swiftprune.errors import SettingsError
+from swiftprune.kernels.linear import Linear24
+from swiftprune.models.experts import Experts, separate_experts
+from swiftprune.models.plan import empty_model, find_targets
+from tests import models
+
+_SMALL = models.SMALL | {"num_hidden_layers": 2, "num_key_value_heads": 2}
+_QWEN = _SMALL | {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+CONFIGS: dict[str, PretrainedConfig] = {
+    "mixtral": MixtralConfig(**_SMALL, num_local_experts=4),
+    "qwen3-moe": Qwen3MoeConfig(**_QWEN, head_dim=16, mlp_only_layers=[0]),
+    "qwen2-moe": Qwen2MoeConfig(**_QWEN, shared_expert_intermediate_size=32),
+    "deepseek-v3": DeepseekV3Config(
+        **_SMALL | {"num_key_value_heads": 4},
+        n_routed_experts=8,
+        num_experts_per_tok=2,
+        n_group=2,
+        topk_group=1,
+        first_k_dense_replace=1,
+        moe_intermediate_size=32,
+        q_lora_rank=32,
+        kv_lora_rank=16,
+        qk_rope_head_dim=8,
+        qk_nope_head_dim=16,
+        v_head_dim=16,
+    ),
+    "gpt-oss": GptOssConfig(**_SMALL, head_dim=16, num_local_experts=4, num_experts_per_tok=2, sliding_window=16),
+}
+TOKENS = torch.arange(2, 50).reshape(2, 24) * 5 % models.VOCABULARY
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    folder = tmp_path_factory.mktemp("experts")
+
+    def written(name: str) -> Path:
+        path = folder / name
+        return path if path.exists() else models.write_model(path, CONFIGS[name])
+
+    return written
+
+
+def load(folder: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+@torch.no_grad()
+def logits(model: Any) -> Tensor:
+    found: Tensor = model(TOKENS).logits
+    return found
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_separate_experts_answer_as_stacked_ones(name: str, checkpoint: Callable[[str], Path]) -> None:
+    model = load(checkpoint(name))
+    before = logits(model)
+    weights = {key: parameter.data_ptr() for key, parameter in model.named_parameters() if "experts" in key}
+    parts = separate_experts(model)
+    torch.testing.assert_close(logits(model), before, rtol=1e-5, atol=1e-5)
+    assert before.std() > 0.1
+    assert parts.keys() == {key for key, _ in model.named_parameters()} - {
+        key for key, _ in load(checkpoint(name)).named_parameters()
+    }
+    held = [module for module in model.modules() if isinstance(module, Experts)]
+    assert all(min(weights.values()) <= p.data_ptr() for module in held for p in module.parameters())
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_packed_experts_answer_as_the_same_weights_in_place(
+    name: str, checkpoint: Callable[[str], Path], text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SWIFTPRUNE_BACKEND", "reference")
+    settings = PruneSettings(calibration=str(text_file), samples=4, seqlen=32)
+    report = export(checkpoint(name), tmp_path / "packed", settings)
+    experts = [layer for layer in report.layers if ".experts." in layer.name]
+    assert len(experts) == {"mixtral": 24, "qwen3-moe": 24, "qwen2-moe": 48, "deepseek-v3": 24, "gpt-oss": 24}[name]
+    assert all(layer.sparsity >= 0.5 and layer.output_error is not None for layer in experts)
+    assert not any(dense.endswith((".gate", ".router")) for dense in (layer.name for layer in report.layers))
+    packed = load(tmp_path / "packed")
+    assert sum(isinstance(module, Linear24) for module in packed.modules()) == len(report.layers)
+    if name != "gpt-oss":  # whose checkpoint stacks experts
+        assert Checkpoint(tmp_path / "packed").tensors.keys() >= Checkpoint(checkpoint(name)).tensors.keys()
+    dense = load(checkpoint(name))
+    separate_experts(dense)
+    for layer in report.layers:
+        dense.get_submodule(layer.name).weight.data = packed.get_submodule(layer.name).to_dense().weight
+    torch.testing.assert_close(logits(packed), logits(dense), rtol=1e-5, atol=1e-5)
+
+
+def test_what_was_exported_saves_and_loads_again(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    export(checkpoint("mixtral"), tmp_path / "a", PruneSettings(calibration="none", values="int8"))
+    first = load(tmp_path / "a")
+    first.save_pretrained(tmp_path / "b")
+    assert Checkpoint(tmp_path / "b").tensors.keys() == Checkpoint(tmp_path / "a").tensors.keys()
+    assert torch.equal(logits(load(tmp_path / "b")), logits(first))
+
+
+def test_zeros_in_place_load_in_transformers_as_it_is(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    none = PruneSettings(calibration="none")
+    export(checkpoint("qwen3-moe"), tmp_path / "dense", none, target="dense")
+    export(checkpoint("qwen3-moe"), tmp_path / "packed", none)
+    torch.testing.assert_close(logits(load(tmp_path / "dense")), logits(load(tmp_path / "packed")), rtol=1e-4, atol=1e-4)
+    with pytest.raises(SettingsError, match="stacks its experts .* --target packed"):
+        export(checkpoint("gpt-oss"), tmp_path / "no", none, target="dense")
+
+
+def test_each_expert_sees_what_is_routed_to_it(checkpoint: Callable[[str], Path]) -> None:
+    """Sums of squares against the stacked model: its inputs of experts and its router's choice, token by token."""
+    source = Checkpoint(checkpoint("qwen3-moe"))
+    stacked = load(checkpoint("qwen3-moe"))
+    seen: list[tuple[Tensor, Tensor]] = []
+    stacked.model.layers[1].mlp.experts.register_forward_pre_hook(lambda _, args: seen.append((args[0], args[1])))
+    logits(stacked)
+    inputs, chosen = torch.cat([x for x, _ in seen]), torch.cat([c for _, c in seen])
+    model, source = empty_model(source)
+    targets = find_targets(model, source, ignore="lm_head", group=4)
+    runner = BlockRunner(model, source, targets, TOKENS)
+    for block in targets.blocks:
+        with runner.block(block):
+            stats = runner.collect(block, "input_sq_sum", lambda: None, advance=True)
+    starved = set()
+    for expert in range(8):
+        routed = (chosen == expert).any(dim=1)
+        found = stats[f"model.layers.1.mlp.experts.{expert}.up_proj"]
+        assert found.input_sq_sum is not None
+        starved |= {found.on_all_tokens}
+        assert found.on_all_tokens == (int(routed.sum()) < 64 / 4)
+        taken = inputs if found.on_all_tokens else inputs[routed]
+        assert found.token_count == len(taken)
+        torch.testing.assert_close(found.input_sq_sum, taken.square().sum(0), rtol=1e-3, atol=1e-3)
+    assert starved == {False, True}
+
+
+def test_starved_experts_are_named(checkpoint: Callable[[str], Path], text_file: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+    settings = PruneSettings(method="wanda", calibration=str(text_file), samples=2, seqlen=24)
+    export(checkpoint("qwen2-moe"), tmp_path / "out", settings, notify=said.append)
+    (line,) = [text for text in said if "too few calibration tokens" in text]
+    layers = json.loads((tmp_path / "out" / "swiftprune.json").read_text())["layers"]
+    named = {layer["name"].rpartition(".")[0] for layer in layers if layer["on_all_tokens"]}
+    assert line.startswith(f"{len(named)} experts")
+    assert 0 < len(named) < 16
+
+
+@pytest.mark.parametrize("more", [{"refine": ("blocks",)}, {"refine": ("distill",), "steps": 3, "values": "int4"}])
+def test_experts_are_trained(
+    more: dict[str, Any], checkpoint: Callable[[str], Path], text_file: Path, tmp_path: Path
+) -> None:
+    settings = PruneSettings(calibration=str(text_file), samples=4, seqlen=32, method="wanda", **more)
+    report = export(checkpoint("mixtral"), tmp_path / "out", settings)
+    assert report.check
+    assert report.check.ratio < 20
+    assert torch.isfinite(logits(load(tmp_path / "out"))).all()
