@@ -29,8 +29,8 @@ from swiftprune.formats import FORMATS, CheckpointFormat, spec
 from swiftprune.formats.spec import Packed24, WeightSpec
 from swiftprune.kernels import dense8, dispatch, packing
 from swiftprune.kernels.linear import Linear24
-from swiftprune.models.experts import all_experts
 from swiftprune.models.architectures import fused_sets
+from swiftprune.models.experts import all_experts
 from swiftprune.models.load import context_length, load_whole_model, read_config
 from swiftprune.models.perplexity import dense_perplexity, perplexity
 from swiftprune.models.plan import Block, Linear, Targets

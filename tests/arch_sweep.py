@@ -26,6 +26,7 @@ import swiftprune.serve.transformers  # noqa: F401 - registers the packed format
 from exporters import export
 from swiftprune.config import PruneSettings
 from swiftprune.errors import SwiftpruneError, first_line
+from swiftprune.kernels.packing import unpack
 from swiftprune.models.experts import separate_experts
 from tests import models
 
@@ -108,13 +109,13 @@ def try_out(name: str, text: Path, folder: Path) -> Outcome:
         packed, dense = load(folder / "packed"), load(source)
         separate_experts(dense)
         for layer in report.layers:
-            dense.get_submodule(layer.name).weight.data = packed.get_submodule(layer.name).to_dense().weight.data
+            dense.get_submodule(layer.name).weight.data = unpack(packed.get_submodule(layer.name).packed)
         found, expected = logits(packed), logits(dense)
-        error = float((found - expected).norm() / expected.norm())
+        difference = float((found - expected).norm() / expected.norm())
     except Exception as error:
         return Outcome(name, "loading failed", f"{type(error).__name__}: {first_line(error)}", len(report.layers))
-    if not error < TOLERANCE:
-        return Outcome(name, "wrong logits", f"{error:.2g} of their size", len(report.layers))
+    if not difference < TOLERANCE:
+        return Outcome(name, "wrong logits", f"{difference:.2g} of their size", len(report.layers))
     return Outcome(name, "packed", "", len(report.layers))
 
 
@@ -145,9 +146,10 @@ def markdown(outcomes: list[Outcome]) -> str:
     lines = [
         "# Architectures",
         "",
-        f"Written by `make arch-sweep`, with transformers {transformers.__version__}: a tiny random checkpoint of each of "
-        f"its {len(outcomes)} causal language models is pruned on text, packed, loaded in transformers, and its logits "
-        f"compared with those of the dense model with the same masks. {built} could be built small, and "
+        f"Written by `make arch-sweep`, with transformers {transformers.__version__}: a tiny random checkpoint of each "
+        f"of its {len(outcomes)} causal language models is pruned on text, packed, loaded in transformers, and its "
+        "logits compared with those of the dense model with the same masks. "
+        f"{built} could be built small, and "
         f"{states['packed']} of them came through.",
         "",
         f"Came through: {through}.",

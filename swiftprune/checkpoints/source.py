@@ -68,9 +68,9 @@ class Part:
     tensor: str
     index: int
     """Of the expert."""
-    rows: slice = slice(None)
+    rows: slice
     """Of its outputs."""
-    transposed: bool = False
+    transposed: bool
     """Whether matrices are stored as (in, out)."""
 
     def of(self, stacked: Any) -> Tensor:

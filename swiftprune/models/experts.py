@@ -49,7 +49,7 @@ class Experts(nn.ModuleList):
     Every expert multiplies the tokens that are routed to it, one after the other.
     """
 
-    def __init__(self, stacked: nn.Module, experts: list[Expert]) -> None:
+    def __init__(self, stacked: Any, experts: list[Expert]) -> None:
         super().__init__(experts)
         self._stacked = (stacked,)  # in a tuple, so that it is no child
         self.routed: Tensor | None = None
@@ -57,7 +57,7 @@ class Experts(nn.ModuleList):
         self.routing: Tensor | None = None
         """The same, to be taken instead of the router's choice while calibrating."""
         self.on_all_tokens: set[int] = set()
-        """Experts that multiply all tokens while calibrating; what they make of those not routed to them is left out."""
+        """Experts that multiply all tokens while calibrating; of those not routed to them the results are left out."""
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """(T, H) -> (T, H): of each token the sum over its experts, weighted by `top_k_weights` (T, top k)."""
@@ -74,15 +74,17 @@ class Experts(nn.ModuleList):
         return total
 
     def _expert(self, index: int, x: Tensor) -> Tensor:
-        (stacked,) = self._stacked
-        module: Any = stacked
+        (module,) = self._stacked
         expert: Any = self[index]
         parts = [linear(x) for linear in expert.first]
-        if not module.has_gate:
-            return expert.down(module.act_fn(parts[0]))
-        # Some architectures interleave gate and up, and some bound or scale them: the module knows.
-        both = torch.cat(parts, -1) if module.is_concatenated else torch.stack(parts, -1).flatten(-2)
-        return expert.down(module._apply_gate(both))
+        if module.has_gate:
+            # Some architectures interleave gate and up, and some bound or scale them: the module knows.
+            both = torch.cat(parts, -1) if module.is_concatenated else torch.stack(parts, -1).flatten(-2)
+            hidden = module._apply_gate(both)
+        else:
+            hidden = module.act_fn(parts[0])
+        out: Tensor = expert.down(hidden)
+        return out
 
 
 def separate_experts(model: Any) -> dict[str, Part]:

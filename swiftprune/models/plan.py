@@ -243,7 +243,7 @@ def _refuse_unsupported(list_name: str, modules: nn.ModuleList) -> None:
         if is_stacked(module):
             reason = unseparable_reason(module) or "it stands alone"
             raise CheckpointError(
-                f"{name}: weights of experts that are stacked into one tensor, and cannot be pruned one by one: {reason}"
+                f"{name}: weights of experts in one tensor, which cannot be pruned one by one: {reason}"
             )
 
 

@@ -33,6 +33,7 @@ from swiftprune.formats.spec import QUANT_METHOD, Quantized
 from swiftprune.kernels import native
 from swiftprune.kernels.dense8 import Embedding8, Head8, check_rows
 from swiftprune.kernels.linear import Linear24
+from swiftprune.models.experts import merges_experts, separate_experts
 from swiftprune.serve.stored import check_rows_stored, check_stored, packed_modules
 
 logger = logging.getLogger(__name__)
@@ -87,7 +88,7 @@ class SwiftpruneQuantizer(HfQuantizer):  # type: ignore[misc]
     ) -> nn.Module:
         stored = _stored(checkpoint_files)
         separate_experts(model)
-        is_packed = self._is_packed(stored)
+        is_packed = self._is_packed(model, stored)
         for name, module in list(model.named_modules()):
             if isinstance(module, nn.Linear) and is_packed(name):
                 packed = Linear24(
@@ -103,7 +104,7 @@ class SwiftpruneQuantizer(HfQuantizer):  # type: ignore[misc]
             _quantize_ends(model, stored)
         return model
 
-    def _is_packed(self, stored: Mapping[str, TensorEntry] | None) -> Callable[[str], bool]:
+    def _is_packed(self, model: nn.Module, stored: Mapping[str, TensorEntry] | None) -> Callable[[str], bool]:
         """By name in the model: whether the checkpoint stores a linear packed.
 
         The model may be another than the one that was exported: the body without its head, or with another head. Its
@@ -113,9 +114,8 @@ class SwiftpruneQuantizer(HfQuantizer):  # type: ignore[misc]
             ignored = set(self.quantization_config.ignore)
             return lambda name: name not in ignored
         check_stored(stored, self._values, quantized_head=hasattr(self.quantization_config, "head"))
-        packed = set(packed_modules(stored))
-        shortened = {name.partition(".")[2] for name in packed}
-        return lambda name: name in packed or name in shortened or name.partition(".")[2] in packed
+        names = parameter_names(model, (f"{module}.weight" for module in packed_modules(stored)))
+        return {name.removesuffix(".weight") for name in names.values()}.__contains__
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: nn.Module) -> list[Any]:
         """Experts have linears of their own here, as checkpoints have them: none are stacked."""

@@ -9,9 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from click.testing import Result
 from huggingface_hub.repocard import metadata_load
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 import swiftprune.serve.transformers  # noqa: F401 - registers the packed format
 from exporters import export
