@@ -164,7 +164,7 @@ def export(
         settings = run.settings
         if evaluate and not run.targets.head:
             raise CheckpointError(f"{checkpoint.folder}: holds no output head, which --evaluate needs")
-        _check_experts(run, target)
+        _check_parts(run, target)
         _check_stored(run, target)
         if head != "keep" and (reason := _dense_head(run, target)):
             if asked_head:
@@ -236,16 +236,14 @@ def _dense_head(run: Run, target: Target) -> str | None:
     return run.targets.dense_ends if run.targets.head else "the checkpoint holds no output head"
 
 
-def _check_experts(run: Run, target: Target) -> None:
-    """Raises SettingsError where engines would not find the experts of a mixture."""
-    if not any(all_experts(run.model)):
-        return
-    if target in _ONNX:
+def _check_parts(run: Run, target: Target) -> None:
+    """Raises SettingsError where engines would not find weights that are stored in another way than linears'."""
+    if target in _ONNX and any(all_experts(run.model)):
         raise SettingsError(f"--target {target}: no ONNX file of experts is made here; use --target packed")
     if run.checkpoint.is_split and target != "packed":
         raise SettingsError(
-            f"--target {target}: the checkpoint stacks its experts into one tensor, where engines look for them; use "
-            "--target packed"
+            f"--target {target}: the checkpoint stacks experts into one tensor, or stores weights as (in, out), and "
+            "engines look for them so; use --target packed"
         )
 
 

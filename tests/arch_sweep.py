@@ -6,12 +6,13 @@ through. A config is made small by the names of its fields, and by hand where th
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
 import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,13 +28,13 @@ from exporters import export
 from swiftprune.config import PruneSettings
 from swiftprune.errors import SwiftpruneError, first_line
 from swiftprune.kernels.packing import unpack
-from swiftprune.models.experts import separate_experts
+from swiftprune.models.linears import as_linears
 from tests import models
 
 TOLERANCE = 2e-2  # relative, of logits in bfloat16
-LARGEST = 60_000_000  # parameters of a model that counts as small
+LARGEST = 100_000_000  # parameters of a model that counts as small
 LAYERS = 2
-_LENGTHS = ("layer_types", "mlp_layer_types", "layers_block_type", "block_types", "hybrid_override_pattern")
+_LENGTHS = ("layer_types", "mlp_layer_types", "layers_block_type", "block_types")
 # Fields of configs, by the many names that they have.
 _SMALL: dict[str, int] = {
     name: size
@@ -42,8 +43,8 @@ _SMALL: dict[str, int] = {
         "embedding_size attention_hidden_size lru_width expert_ffn_hidden_size",
         128: "intermediate_size ffn_dim n_inner d_ff ffn_hidden_size ff_proj mlp_hidden_size decoder_ffn_dim "
         "encoder_ffn_dim",
-        LAYERS: "num_hidden_layers n_layer n_layers num_layers decoder_layers encoder_layers num_key_value_heads "
-        "num_query_groups num_experts_per_tok moe_topk",
+        LAYERS: "num_hidden_layers n_layer n_layers num_layers decoder_layers encoder_layers num_query_groups "
+        "num_experts_per_tok moe_topk",
         4: "num_attention_heads n_head n_heads num_heads decoder_attention_heads encoder_attention_heads num_experts "
         "num_local_experts n_routed_experts moe_num_experts",
         16: "head_dim qk_rope_head_dim qk_nope_head_dim v_head_dim state_size mamba_d_state rotary_dim",
@@ -55,6 +56,30 @@ _SMALL: dict[str, int] = {
     }.items()
     for name in names.split()
 } | {"eos_token_id": 1, "expand": 2}
+
+_MAY_BE_NONE = {
+    "head_dim",
+    "num_experts_per_tok",
+    "n_routed_experts",
+    "n_shared_experts",
+    "moe_intermediate_size",
+    "num_key_value_heads",
+}
+_STATE_SPACE = {"mamba_n_heads": 8, "mamba_d_head": 16}
+_OF_ITS_OWN: dict[str, dict[str, Any]] = {
+    "bamba": _STATE_SPACE | {"layers_block_type": ["mamba", "attention"], "attn_layer_indices": [1]},
+    "granitemoehybrid": _STATE_SPACE,
+    "mamba2": {"num_heads": 8},
+    "zamba2": {"n_mamba_heads": 8, "mamba_headdim": 16},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "gemma3n_text": {"num_kv_shared_layers": 0},
+    "prophetnet": {"num_encoder_layers": LAYERS, "num_decoder_layers": LAYERS},
+    "reformer": {"is_decoder": True, "axial_pos_embds_dim": (16, 48), "axial_pos_shape": (4, 8)},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]], "attention_layers": ["global", "local"]},
+    "laguna": {"num_attention_heads_per_layer": [4, 4]},
+    "zaya": {"num_experts_per_tok": 1},
+    "xlnet": {"d_head": 16},
+}
 
 
 @dataclass
@@ -70,20 +95,33 @@ class Outcome:
 
 def small_config(name: str) -> Any:
     """A config of the architecture with two small layers."""
-    return _shrunk(CONFIG_MAPPING[name]())
+    return _shrunk(CONFIG_MAPPING[name](), _OF_ITS_OWN.get(name, {}))
 
 
-def _shrunk(config: Any) -> Any:
-    for key, value in _SMALL.items():
-        if isinstance(getattr(config, key, None), int | float) and not isinstance(getattr(config, key), bool):
-            setattr(config, key, value)
+def _shrunk(config: Any, more: Mapping[str, Any]) -> Any:
+    groups = {"num_key_value_heads": 2 if _get(config, "kv_lora_rank") is None else 4}
+    wanted: dict[str, Any] = {**_SMALL, **groups, **more}
+    for key, value in wanted.items():
+        now = _get(config, key)
+        fits = isinstance(now, int | float) and not isinstance(now, bool)
+        if fits or key in more or (now is None and key in _MAY_BE_NONE and key in config.to_dict()):
+            with contextlib.suppress(AttributeError, NotImplementedError):  # of properties
+                setattr(config, key, value)
     for key in _LENGTHS:
-        if isinstance(now := getattr(config, key, None), list | tuple | str) and len(now) > LAYERS:
-            setattr(config, key, now[:LAYERS])
-    for part in ("text_config", "decoder"):
-        if hasattr(getattr(config, part, None), "to_dict"):
-            _shrunk(getattr(config, part))
+        if key not in more and isinstance(now := _get(config, key), list | tuple) and len(now) > LAYERS:
+            other = next((kind for kind in now if kind != now[0]), now[0])  # of each kind one
+            setattr(config, key, [now[0], other])
+    for part in getattr(config, "sub_configs", {}):
+        if hasattr(_get(config, part), "to_dict"):
+            _shrunk(_get(config, part), {})
     return config
+
+
+def _get(config: Any, key: str) -> Any:
+    try:
+        return getattr(config, key, None)
+    except Exception:  # of a value that differs by layer
+        return None
 
 
 def try_out(name: str, text: Path, folder: Path) -> Outcome:
@@ -107,7 +145,7 @@ def try_out(name: str, text: Path, folder: Path) -> Outcome:
         return Outcome(name, "export failed", f"{type(error).__name__}: {first_line(error)}")
     try:
         packed, dense = load(folder / "packed"), load(source)
-        separate_experts(dense)
+        as_linears(dense)
         for layer in report.layers:
             dense.get_submodule(layer.name).weight.data = unpack(packed.get_submodule(layer.name).packed)
         found, expected = logits(packed), logits(dense)

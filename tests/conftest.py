@@ -44,7 +44,7 @@ def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pat
     def get(name: str) -> Path:
         folder = root / name
         if not folder.exists():
-            models.write_model(folder, (models.SUPPORTED | models.REFUSED)[name])
+            models.write_model(folder, (models.SUPPORTED)[name])
         return folder
 
     return get

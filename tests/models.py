@@ -9,7 +9,6 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
-    GPT2Config,
     GPTNeoXConfig,
     LlamaConfig,
     MistralConfig,
@@ -51,9 +50,6 @@ SUPPORTED: dict[str, PretrainedConfig] = {
     "qwen2": Qwen2Config(**SMALL, num_key_value_heads=2),
     "qwen3": Qwen3Config(**SMALL, num_key_value_heads=2, head_dim=16),
     "mistral-sliding": MistralConfig(**SMALL, num_key_value_heads=2, sliding_window=16),
-}
-REFUSED: dict[str, PretrainedConfig] = {
-    "gpt2": GPT2Config(vocab_size=VOCABULARY, n_embd=64, n_layer=2, n_head=4, n_positions=256),
 }
 
 

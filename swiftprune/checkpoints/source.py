@@ -63,19 +63,19 @@ class TensorEntry:
 
 @dataclass(frozen=True)
 class Part:
-    """A matrix, or a bias, inside a tensor that stacks those of many experts."""
+    """A weight as (out, in), or a bias, inside a tensor that stores it in another way."""
 
     tensor: str
-    index: int
-    """Of the expert."""
+    index: int | None
+    """Of the expert, where the tensor stacks those of many."""
     rows: slice
     """Of its outputs."""
     transposed: bool
-    """Whether matrices are stored as (in, out)."""
+    """Whether weights are stored as (in, out)."""
 
     def of(self, stacked: Any) -> Tensor:
         """The part of `stacked`, a tensor or a slice of a file."""
-        whole: Tensor = stacked[self.index]
+        whole: Tensor = stacked[:] if self.index is None else stacked[self.index]
         return (whole.T if self.transposed and whole.ndim == 2 else whole)[self.rows]
 
 
@@ -118,11 +118,11 @@ class Checkpoint:
         return other
 
     def split(self, parts: Mapping[str, Part]) -> Checkpoint:
-        """The same checkpoint with `parts`, by their names, in the place of the tensors that stack them."""
+        """The same checkpoint with `parts`, by their names, in the place of the tensors that hold them."""
         other = copy.copy(self)
         other._parts = parts
-        stacked = {part.tensor for part in parts.values()}
-        other.tensors = {name: entry for name, entry in self.tensors.items() if name not in stacked}
+        held = {part.tensor for part in parts.values()}
+        other.tensors = {name: entry for name, entry in self.tensors.items() if name not in held}
         for name, part in parts.items():
             entry = self.tensors[part.tensor]
             shape = tuple(part.of(torch.empty(entry.shape, device="meta")).shape)

@@ -11,6 +11,8 @@ MULTIPLIED_DIRECTLY = {"dt_proj"}
 """Of state-space layers: small, and their modules read the weight and do not call the linear."""
 ROUTERS = {"gate", "router", "shared_expert_gate"}
 """Linears of few rows whose outputs choose experts, or weigh them."""
+CROSS_ATTENTION = {"encoder_attn", "crossattention", "cross_attn"}
+"""Of decoders that were made for an encoder beside them."""
 HEAD_NORMS = {"q_norm", "k_norm"}
 """Norms of one attention head's queries or keys, which do not span the hidden dimension."""
 

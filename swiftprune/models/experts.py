@@ -168,6 +168,7 @@ def _rows_of(stacked: Any, place: int) -> slice:
 def _separated(stacked: Any, parts: Mapping[str, Part]) -> Experts:
     experts: dict[int, dict[str, nn.Linear]] = defaultdict(dict)
     for name, part in parts.items():
+        assert part.index is not None
         linear, kind = name.split(".")[-2:]
         tensor = part.of(getattr(stacked, part.tensor.rpartition(".")[2])).detach()
         if kind == "weight":

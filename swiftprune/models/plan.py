@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections import defaultdict
 from collections.abc import Mapping
@@ -11,18 +10,21 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
-from transformers.pytorch_utils import Conv1D
 
 from swiftprune.checkpoints.names import parameter_names
 from swiftprune.checkpoints.source import Checkpoint
 from swiftprune.errors import CheckpointError, SettingsError, first_line
 from swiftprune.formats.spec import unpackable_reason
-from swiftprune.models.architectures import MULTIPLIED_DIRECTLY, ROUTERS
-from swiftprune.models.experts import is_stacked, separate_experts, unseparable_reason
+from swiftprune.models.architectures import CROSS_ATTENTION, MULTIPLIED_DIRECTLY, ROUTERS
+from swiftprune.models.experts import is_stacked, unseparable_reason
 from swiftprune.models.ignore import DEFAULT_IGNORE, Ignore, compile_ignore
+from swiftprune.models.linears import stored_parts
 from swiftprune.models.load import read_config
+
+# Of the blocks' weights, what may be no linears.
+_MOST = 0.5
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ class Targets:
 def empty_model(checkpoint: Checkpoint) -> tuple[nn.Module, Checkpoint]:
     """The checkpoint's causal LM with parameters on the meta device and real buffers (rotary tables and the like).
 
-    Experts of a mixture have linears of their own, in the model and in the view of the checkpoint that comes with it.
+    All weights are in linears, in the model and in the view of the checkpoint that comes with it: see `as_linears`.
 
     Raises CheckpointError when transformers does not know the architecture.
     """
@@ -82,12 +84,7 @@ def empty_model(checkpoint: Checkpoint) -> tuple[nn.Module, Checkpoint]:
             f"{checkpoint.folder}: transformers has no causal language model for model_type "
             f"{checkpoint.config.get('model_type')!r}: {first_line(error)}{_way_out(checkpoint)}"
         ) from error
-    tensor_of = {parameter: tensor for tensor, parameter in parameter_names(model, checkpoint.tensors).items()}
-    parts = {}
-    for name, part in separate_experts(model).items():
-        if stacked := tensor_of.get(part.tensor):
-            module = part.tensor.rpartition(".")[0]
-            parts[stacked.rpartition(".")[0] + name.removeprefix(module)] = dataclasses.replace(part, tensor=stacked)
+    parts = stored_parts(model, checkpoint.tensors)
     return model.eval(), checkpoint.split(parts) if parts else checkpoint
 
 
@@ -119,26 +116,28 @@ def find_targets(model: nn.Module, checkpoint: Checkpoint, *, ignore: str, group
 
     `ignore` is as in `Ignore`; `group` is the M of N:M, which in_features must be a multiple of.
     Raises CheckpointError when tensors are missing, have a wrong shape or dtype, or when the architecture keeps its
-    weights in a form that is not supported (transposed Conv1D, some forms of experts).
+    weights in a form that is not supported (some forms of experts).
     """
     ignored = compile_ignore(ignore)
     if ignore != DEFAULT_IGNORE:
         ignored.check(name for name, _ in model.named_modules())
     list_name, modules = decoder_blocks(model)
-    _refuse_unsupported(list_name, modules)
+    stacked = _stacked(list_name, modules)
     parameter_of = parameter_names(model, checkpoint.tensors)
     tensor_of = {parameter: tensor for tensor, parameter in parameter_of.items()}
     _match_tensors(model, checkpoint, tensor_of)
-    dense = _further_blocks(model, checkpoint, f"{list_name}.", len(modules), tensor_of)
+    dense = stacked | _further_blocks(model, checkpoint, f"{list_name}.", len(modules), tensor_of)
     blocks = []
     claimed: set[str] = set()
     for index, module in enumerate(modules):
         block_name = f"{list_name}.{index}"
         linears = []
         for child_name, child in module.named_modules():
-            if not isinstance(child, nn.Linear):
-                continue
             name = f"{block_name}.{child_name}"
+            if not isinstance(child, nn.Linear):
+                if _is_router(child):  # which engines may well make a linear of
+                    dense[name] = "it chooses experts"
+                continue
             tensor = tensor_of[f"{name}.weight"]
             if reason := _dense_reason(name, child, checkpoint, tensor, ignored, group):
                 dense[name] = reason
@@ -154,6 +153,11 @@ def find_targets(model: nn.Module, checkpoint: Checkpoint, *, ignore: str, group
         raise SettingsError(f"nothing to prune: all linears are ignored or unsuitable ({_first_reason(dense)})")
     outside = sorted(set(checkpoint.tensors) - claimed)
     return Targets(blocks, tensor_of, *_ends(model, tensor_of), _dense_ends(model, tensor_of), dense, outside)
+
+
+def _is_router(module: nn.Module) -> bool:
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, Tensor) and weight.ndim == 2 and not isinstance(module, nn.Embedding)
 
 
 def _dense_ends(model: Any, tensor_of: dict[str, str]) -> str | None:
@@ -217,8 +221,12 @@ def _dense_reason(
     kind = name.rpartition(".")[2]
     if kind in MULTIPLIED_DIRECTLY:
         return "its module multiplies by the weight itself"
+    if type(module).forward is not nn.Linear.forward:
+        return f"it is a {type(module).__name__}, which multiplies in a way of its own"
     if kind in ROUTERS:
         return "it chooses experts"
+    if set(name.split(".")) & CROSS_ATTENTION:
+        return "it reads the states of an encoder, which a causal language model does not have"
     if ignored.search(name):
         return f"matches --ignore {ignored.pattern}"
     entry = checkpoint.tensors[tensor]
@@ -232,19 +240,21 @@ def _dense_reason(
     return unpackable_reason(entry.shape, entry.dtype) if group == 4 else None
 
 
-def _refuse_unsupported(list_name: str, modules: nn.ModuleList) -> None:
-    for child_name, module in modules.named_modules():
-        name = f"{list_name}.{child_name}"
-        if isinstance(module, Conv1D):
-            raise CheckpointError(
-                f"{name}: a GPT-2 style Conv1D, which stores its weight transposed (in, out); "
-                "such models are not supported, since no engine serves their packed form"
-            )
-        if is_stacked(module):
-            reason = unseparable_reason(module) or "it stands alone"
-            raise CheckpointError(
-                f"{name}: weights of experts in one tensor, which cannot be pruned one by one: {reason}"
-            )
+def _stacked(list_name: str, modules: nn.ModuleList) -> dict[str, str]:
+    """Modules of the blocks whose weights are no linears, with the reason; they stay dense.
+
+    Raises CheckpointError where they hold most of the blocks' weights.
+    """
+    found = {f"{list_name}.{name}": module for name, module in modules.named_modules() if name and is_stacked(module)}
+    reasons = {name: unseparable_reason(module) or "it is no linear" for name, module in found.items()}
+    size = sum(parameter.numel() for module in found.values() for parameter in module.parameters(recurse=False))
+    share = size / max(1, sum(parameter.numel() for parameter in modules.parameters()))
+    if share > _MOST:
+        name, reason = next(iter(reasons.items()))
+        raise CheckpointError(
+            f"{name}: {share:.0%} of the decoder's weights are no linears, which cannot be pruned: {reason}"
+        )
+    return reasons
 
 
 def _match_tensors(model: nn.Module, checkpoint: Checkpoint, tensor_of: dict[str, str]) -> None:

@@ -33,7 +33,8 @@ from swiftprune.formats.spec import QUANT_METHOD, Quantized
 from swiftprune.kernels import native
 from swiftprune.kernels.dense8 import Embedding8, Head8, check_rows
 from swiftprune.kernels.linear import Linear24
-from swiftprune.models.experts import merges_experts, separate_experts
+from swiftprune.models.experts import merges_experts
+from swiftprune.models.linears import as_linears
 from swiftprune.serve.stored import check_rows_stored, check_stored, packed_modules
 
 logger = logging.getLogger(__name__)
@@ -87,7 +88,7 @@ class SwiftpruneQuantizer(HfQuantizer):  # type: ignore[misc]
         self, model: nn.Module, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> nn.Module:
         stored = _stored(checkpoint_files)
-        separate_experts(model)
+        as_linears(model)
         is_packed = self._is_packed(model, stored)
         for name, module in list(model.named_modules()):
             if isinstance(module, nn.Linear) and is_packed(name):

@@ -20,7 +20,7 @@ from swiftprune.kernels import packing
 from swiftprune.methods.mask import Pattern
 from swiftprune.methods.scores import KEEP, find_method
 from swiftprune.methods.statistics import Needs
-from swiftprune.models.experts import separate_experts
+from swiftprune.models.linears import as_linears
 from swiftprune.models.load import load_whole_model
 from swiftprune.models.plan import Block, Linear, Targets, empty_model, find_targets
 from swiftprune.progress import Notify, ProgressCallback, ignore_message, no_progress
@@ -154,7 +154,7 @@ class Run:
         model = load_whole_model(
             self.checkpoint.folder, dtype=dtype, trust_remote_code=self.checkpoint.trust_remote_code
         )
-        separate_experts(model)
+        as_linears(model)
         return model.to(self.compute.device)
 
     def save(self, store: BlockStore, done: PrunedBlock) -> None:

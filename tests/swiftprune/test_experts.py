@@ -1,4 +1,4 @@
-"""Mixtures of experts: separate linears against transformers' stacked ones, from calibration to the packed model."""
+"""Mixtures of experts and GPT-2: linears against transformers' own modules, from calibration to the packed model."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     DeepseekV3Config,
+    GPT2Config,
     GptOssConfig,
     MixtralConfig,
     PretrainedConfig,
@@ -54,6 +55,7 @@ CONFIGS: dict[str, PretrainedConfig] = {
     ),
     "gpt-oss": GptOssConfig(**_SMALL, head_dim=16, num_local_experts=4, num_experts_per_tok=2, sliding_window=16),
 }
+GPT2 = {"gpt2": GPT2Config(vocab_size=models.VOCABULARY, n_embd=64, n_layer=2, n_head=4, n_positions=256)}
 TOKENS = torch.arange(2, 50).reshape(2, 24) * 5 % models.VOCABULARY
 
 
@@ -63,7 +65,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
 
     def written(name: str) -> Path:
         path = folder / name
-        return path if path.exists() else models.write_model(path, CONFIGS[name])
+        return path if path.exists() else models.write_model(path, (CONFIGS | GPT2)[name])
 
     return written
 
@@ -130,8 +132,23 @@ def test_zeros_in_place_load_in_transformers_as_it_is(checkpoint: Callable[[str]
     torch.testing.assert_close(
         logits(load(tmp_path / "dense")), logits(load(tmp_path / "packed")), rtol=1e-4, atol=1e-4
     )
-    with pytest.raises(SettingsError, match=r"stacks its experts .* --target packed"):
+    with pytest.raises(SettingsError, match=r"stacks experts .* --target packed"):
         export(checkpoint("gpt-oss"), tmp_path / "no", none, target="dense")
+
+
+def test_gpt2_is_pruned_along_its_inputs(checkpoint: Callable[[str], Path], text_file: Path, tmp_path: Path) -> None:
+    """Its checkpoints store weights as (in, out); what is packed is (out, in), the bias where it was."""
+    settings = PruneSettings(calibration=str(text_file), samples=4, seqlen=32)
+    report = export(checkpoint("gpt2"), tmp_path / "packed", settings)
+    assert {layer.kind for layer in report.layers} == {"c_attn", "c_proj", "c_fc"}
+    packed, dense = load(tmp_path / "packed"), load(checkpoint("gpt2"))
+    for layer in report.layers:
+        weight = unpack(packed.get_submodule(layer.name).packed)
+        assert (weight.view(len(weight), -1, 4) != 0).sum(-1).max() == 2
+        dense.get_submodule(layer.name).weight.data = weight.T
+    torch.testing.assert_close(logits(packed), logits(dense), rtol=1e-3, atol=1e-3)
+    with pytest.raises(SettingsError, match=r"weights as \(in, out\)"):
+        export(checkpoint("gpt2"), tmp_path / "no", settings, target="dense")
 
 
 def test_each_expert_sees_what_is_routed_to_it(checkpoint: Callable[[str], Path]) -> None:

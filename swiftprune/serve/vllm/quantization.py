@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from vllm.logger import init_logger
 from vllm.model_executor.layers import linear as vllm_linear
+from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
@@ -42,7 +43,6 @@ from swiftprune.formats.spec import (
     SCALE_DTYPE,
     SCALE_SUFFIX,
     SCALED_INPUTS,
-    Packed24,
     Quantized,
     WeightSpec,
 )
@@ -50,11 +50,12 @@ from swiftprune.kernels import dispatch, packing
 from swiftprune.kernels.dense8 import check_rows, dequantize_rows, multiply_rows
 from swiftprune.kernels.linear import Linear24
 from swiftprune.serve.stored import check_stored
+from swiftprune.serve.vllm.experts import SwiftpruneExpertsMethod
+from swiftprune.serve.vllm.parameters import GROUPS_PER_BYTE, explained, holds_random_weights, of_its_type, packed_from
 
 # Only children of the logger `vllm` show.
 logger = init_logger("vllm.swiftprune")
 
-_GROUPS_PER_BYTE = 2
 _METADATA, _SCALES = f"weight{METADATA_SUFFIX}", f"weight{SCALE_SUFFIX}"
 _ALL = "Linear"
 _SLOW = ", which unpacks the weight in every call: right, but no faster than dense"
@@ -115,6 +116,8 @@ class SwiftpruneConfig(QuantizationConfig):  # type: ignore[misc]
         if self.quantized_head and isinstance(layer, VocabParallelEmbedding):
             self._has_embeddings |= not isinstance(layer, ParallelLMHead)
             return SwiftpruneEmbeddingMethod(prefix)
+        if isinstance(layer, RoutedExperts):
+            return None if self._leaves_experts_dense(layer, prefix) else SwiftpruneExpertsMethod(self, layer, prefix)
         if not isinstance(layer, LinearBase):
             return None
         if self._stays_dense(prefix):
@@ -132,12 +135,22 @@ class SwiftpruneConfig(QuantizationConfig):  # type: ignore[misc]
             )
         return bool(dense)
 
+    def _leaves_experts_dense(self, layer: RoutedExperts, prefix: str) -> bool:
+        dense = [entry for entry in self.ignore if entry.startswith(f"{prefix}.")]
+        linears = layer.moe_config.num_experts * (3 if layer.moe_config.is_act_and_mul else 2)
+        if dense and len(dense) < linears:
+            raise FormatError(
+                f"{prefix}: vLLM runs all experts as one layer, but {len(dense)} of their {linears} linears stay dense "
+                f"in this checkpoint, first {dense[0]}; export again with an --ignore that names all of them or none"
+            )
+        return bool(dense)
+
     def started(self, prefix: str) -> None:
         self._unfinished.add(prefix)
 
-    def finished(self, prefix: str, layer: Linear24, device: str) -> None:
+    def finished(self, prefix: str, linears: list[Linear24], device: str) -> None:
         """Says, once all layers are there, what serves them."""
-        self._served[layer.backend, layer.dtype, device] += 1
+        self._served.update((linear.backend, linear.dtype, device) for linear in linears)
         self._unfinished.discard(prefix)
         if self._unfinished:
             return
@@ -194,7 +207,7 @@ class SwiftpruneLinearMethod(LinearMethodBase):  # type: ignore[misc]
         **_: Any,
     ) -> None:
         rows, cols = sum(output_partition_sizes), input_size_per_partition
-        together = SCALED_INPUTS if self.config.values == "int4" else GROUP * _GROUPS_PER_BYTE
+        together = SCALED_INPUTS if self.config.values == "int4" else GROUP * GROUPS_PER_BYTE
         if cols % GROUP or (cols != input_size and cols % together):
             raise FormatError(
                 f"{self.prefix}: a share of {cols} of its {input_size} inputs cannot be cut out of the packed weight; "
@@ -204,7 +217,7 @@ class SwiftpruneLinearMethod(LinearMethodBase):  # type: ignore[misc]
         shape, dtype = weight.values
         values = torch.empty(shape, dtype=dtype)
         if self.config.from_bitmask:
-            mask = torch.empty(rows, cols // (GROUP * _GROUPS_PER_BYTE), dtype=torch.uint8)
+            mask = torch.empty(rows, cols // (GROUP * GROUPS_PER_BYTE), dtype=torch.uint8)
             tensors = {bitmask.VALUES: values, bitmask.MASK: mask}
             ignored = BasevLLMParameter(
                 data=torch.empty(2, 1, dtype=torch.int64), weight_loader=lambda *_args, **_kwargs: None
@@ -213,13 +226,13 @@ class SwiftpruneLinearMethod(LinearMethodBase):  # type: ignore[misc]
         else:
             tensors = {"weight": values, _METADATA: torch.empty(weight.metadata, dtype=torch.uint8)}
         for name, tensor in tensors.items():
-            loader = _explained(weight_loader, f"{self.prefix}.{name}")
+            loader = explained(weight_loader, f"{self.prefix}.{name}")
             layer.register_parameter(
                 name, ModelWeightParameter(data=tensor, input_dim=1, output_dim=0, weight_loader=loader)
             )
         if weight.scales:
             data = torch.empty(weight.scales, dtype=SCALE_DTYPE)
-            loader = _explained(weight_loader, f"{self.prefix}.{_SCALES}")
+            loader = explained(weight_loader, f"{self.prefix}.{_SCALES}")
             if self.config.values == "int4":
                 scales = GroupQuantScaleParameter(data=data, input_dim=1, output_dim=0, weight_loader=loader)
             else:
@@ -234,21 +247,20 @@ class SwiftpruneLinearMethod(LinearMethodBase):  # type: ignore[misc]
         name = f"{self.prefix}.weight"
         if self.config.from_bitmask:
             mask = layer.bitmask.data
-            if _holds_random_weights():
+            if holds_random_weights():
                 mask = torch.full_like(mask, 0b0011_0011)
             packed = packing.canonical(bitmask.from_bitmask(layer.compressed.data, mask, name), name)
+            packed = packed_from(packed.tensors)
             del layer.compressed, layer.bitmask, layer.shape
         else:
             names = ("weight", _METADATA, _SCALES) if self.config.values else ("weight", _METADATA)
-            packed = Packed24(*(layer.get_parameter(name).data for name in names))
+            packed = packed_from([layer.get_parameter(name).data for name in names])
             for tensor in names:
                 delattr(layer, tensor)
-        if _holds_random_weights():
-            packed = _any_packed(packed)
         layer.linear24 = Linear24.from_packed(packed, name=name, dtype=self._dtype)
         # By this vLLM's LoRA finds the device on which adapters of the layer belong; nothing reads numbers from it.
         layer.weight_packed = packed.values.new_empty(0)
-        self.config.finished(self.prefix, layer.linear24, packed.values.device.type)
+        self.config.finished(self.prefix, [layer.linear24], packed.values.device.type)
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         y: Tensor = layer.linear24.multiply(x, bias)
@@ -281,7 +293,7 @@ class SwiftpruneEmbeddingMethod(QuantizeMethodBase):  # type: ignore[misc]
         }
         for name, tensor in stored.items():
             parameter = nn.Parameter(tensor, requires_grad=False)
-            loader = _explained(_of_its_type(weight_loader), f"{self.prefix}.{name}")
+            loader = explained(of_its_type(weight_loader), f"{self.prefix}.{name}")
             set_weight_attrs(parameter, {"input_dim": 1, "output_dim": 0, "weight_loader": loader})
             layer.register_parameter(name, parameter)
 
@@ -294,7 +306,7 @@ class SwiftpruneEmbeddingMethod(QuantizeMethodBase):  # type: ignore[misc]
         if hasattr(layer, "rows8"):
             return
         values, scale = layer.weight, layer.get_parameter(_SCALES)
-        if not _holds_random_weights():
+        if not holds_random_weights():
             check_rows(values, scale, f"{self.prefix}.weight")
         if values.is_cpu:
             layer.rows8 = values.data, scale.data, scale.data[:, 0].to(self._dtype)
@@ -312,25 +324,6 @@ class SwiftpruneEmbeddingMethod(QuantizeMethodBase):  # type: ignore[misc]
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         values, scale, of_outputs = layer.rows8
         return F.linear(x, values, bias) if scale is None else multiply_rows(x, values, of_outputs, bias)
-
-
-def _holds_random_weights() -> bool:
-    """Whether vLLM was told to fill up weights with whatever (`--load-format dummy`), to measure without reading."""
-    from vllm.config import get_current_vllm_config_or_none
-
-    config = get_current_vllm_config_or_none()
-    return config is not None and config.load_config.load_format == "dummy"
-
-
-def _any_packed(packed: Packed24) -> Packed24:
-    """A valid pair of the same shape: the first two of every four are kept."""
-    metadata = torch.full_like(packed.metadata, 0x44)
-    if packed.shape[1] // GROUP % _GROUPS_PER_BYTE:
-        metadata[:, -1] = 0x4
-    if packed.scales is not None:
-        values = packed.values if packed.quantized == "int4" else packed.values.clamp(min=-127)
-        return Packed24(values, metadata, torch.nan_to_num(packed.scales, 0, 0, 0))
-    return Packed24(torch.nan_to_num(packed.values, 0, 0, 0), metadata)
 
 
 def _enter_compile_key(backends: list[str]) -> None:
@@ -373,31 +366,6 @@ def _is_bitmask(config: dict[str, Any]) -> bool:
     """Whether compressed-tensors wrote this with its weights sparse and not quantized as well."""
     sparsity = config.get("sparsity_config") or {}
     return sparsity.get("format") == bitmask.FORMAT and not config.get("config_groups")
-
-
-def _explained(load: Callable[..., None], name: str) -> Callable[..., None]:
-    """vLLM's loader, whose bare assertions become an error that names the tensor."""
-
-    def loader(parameter: Any, loaded: Tensor, *args: Any, **kwargs: Any) -> None:
-        try:
-            load(parameter, loaded, *args, **kwargs)
-        except (AssertionError, RuntimeError) as error:
-            raise FormatError(
-                f"{name}: the checkpoint's {tuple(loaded.shape)} {loaded.dtype} does not fit the model's "
-                f"{tuple(parameter.shape)} {parameter.dtype}; is config.json that of this checkpoint? {error}"
-            ) from error
-
-    return loader
-
-
-def _of_its_type(load: Callable[..., None]) -> Callable[..., None]:
-    """vLLM's loader, which would cast what is of another type than the parameter."""
-
-    def loader(parameter: Any, loaded: Tensor, *args: Any, **kwargs: Any) -> None:
-        assert loaded.dtype == parameter.dtype
-        load(parameter, loaded, *args, **kwargs)
-
-    return loader
 
 
 def _why(dtype: torch.dtype, device: str, values: Quantized | None) -> str:
