@@ -581,9 +581,9 @@ class _ShardWriter:
             config["dtype"] = dtype
             _set_dtype(config, dtype)
         if self._format:
-            config["quantization_config"] = self._format.quantization_config(
-                list(self._dense), self._run.settings.values
-            )
+            tensor_of = self._run.targets.tensor_of  # engines know linears by the checkpoint's names
+            dense = [tensor_of.get(f"{name}.weight", name).removesuffix(".weight") for name in self._dense]
+            config["quantization_config"] = self._format.quantization_config(dense, self._run.settings.values)
         if self._quantized_head:
             config["quantization_config"] |= {"version": spec.HEAD_VERSION, "head": spec.QUANTIZED_HEAD}
         return config

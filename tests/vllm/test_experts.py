@@ -12,7 +12,7 @@ from exporters import Target, export
 from swiftprune.config import PruneSettings
 from swiftprune.errors import FormatError
 from tests import models
-from tests.vllm.engine import PROMPTS, TOKENS, TOLERANCE, ask, assert_same
+from tests.vllm.engine import PROMPTS, ROUNDED, TOKENS, TOLERANCE, ask, assert_same
 
 _SIZE = models.SMALL | {"hidden_size": 128, "num_hidden_layers": 2, "num_key_value_heads": 2, "head_dim": 32}
 CONFIGS: dict[str, PretrainedConfig] = {
