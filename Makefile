@@ -24,7 +24,7 @@ endif
 NATIVE := $(wildcard swiftprune/kernels/csrc/*)
 SOURCES := $(shell find swiftprune exporters runtime_bench -name '*.py')
 
-.PHONY: setup demo browser lint test test-neon vllm-env test-vllm check bench bench-onnx bench-rivals bench-vllm bench-prune bench-methods bench-quality bench-kernels clean
+.PHONY: setup demo browser lint test arch-sweep test-neon vllm-env test-vllm check bench bench-onnx bench-rivals bench-vllm bench-prune bench-methods bench-quality bench-kernels clean
 
 setup: $(VENV)/installed
 
@@ -69,6 +69,10 @@ lint: setup
 
 test: lint browser $(VENV)/compressed-tensors-0.14
 	OMP_NUM_THREADS=1 $(BIN)/pytest $(SIDE_BY_SIDE)
+
+# Every causal language model that transformers has, tiny, from export to answers: ten minutes.
+arch-sweep: setup
+	$(BIN)/python -m tests.arch_sweep docs/models.md
 
 # The kernel for 64-bit Arm, compiled by Zig and run in an emulator: a compiler and an emulator more (470 MB).
 test-neon: setup

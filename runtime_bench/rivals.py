@@ -26,6 +26,7 @@ from transformers import AutoConfig
 
 from exporters import export
 from exporters.onnx.decoder import run_builder
+from exporters.onnx.head import HeadName
 from runtime_bench import demo_data, gguf_files, known_models, onednn, quality, results, roofline
 from runtime_bench.conditions import judged, watch
 from runtime_bench.engines import Job, Options, Scores, llamacpp_engine
@@ -36,6 +37,7 @@ from runtime_bench.statistics import spread
 from runtime_bench.stored import Stored, in_table
 from swiftprune.config import PruneSettings
 from swiftprune.errors import SettingsError, SwiftpruneError, first_line
+from swiftprune.formats.spec import Quantized
 from swiftprune.models.load import context_length, read_config
 from swiftprune.models.perplexity import of_loss
 from swiftprune.progress import ProgressCallback, no_progress
@@ -273,12 +275,19 @@ def _exports(source: Path, folder: Path, progress: ProgressCallback) -> list[tup
     if source.name == demo_data.MODEL_NAME:
         pruning = {"method": "admm", "calibration": str(demo_data.fetch(folder, progress).calibration)}
     made = []
-    for values in (None, "int8", "int4"):
-        out = folder / f"{_file_name(source)}-2of4-{values or 'bf16'}-onnx"
+    kinds: tuple[tuple[Quantized | None, HeadName | None], ...] = (
+        (None, None),
+        ("int8", None),
+        ("int4", None),
+        ("int4", "int4"),
+    )
+    for values, head in kinds:
+        stored = f"{values or 'bf16'}{' and head' if head else ''}"
+        out = folder / f"{_file_name(source)}-2of4-{stored.replace(' ', '-')}-onnx"
         if not out.exists():
             settings = PruneSettings.model_validate(pruning | {"values": values} if values else pruning)
-            export(source, out, settings, target="onnx", overwrite=True, progress=progress)
-        made.append((f"ours, {values or 'bf16'} values in onnxruntime-genai", out))
+            export(source, out, settings, target="onnx", head=head, overwrite=True, progress=progress)
+        made.append((f"ours, {stored} in onnxruntime-genai", out))
     return made
 
 

@@ -57,6 +57,7 @@ _SMALL: dict[str, int] = {
     for name in names.split()
 } | {"eos_token_id": 1, "expand": 2}
 
+_THROUGH = "Came through: "
 _MAY_BE_NONE = {
     "head_dim",
     "num_experts_per_tok",
@@ -190,7 +191,7 @@ def markdown(outcomes: list[Outcome]) -> str:
         f"{built} could be built small, and "
         f"{states['packed']} of them came through.",
         "",
-        f"Came through: {through}.",
+        f"{_THROUGH}{through}.",
         "",
         "| did not | where | why |",
         "| --- | --- | --- |",
@@ -200,6 +201,12 @@ def markdown(outcomes: list[Outcome]) -> str:
             why = outcome.why.replace("|", "\\|").replace("\n", " ")
             lines.append(f"| {outcome.name} | {outcome.state} | {why} |")
     return "\n".join([*lines, ""])
+
+
+def came_through(page: Path) -> list[str]:
+    """The architectures that `page` says came through."""
+    (line,) = [line for line in page.read_text().splitlines() if line.startswith(_THROUGH)]
+    return line.removeprefix(_THROUGH).rstrip(".").split(", ")
 
 
 def main() -> None:
