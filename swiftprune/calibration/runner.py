@@ -98,6 +98,8 @@ class BlockRunner:
                         base(input_ids=self._compute.here(row[None]), use_cache=False)
                         if len(self._arguments) > 1:
                             _share_equal_tensors(self._arguments[-1], self._arguments[-2])
+                if len(hidden) < len(tokens):
+                    raise _ChangedError(f"{next(iter(self._modules))} does not run on text")
                 return hidden
             except SwiftpruneError:
                 raise
@@ -176,7 +178,7 @@ class BlockRunner:
         args, kwargs = (self._dense_arguments if dense else self._arguments)[sample][block.name]
         with self._compute.autocast():
             out = self._modules[block.name](self._compute.here(hidden), *args, **kwargs)
-        result: Tensor = out[0] if isinstance(out, tuple) else out
+        result: Tensor = out[0] if isinstance(out, tuple | list) else out
         return result.float()
 
     def _kept(self, hidden: Tensor) -> Tensor:

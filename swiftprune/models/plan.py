@@ -9,8 +9,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from accelerate import init_empty_weights
 from torch import Tensor, nn
+from torch.func import functional_call
 from transformers import AutoModelForCausalLM
 
 from swiftprune.checkpoints.names import parameter_names
@@ -101,14 +103,31 @@ def _way_out(checkpoint: Checkpoint) -> str:
 
 
 def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The name and list of the decoder blocks: the outermost ModuleList of the model with the most parameters."""
-    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    """The name and list of the decoder blocks: an outermost ModuleList of the language model.
+
+    Where there are several, as of encoders for images or sound: one as long as config.json says, the nearest to the
+    top, the one with the most parameters.
+    """
+    causal: Any = model
+    decoder = causal.get_decoder() if hasattr(model, "get_decoder") else None
+    inside = next((f"{name}." for name, module in model.named_modules() if module is decoder and name), "")
+    lists = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and name.startswith(inside)
+    ]
     outermost = [
         (name, module) for name, module in lists if not any(name.startswith(f"{other}.") for other, _ in lists)
     ]
     if not outermost:
         raise CheckpointError(f"{type(model).__name__}: has no list of decoder blocks (no ModuleList)")
-    return max(outermost, key=lambda item: sum(p.numel() for p in item[1].parameters()))
+    length = getattr(causal.config.get_text_config(), "num_hidden_layers", None)
+
+    def likely(item: tuple[str, nn.ModuleList]) -> tuple[bool, int, int]:
+        name, modules = item
+        return len(modules) == length, -name.count("."), sum(p.numel() for p in modules.parameters())
+
+    return max(outermost, key=likely)
 
 
 def find_targets(model: nn.Module, checkpoint: Checkpoint, *, ignore: str, group: int) -> Targets:
@@ -167,7 +186,7 @@ def _dense_ends(model: Any, tensor_of: dict[str, str]) -> str | None:
         if type(module) is not plain:
             return f"{type(model).__name__} has {type(module).__name__} in the place of {plain.__name__}"
     name = next(name for name, module in model.named_modules() if module is embedding)
-    stored = tensor_of[f"{name}.weight"]  # of tied ones some checkpoints hold the head
+    stored = tensor_of.get(f"{name}.weight", "")  # of tied ones some checkpoints hold the head
     return None if stored.endswith(f"{name.rpartition('.')[2]}.weight") else f"the embeddings are stored as {stored}"
 
 
@@ -177,8 +196,11 @@ def _ends(model: nn.Module, tensor_of: dict[str, str]) -> tuple[str, str]:
     ends = (causal.get_input_embeddings(), causal.get_output_embeddings())
     names = [next(name for name, module in model.named_modules() if module is end) for end in ends]
     embedding, head = f"{names[0]}.weight", f"{names[1]}.weight"
-    tied = (getattr(model, "all_tied_weights_keys", None) or {}).get(head)
-    return tensor_of[embedding], tensor_of.get(head) or (tensor_of[tied] if tied else "")
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    stored = [tensor_of.get(name) or tensor_of.get(tied.get(name, "")) or "" for name in (embedding, head)]
+    if not stored[0]:
+        raise CheckpointError(f"{type(model).__name__}: no tensor of the checkpoint is {embedding}, its embeddings")
+    return stored[0], stored[1]
 
 
 def _further_blocks(
@@ -221,7 +243,7 @@ def _dense_reason(
     kind = name.rpartition(".")[2]
     if kind in MULTIPLIED_DIRECTLY:
         return "its module multiplies by the weight itself"
-    if type(module).forward is not nn.Linear.forward:
+    if not _multiplies_as_linear(module):
         return f"it is a {type(module).__name__}, which multiplies in a way of its own"
     if kind in ROUTERS:
         return "it chooses experts"
@@ -238,6 +260,19 @@ def _dense_reason(
     if module.in_features % group:
         return f"in_features = {module.in_features} is not a multiple of {group}"
     return unpackable_reason(entry.shape, entry.dtype) if group == 4 else None
+
+
+def _multiplies_as_linear(module: nn.Linear) -> bool:
+    """Whether it gives x W^T + b; those with a forward of their own are asked on numbers."""
+    if type(module).forward is nn.Linear.forward:
+        return True
+    parameters = {name: torch.randn(parameter.shape) for name, parameter in module.named_parameters()}
+    x = torch.randn(2, module.in_features)
+    try:
+        y = functional_call(module, parameters, x)
+    except Exception:  # of any type, for inputs of another kind
+        return False
+    return bool(torch.allclose(y, F.linear(x, parameters["weight"], parameters.get("bias")), rtol=1e-3, atol=1e-3))
 
 
 def _stacked(list_name: str, modules: nn.ModuleList) -> dict[str, str]:
