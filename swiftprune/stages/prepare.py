@@ -171,10 +171,15 @@ def check_memory(run: Run) -> None:
         needs["--sparsity auto"] = 4 * (count + 2 * run.pruned_count())
     if not run.compute.on_cpu and s.calibration != "none":
         needs["Pruning block by block"] = block_bytes(run)
+    free = memory.available_bytes(run.compute)
+    if run.compute.on_cpu and s.calibration != "none" and (block := block_bytes(run)) > free:
+        run.notify(
+            f"The largest decoder block takes about {block / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free: "
+            "the machine may swap, or end the run."
+        )
     if not needs:
         return
     what, needed = max(needs.items(), key=lambda item: item[1])
-    free = memory.available_bytes(run.compute)
     where = "memory" if run.compute.on_cpu else f"memory of {run.compute.device}"
     run.notify(f"{what} needs about {needed / 1e9:.1f} GB of {where}, of which {free / 1e9:.1f} GB are free.")
     if needed <= free:

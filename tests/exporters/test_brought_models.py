@@ -381,6 +381,9 @@ def test_a_stage_that_does_not_fit_into_memory_is_refused_before_any_work(
     left = Run(Checkpoint(folder), make_settings("balanced", given), notify=said.append)
     assert (left.settings.refine, left.settings.minutes) == ((), None)
     assert any("Left out of --quality" in text and "0.1 GB are free" in text for text in said)
+    monkeypatch.setattr(memory, "available_bytes", lambda compute: 1000)
+    Run(Checkpoint(folder), PruneSettings(method="wanda", **given), notify=said.append)
+    assert said[-1].startswith("The largest decoder block takes about 0.0 GB of memory, and 0.0 GB are free")
 
 
 def test_the_limit_of_the_process_counts() -> None:

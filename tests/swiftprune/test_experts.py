@@ -178,6 +178,43 @@ def test_each_expert_sees_what_is_routed_to_it(checkpoint: Callable[[str], Path]
     assert starved == {False, True}
 
 
+def test_drift_is_between_the_same_tokens(checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of tokens that the dense model routes to an expert, wherever they go once blocks before it are pruned."""
+    monkeypatch.setattr("swiftprune.calibration.runner._SHARE_OF_INPUTS", 0.0)  # however few
+    model, source = empty_model(Checkpoint(checkpoint("mixtral")))
+    targets = find_targets(model, source, ignore="lm_head", group=4)
+    counts = []
+    for drifted in (False, True):
+        runner = BlockRunner(model, source, targets, TOKENS, track_dense=True)
+        for block in targets.blocks:
+            with runner.block(block):
+                stats = runner.collect(block, "drift", lambda: None)
+                lost = {f"{block.name}.self_attn.o_proj.weight": torch.zeros(64, 64)}
+                runner.advance(block, lost if drifted else {}, lambda: None)
+        experts = {name: found for name, found in stats.items() if name.endswith(".w1")}
+        counts.append({name: found.token_count for name, found in experts.items()})
+        drift = [found.input_drift for found in experts.values()]
+        assert all(each is not None and bool(each.abs().max() > 1e-2) == drifted for each in drift)
+    assert counts[0] == counts[1]
+    assert sum(counts[0].values()) == 2 * TOKENS.numel()
+
+
+def test_stacked_experts_are_resumed(checkpoint: Callable[[str], Path], text_file: Path, tmp_path: Path) -> None:
+    def stop_after_block_one(stage: str, done: float, total: float) -> None:
+        if stage == "prune" and done / total > 0.6:
+            raise KeyboardInterrupt
+
+    settings = PruneSettings(calibration=str(text_file), samples=4, seqlen=32)
+    export(checkpoint("gpt-oss"), tmp_path / "whole", settings)
+    with pytest.raises(KeyboardInterrupt):
+        export(checkpoint("gpt-oss"), tmp_path / "out", settings, progress=stop_after_block_one)
+    export(checkpoint("gpt-oss"), tmp_path / "out", settings, resume=True)
+    whole, out = Checkpoint(tmp_path / "whole"), Checkpoint(tmp_path / "out")
+    assert whole.tensors == out.tensors
+    for name, tensor in whole.read(whole.tensors).items():
+        assert torch.equal(tensor, out.read([name])[name]), name
+
+
 def test_starved_experts_are_named(checkpoint: Callable[[str], Path], text_file: Path, tmp_path: Path) -> None:
     said: list[str] = []
     settings = PruneSettings(method="wanda", calibration=str(text_file), samples=2, seqlen=24)
