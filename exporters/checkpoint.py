@@ -44,7 +44,7 @@ from swiftprune.stages.text import check_fits
 
 Target = Literal["packed", "dense", "torch", "sparse24-bitmask", "onnx", "onnx-dense"]
 _ONNX: tuple[Target, ...] = ("onnx", "onnx-dense")
-_WITH_HEADS: tuple[Target, ...] = ("packed", "onnx")  # that take --head
+_QUANTIZED: tuple[Target, ...] = ("packed", "onnx")  # that take --values and --head
 ONNX_FOLDER = "onnx"  # within the workspace, until it takes the output's place
 EVALUATION_SEQLEN = 2048
 _OUTSIDE_SHARD_BYTES = 512 << 20
@@ -160,8 +160,12 @@ def export(
     checkpoint = Checkpoint.open(model, revision=revision, trust_remote_code=trust_remote_code)
     workspace = Workspace(Path(out), checkpoint.folder, resume=resume, overwrite=overwrite, notify=notify)
     with workspace:
-        run = Run(checkpoint, settings, progress=progress, notify=notify)
+        run = Run(checkpoint, settings, progress=progress, notify=notify, keeps_values=target in _QUANTIZED)
         settings = run.settings
+        if evaluate and run.stored_weights:
+            raise SettingsError(
+                f"--evaluate: transformers cannot load {checkpoint.folder}, to compare with; leave the option out"
+            )
         if evaluate and not run.targets.head:
             raise CheckpointError(f"{checkpoint.folder}: holds no output head, which --evaluate needs")
         _check_parts(run, target)
@@ -215,18 +219,18 @@ def _check_target(settings: PruneSettings, target: Target) -> None:
         raise SettingsError(
             f"--target {target} stores {spec.FORMAT} only; for --format {settings.pattern} use --target dense"
         )
-    if settings.values and target not in ("packed", "onnx"):
-        raise SettingsError(f"--values {settings.values} is for --target packed and onnx, not for {target}")
+    if settings.values and target not in _QUANTIZED:
+        raise SettingsError(f"--values {settings.values} is for --target {' and '.join(_QUANTIZED)}, not for {target}")
     if target in _ONNX:
         require_packages()
 
 
 def _head(asked: HeadName | None, settings: PruneSettings, target: Target) -> HeadName:
-    if asked not in (None, "keep") and target not in _WITH_HEADS:
-        raise SettingsError(f"--head {asked} is for --target {' and '.join(_WITH_HEADS)}, not for {target}")
+    if asked not in (None, "keep") and target not in _QUANTIZED:
+        raise SettingsError(f"--head {asked} is for --target {' and '.join(_QUANTIZED)}, not for {target}")
     if asked == "int4" and target != "onnx":
         raise SettingsError(f"--head int4 is for --target onnx, not for {target}, which has int8")
-    return asked or ("int8" if target in _WITH_HEADS and settings.values else "keep")
+    return asked or ("int8" if target in _QUANTIZED and settings.values else "keep")
 
 
 def _dense_head(run: Run, target: Target) -> str | None:
@@ -307,14 +311,13 @@ def _estimate(run: Run, target: Target) -> int:
     total = run.checkpoint.nbytes
     if target in _ONNX:  # the dense ONNX file comes on top, in float32 before it is packed
         total += run.checkpoint.parameter_count * (4 + (4 if run.settings.values else 2))
-    elif target != "dense":
+    else:
         for block in run.targets.blocks:
             for linear in block.linears:
                 rows, cols = sizes[linear.tensor].shape
-                total += (
-                    WeightSpec((rows, cols), run.stored_dtype(linear), run.settings.values).nbytes
-                    - sizes[linear.tensor].nbytes
-                )
+                dtype = run.stored_dtype(linear)
+                packed = WeightSpec((rows, cols), dtype, run.settings.values).nbytes
+                total += (rows * cols * dtype.itemsize if target == "dense" else packed) - sizes[linear.tensor].nbytes
     if "distill" in run.settings.refine:  # weights, two moments and the best weights, kept twice while written
         total += 2 * 4 * 4 * run.pruned_count()
     return total

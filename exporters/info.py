@@ -17,11 +17,12 @@ from exporters.workspace import MANIFEST
 from swiftprune.checkpoints.source import Checkpoint, read_json
 from swiftprune.config import DTYPES, PruneSettings
 from swiftprune.errors import FormatError
-from swiftprune.formats import bitmask, cutlass, spec
+from swiftprune.formats import bitmask, cutlass, marlin24, spec
 from swiftprune.formats.spec import METADATA_SUFFIX
 from swiftprune.kernels import dispatch
 from swiftprune.results import Check
 from swiftprune.serve.stored import check_stored
+from swiftprune.stages.compressed_tensors import declared_format
 
 app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
 
@@ -47,6 +48,7 @@ class FolderInfo(BaseModel):
 
 
 _NO = "no"
+_PACKS = "packs it as it is (--method keep)"
 _FROM_ONNX = "other ONNX runtimes"
 
 
@@ -70,7 +72,7 @@ def describe(folder: Path) -> FolderInfo:
         zeros = checkpoint.declared_pattern
         for entry in checkpoint.tensors.values():
             sizes[entry.dtype_name] += entry.nbytes
-        endings = (METADATA_SUFFIX, bitmask.names("")[bitmask.MASK])
+        endings = (METADATA_SUFFIX, bitmask.names("")[bitmask.MASK], f".{marlin24.METADATA}")
         packed = sum(name.endswith(endings) for name in checkpoint.tensors)
     kind, engines = _use(folder, config, target, zeros)
     return FolderInfo(
@@ -120,11 +122,14 @@ def _use(folder: Path, config: dict[str, Any], target: str | None, zeros: str | 
             "vLLM": f"{ours}: vllm serve {folder}",
             "ONNX Runtime": f"{_NO}: export the base model with --target onnx",
         }
+    if (stored_as := declared_format(declared)) and (stored_as == marlin24.FORMAT or declared.get("config_groups")):
+        return f"2:4 weights as {stored_as}, quantized", {"swiftprune-export": _PACKS}
     if stored == bitmask.FORMAT or (declared.get("sparsity_config") or {}).get("format") == bitmask.FORMAT:
         return "2:4 weights as sparse-24-bitmask", {
             "vLLM up to 0.18": "sparse, as it is",
             "vLLM": ours,
             "transformers": _NO,
+            "swiftprune-export": _PACKS,
         }
     if method:
         return f"quantized by {method}", {"swiftprune": f"{_NO}: prune the checkpoint before it was quantized"}
@@ -133,7 +138,7 @@ def _use(folder: Path, config: dict[str, Any], target: str | None, zeros: str | 
     kind = f"dense tensors with {zeros} zeros in place" if zeros else "a dense checkpoint"
     return kind, {
         "transformers, vLLM and others": "dense",
-        "swiftprune-export": "packs it as it is (--method keep)" if zeros else "prunes and packs it",
+        "swiftprune-export": _PACKS if zeros else "prunes and packs it",
     }
 
 

@@ -8,7 +8,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,6 +79,17 @@ class Part:
         return (whole.T if self.transposed and whole.ndim == 2 else whole)[self.rows]
 
 
+@dataclass(frozen=True)
+class Decoded:
+    """A tensor that is made, as it is read, of those that stand for it in the files."""
+
+    stored: tuple[str, ...]
+    """Their names."""
+    entry: TensorEntry
+    """What it is once decoded; its bytes are those of the files."""
+    read: Callable[[], Tensor]
+
+
 class Checkpoint:
     """A local folder in the Hugging Face layout. Opening it reads and checks headers only, no weights.
 
@@ -95,6 +106,7 @@ class Checkpoint:
         self.tensors: dict[str, TensorEntry] = _read_headers(folder)
         self._orders: Orders = {}
         self._parts: Mapping[str, Part] = {}
+        self._decoded: Mapping[str, Decoded] = {}
 
     @classmethod
     def open(cls, model: str | Path, *, revision: str | None = None, trust_remote_code: bool = False) -> Checkpoint:
@@ -133,13 +145,25 @@ class Checkpoint:
     def is_split(self) -> bool:
         return bool(self._parts)
 
+    def with_decoded(self, decoded: Mapping[str, Decoded], left_out: Iterable[str] = ()) -> Checkpoint:
+        """The same checkpoint with `decoded`, by name, in the place of what they are made of, and without `left_out`.
+
+        What is decoded is not permuted, nor split.
+        """
+        other = copy.copy(self)
+        other._decoded = decoded
+        gone = {name for one in decoded.values() for name in one.stored} | set(left_out)
+        other.tensors = {name: entry for name, entry in self.tensors.items() if name not in gone}
+        other.tensors |= {name: one.entry for name, one in decoded.items()}
+        return other
+
     @property
     def is_permuted(self) -> bool:
         return bool(self._orders)
 
     def refuse_quantized(self) -> None:
         """Raises CheckpointError for a checkpoint whose weights are quantized or packed already."""
-        quantization = self._quantization
+        quantization = self.quantization
         if quantization and not stores_plain_weights(quantization):
             method = quantization.get("quant_method", "an unnamed method")
             raise CheckpointError(
@@ -147,7 +171,8 @@ class Checkpoint:
             )
 
     @property
-    def _quantization(self) -> dict[str, Any]:
+    def quantization(self) -> dict[str, Any]:
+        """The `quantization_config` of config.json; empty where there is none."""
         value = self.config.get("quantization_config") or {}
         if not isinstance(value, dict) or not isinstance(value.get("sparsity_config") or {}, dict):
             raise CheckpointError(f"{self.folder / 'config.json'}: its quantization_config is no object that says how")
@@ -156,7 +181,7 @@ class Checkpoint:
     @property
     def declared_pattern(self) -> str | None:
         """The pattern, as `2:4`, that the checkpoint itself says its weights have."""
-        declared = (self._quantization.get("sparsity_config") or {}).get("sparsity_structure")
+        declared = (self.quantization.get("sparsity_config") or {}).get("sparsity_structure")
         if declared is None and (self.folder / "swiftprune.json").is_file():  # of an export with zeros in place
             declared = (read_json(self.folder / "swiftprune.json").get("settings") or {}).get("pattern")
         return declared if isinstance(declared, str) else None
@@ -187,12 +212,15 @@ class Checkpoint:
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """The named tensors, as read-only views of the mapped file: their pages go when the tensors go.
 
-        Tensors that are permuted, and parts of others, are copies.
+        Tensors that are permuted, parts of others and those that are decoded are copies.
         """
         by_shard: dict[str, list[str]] = {}
-        for name in names:
-            by_shard.setdefault(self.tensors[name].shard, []).append(name)
         tensors = {}
+        for name in names:
+            if name in self._decoded:
+                tensors[name] = self._decoded[name].read()
+                continue
+            by_shard.setdefault(self.tensors[name].shard, []).append(name)
         for shard, members in by_shard.items():
             with _open_shard(self.folder / shard) as file:
                 for name in members:

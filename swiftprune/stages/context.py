@@ -27,6 +27,7 @@ from swiftprune.progress import Notify, ProgressCallback, ignore_message, no_pro
 from swiftprune.results import PrunedBlock, PrunedWeight
 from swiftprune.stages import prepare
 from swiftprune.stages.clock import StageClock
+from swiftprune.stages.compressed_tensors import StoredWeights, declared_format
 from swiftprune.stages.distill import Validation
 from swiftprune.stages.keep import KeepMasks
 from swiftprune.stages.store import BlockStore
@@ -35,6 +36,7 @@ from swiftprune.stages.store import BlockStore
 class Run:
     """One pruning run over one checkpoint. Making it checks settings and headers, before any work.
 
+    `keeps_values` says whether the result may hold 8-bit values that the checkpoint stores as they are.
     `data`, `orders`, `fitted_samples` and `dense_linears` are what a run decides on the way; one that is resumed is
     given those of the run before it. `clock` fills up on the way.
     """
@@ -47,8 +49,18 @@ class Run:
         data: CalibrationData | None = None,
         progress: ProgressCallback = no_progress,
         notify: Notify = ignore_message,
+        keeps_values: bool = True,
     ) -> None:
-        checkpoint.refuse_quantized()
+        self.stored_weights: StoredWeights | None = None
+        """Of a checkpoint that compressed-tensors wrote 2:4."""
+        if declared_format(checkpoint.quantization):
+            self.stored_weights = StoredWeights(checkpoint, settings.dtype)
+            checkpoint = self.stored_weights.checkpoint
+            keeps_values &= self.stored_weights.is_quantized and settings.values in (None, "int8")
+        else:
+            checkpoint.refuse_quantized()
+        self.keeps_values = keeps_values and self.stored_weights is not None
+        """Whether its values go into the result as they are, in 8 bits."""
         self.model, checkpoint = empty_model(checkpoint)
         """On the meta device; blocks are filled in one at a time."""
         self.checkpoint = checkpoint
@@ -56,7 +68,7 @@ class Run:
         self.notify = notify
         self.progress = progress
         self.places = frozenset(self.model.state_dict())
-        kept = prepare.with_keep(checkpoint, settings, notify)
+        kept = prepare.with_keep(checkpoint, settings, notify, self.stored_weights)
         self.settings = prepare.with_what_can_be_had(self.model, kept, notify).resolved()
         self.pattern = Pattern.parse(self.settings.pattern)
         self.method = find_method(self.settings.method)
@@ -83,6 +95,8 @@ class Run:
         prepare.check_memory(self)
         if self.settings.method == KEEP:
             self.targets = prepare.without_violations(self)
+            if self.stored_weights:
+                prepare.decide_values(self, self.stored_weights)
         else:
             prepare.note_sparse_weights(self)
 

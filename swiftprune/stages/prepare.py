@@ -16,6 +16,7 @@ from swiftprune.calibration.text_files import COMPRESSED, ROWS
 from swiftprune.checkpoints.source import Checkpoint
 from swiftprune.config import DTYPES, PruneSettings
 from swiftprune.errors import CheckpointError, SettingsError, TextError
+from swiftprune.formats import spec
 from swiftprune.methods.mask import first_violation
 from swiftprune.methods.scores import KEEP, Method
 from swiftprune.methods.statistics import Needs
@@ -24,14 +25,22 @@ from swiftprune.models.load import context_length
 from swiftprune.models.plan import Targets
 from swiftprune.progress import Notify
 from swiftprune.stages import distill, memory, permute
+from swiftprune.stages.compressed_tensors import StoredWeights
 from swiftprune.stages.keep import violations
 
 if TYPE_CHECKING:
     from swiftprune.stages.context import Run
 
 
-def with_keep(checkpoint: Checkpoint, settings: PruneSettings, notify: Notify) -> PruneSettings:
-    """Weights that are said to have the pattern already are kept, where no method was asked for."""
+def with_keep(
+    checkpoint: Checkpoint, settings: PruneSettings, notify: Notify, stored: StoredWeights | None
+) -> PruneSettings:
+    """Weights that have the pattern already are kept: those that are said to where no method was asked for.
+
+    Those that are `stored` so, and in another form than an engine's, are never pruned anew.
+    """
+    if stored:
+        return _only_kept(checkpoint, settings, notify, stored)
     chosen = settings.method and "method" not in settings.from_preset
     if chosen or settings.mask or checkpoint.declared_pattern != settings.pattern:
         return settings
@@ -40,6 +49,50 @@ def with_keep(checkpoint: Checkpoint, settings: PruneSettings, notify: Notify) -
         "they are; to prune them anew, name another method."
     )
     return settings.model_copy(update={"method": KEEP, "permute": False})
+
+
+def _only_kept(checkpoint: Checkpoint, settings: PruneSettings, notify: Notify, stored: StoredWeights) -> PruneSettings:
+    """Raises SettingsError for what changes weights, or leaves it out where a preset asks for it."""
+    for option, field, asked in (
+        (f"--method {settings.method}", "method", settings.method not in ("", KEEP)),
+        (f"--format {settings.pattern}", "pattern", settings.pattern != spec.FORMAT),
+        ("--mask", "mask", settings.mask),
+        ("--permute", "permute", settings.permute),
+        ("--refine", "refine", settings.refine),
+        ("--sparsity auto", "max_perplexity_ratio", settings.max_perplexity_ratio),
+    ):
+        if asked and field not in settings.from_preset:
+            raise SettingsError(
+                f"{option}: the weights of {checkpoint.folder} are {stored.format} and can only be kept; export them "
+                "with --target dense, and prune what that writes"
+            )
+    dropped = " The quantization of activations is left out." if stored.quantizes_activations else ""
+    notify(f"The weights of the checkpoint are {stored.format}: --method {KEEP} takes them with their masks.{dropped}")
+    left_out = _without_distill(settings) if settings.refine else {}
+    return settings.model_copy(update={"method": KEEP, "permute": False} | left_out)
+
+
+def decide_values(run: Run, stored: StoredWeights) -> None:
+    """Sets `values` where those of the checkpoint can be kept in 8 bits, and says why they cannot."""
+    if not run.keeps_values:
+        return
+    linears = [linear for block in run.targets.blocks for linear in block.linears]
+    reason = None
+    for index, linear in enumerate(linears):
+        run.progress("check values", index, len(linears))
+        if reason := stored.reason_against_8_bits(linear.tensor):
+            break
+    run.progress("check values", len(linears), len(linears))
+    run.keeps_values = reason is None
+    if run.keeps_values:
+        run.settings = run.settings.model_copy(update={"values": "int8"})
+        run.notify("Values and scales stay as they are, in 8 bits.")
+    elif run.settings.values is None:
+        dtype = str(run.stored_dtype(linear)).removeprefix("torch.")
+        run.notify(
+            f"Weights are written in {dtype}: 8-bit values with one bfloat16 scale a row do not hold {linear.name} "
+            f"exactly, since {reason}. --values int8 rounds them."
+        )
 
 
 def with_what_can_be_had(model: nn.Module, settings: PruneSettings, notify: Notify) -> PruneSettings:
@@ -221,7 +274,10 @@ def without_violations(run: Run) -> Targets:
     linears = [linear for block in run.targets.blocks for linear in block.linears]
     if run.masks:
         run.masks.check(linear.tensor for linear in linears)
-    found = dict(violations(run.checkpoint, linears, run.pattern, run.masks, run.progress))
+    if run.stored_weights:
+        found = {linear.name: "stored dense" for linear in linears if not run.stored_weights.is_sparse(linear.tensor)}
+    else:
+        found = dict(violations(run.checkpoint, linears, run.pattern, run.masks, run.progress))
     if found and run.settings.strict:
         name, reason = next(iter(found.items()))
         raise SettingsError(f"--strict: {len(found)} of {len(linears)} linears are not, first {name}: {reason}")

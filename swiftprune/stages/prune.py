@@ -179,7 +179,7 @@ def _prune_block(run: Run, block: Block, runner: BlockRunner | None, tick: Calla
     if runner and "blocks" in run.settings.refine:
         with run.clock("refine blocks"):
             weights = _refine_block(run, block, weights, runner, tick)
-    if run.settings.values and not rounds_last(run.settings):
+    if run.settings.values and not run.keeps_values and not rounds_last(run.settings):
         with run.clock("round values"):
             weights = round_block(run.settings.values, block, weights, stats)
     with run.clock("output error"):
@@ -212,6 +212,8 @@ def _together(run: Run, block: Block, stats: Mapping[str, InputStats]) -> list[l
 
 
 def _prune_linears(run: Run, linears: list[Linear], weights: list[Tensor], stats: InputStats) -> list[PrunedWeight]:
+    if run.stored_weights and run.keeps_values:
+        return [run.stored_weights.packed(linear.tensor) for linear in linears]
     # One that does not fit its new type becomes infinite and is refused.
     weights = [weight.to(run._stored(weight.dtype)) for weight in weights]
     if run.method.factors and "weights" not in run.settings.refine and run.pattern.name == spec.FORMAT:
