@@ -89,6 +89,8 @@ class ExportReport(BaseModel):
     out: str
     source: str
     """The folder of the checkpoint that was pruned."""
+    source_loads: bool
+    """Whether engines load it, to be compared with: not what compressed-tensors wrote 2:4."""
     settings: PruneSettings
     target: Target
     layers: list[LayerResult]
@@ -475,6 +477,7 @@ class _ShardWriter:
         return ExportReport(
             out=str(workspace.out),
             source=str(checkpoint.folder),
+            source_loads=self._run.stored_weights is None,
             settings=self._run.settings,
             target=self._target,
             layers=layers,

@@ -503,7 +503,7 @@ def print_report(report: ExportReport, console: Console) -> None:
     by_session = report.target == "onnx" and report.onnx is not None and not report.onnx.genai
     if command := model_card.SERVED_BY.get(model_card.BY_SESSION if by_session else report.target):
         whole.add_row("next", escape(command.format(folder=report.out)))
-    if report.target == "packed":
+    if report.target == "packed" and report.source_loads:
         whole.add_row("how fast it is", escape(f"swiftprune-bench run {report.out} --baseline {report.source}"))
     if report.hub:
         whole.add_row("pushed to", escape(report.hub))

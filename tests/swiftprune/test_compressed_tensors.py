@@ -224,6 +224,7 @@ def test_what_it_wrote_is_kept(name: str, written: dict[str, Written], tmp_path:
     said: list[str] = []
     report = export(source.folder, tmp_path / "out", PruneSettings(), notify=said.append)
     assert (report.settings.method, report.settings.calibration) == ("keep", "none")
+    assert not report.source_loads
     assert report.settings.values == ("int8" if source.case.is_exact else None)
     assert any(source.case.format in text for text in said)
     assert any("activations is left out" in text for text in said) == bool(source.case.inputs)
