@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PretrainedConfig
 
+from exporters.onnx.last_logits import keep_last
 from exporters.onnx.trace import STANDARD_OPSET, trace
 from exporters.workspace import disk_errors
 from swiftprune.config import DTYPES, DtypeName
@@ -51,8 +52,9 @@ def build_decoder(
     """Writes the causal LM in the folder `checkpoint` (dense) as `out/model.onnx` and `out/model.onnx.data`.
 
     Inputs: `input_ids` (B, T), `attention_mask` (B, past + T), `position_ids` (B, T), all int64, and
-    `past_key_values.I.key` and `.value` (B, heads, past, width), where past may be 0. Outputs: `logits` (B, T, V),
-    `present.I.key` and `.value`. All numbers are in `dtype`; bfloat16 runs on no CPU in ONNX Runtime.
+    `past_key_values.I.key` and `.value` (B, heads, past, width), where past may be 0. Outputs: `logits` (B, 1, V) of each
+    row's last token, (B, T, V) with `standard_ops`; `present.I.key` and `.value`. All numbers are in `dtype`; bfloat16
+    runs on no CPU in ONNX Runtime.
 
     The model builder is used for float32 without `standard_ops` where it covers the model and finds a tokenizer, which
     it copies, with a genai_config.json. Its graph has no `position_ids`, takes a mask with zeros at the end only, and
@@ -139,6 +141,7 @@ def _finish_built(path: Path, head_width: int) -> str:
                 size.dim_value = head_width
     # It adds the commit of whatever repository it is installed in.
     model.producer_version = model.producer_version.partition("+")[0]
+    keep_last(model)
     onnx.save(model, path)
     return str(model.producer_version)
 
@@ -169,6 +172,8 @@ def _keys_and_values(cache: Any) -> list[tuple[Tensor, Tensor]]:
 
 
 def _trace_model(checkpoint: Path, out: Path, dtype: torch.dtype, opset: int, progress: ProgressCallback) -> str:
+    import onnx
+
     progress("build decoder", 0, 3)
     try:
         model: nn.Module = load_whole_model(checkpoint, dtype=dtype)
@@ -182,6 +187,10 @@ def _trace_model(checkpoint: Path, out: Path, dtype: torch.dtype, opset: int, pr
     progress("build decoder", 2, 3)
     with disk_errors(out):
         program.save(out / "model.onnx", external_data=True)
+        if opset == FUSED_OPSET:
+            written = onnx.load(out / "model.onnx", load_external_data=False)
+            keep_last(written)
+            onnx.save(written, out / "model.onnx")
     progress("build decoder", 3, 3)
     return f"torch.onnx {torch.__version__.partition('+')[0]}"
 

@@ -49,6 +49,8 @@ class OnnxModel:
         return [[int(token) for token in row] for row in np.stack(answers, axis=1)]
 
     def score(self, tokens: list[int]) -> Scores:
+        """Reads token by token: decoders give the logits of the last one only."""
         self._decoder.reset()
-        logits = self._decoder.step(np.asarray([tokens], dtype=np.int64))[0]
+        row = np.asarray([tokens], dtype=np.int64)
+        logits = np.concatenate([self._decoder.step(row[:, at : at + 1])[0] for at in range(len(tokens))])
         return scores(torch.from_numpy(logits), tokens)

@@ -170,7 +170,8 @@ def _assert_same_answers(reference: Any, session: Session, tolerance: float) -> 
     """A prompt at once, then greedy tokens one by one."""
     tokens = step = _prompt()
     for _ in range(NEW_TOKENS):
-        expected, found = reference(tokens).logits[:, -step.shape[1] :], session.step(step)
+        found = session.step(step)
+        expected = reference(tokens).logits[:, -found.shape[1] :]
         assert (found - expected).abs().max() < tolerance
         step = expected[:, -1:].argmax(-1)
         assert torch.equal(found[:, -1:].argmax(-1), step)
@@ -221,7 +222,8 @@ def test_files(built: Callable[..., Built], name: str, standard_ops: bool, by: s
         | ({} if by == BUILDER else {"position_ids": step})
         | {f"past_key_values.{name}": ["batch_size", heads, "past_sequence_length", width] for name in cache}
     )
-    assert _shapes(model.graph.output) == {"logits": [*step, models.VOCABULARY]} | {
+    logits = step if standard_ops else ["batch_size", 1]  # of the last token
+    assert _shapes(model.graph.output) == {"logits": [*logits, models.VOCABULARY]} | {
         f"present.{name}": ["batch_size", heads, total, width] for name in cache
     }
 
@@ -237,15 +239,32 @@ def _shapes(values: Any) -> dict[str, list[str | int]]:
 def test_traced_decoders_take_padding_and_chunks(built: Callable[..., Built], name: str, standard_ops: bool) -> None:
     made = built(name, standard_ops)
     reference, session, tokens = made.reference(), Session(made.path), _prompt()
-    chunks = torch.cat([session.step(chunk) for chunk in torch.tensor_split(tokens, (1, 7), dim=1)], dim=1)
-    assert (chunks - reference(tokens).logits).abs().max() < TOLERANCE
+    whole = reference(tokens).logits
+    for part in torch.tensor_split(torch.arange(PROMPT), (1, 7)):
+        found = session.step(tokens[:, part])
+        assert (found - whole[:, part][:, -found.shape[1] :]).abs().max() < TOLERANCE
 
     padded, session = 5, Session(made.path)
     mask = torch.ones_like(tokens)
     mask[1, :padded] = 0
     alone = reference(tokens[1:, padded:]).logits
-    assert (session.step(tokens[:, :-1], mask[:, :-1])[1:, padded:] - alone[:, :-1]).abs().max() < TOLERANCE
+    found = session.step(tokens[:, :-1], mask[:, :-1])[1:, -(PROMPT - 1 - padded) :]
+    assert (found - alone[:, :-1][:, -found.shape[1] :]).abs().max() < TOLERANCE
     assert (session.step(tokens[:, -1:], mask)[1:] - alone[:, -1:]).abs().max() < TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt-neox"])
+@torch.inference_mode()
+def test_logits_are_of_the_last_token_that_the_mask_has(built: Callable[..., Built], name: str) -> None:
+    """Rows of different lengths, padded at the end: each row's own last token."""
+    made = built(name, False)
+    tokens, lengths = _prompt(3), (PROMPT, 4, 11)
+    mask = torch.stack([(torch.arange(PROMPT) < length).long() for length in lengths])
+    found = Session(made.path).step(tokens, mask)
+    assert found.shape == (3, 1, models.VOCABULARY)
+    for row, length in enumerate(lengths):
+        expected = made.reference()(tokens[row : row + 1, :length]).logits[0, -1]
+        assert (found[row, 0] - expected).abs().max() < TOLERANCE
 
 
 @pytest.mark.parametrize(("name", "standard_ops"), [("gpt-neox", False), ("llama", True)])
@@ -309,7 +328,7 @@ def test_dtypes_and_silence(
     assert graph.output[0].type.tensor_type.elem_type == stored
     if dtype == "float16":  # ONNX Runtime's CPU kernels take no bfloat16
         with torch.inference_mode():
-            expected = made.reference()(_prompt()).logits
+            expected = made.reference()(_prompt()).logits[:, -1:]
         assert (Session(made.path).step(_prompt()) - expected).abs().max() < 0.03
 
 
