@@ -52,9 +52,9 @@ def build_decoder(
     """Writes the causal LM in the folder `checkpoint` (dense) as `out/model.onnx` and `out/model.onnx.data`.
 
     Inputs: `input_ids` (B, T), `attention_mask` (B, past + T), `position_ids` (B, T), all int64, and
-    `past_key_values.I.key` and `.value` (B, heads, past, width), where past may be 0. Outputs: `logits` (B, 1, V) of each
-    row's last token, (B, T, V) with `standard_ops`; `present.I.key` and `.value`. All numbers are in `dtype`; bfloat16
-    runs on no CPU in ONNX Runtime.
+    `past_key_values.I.key` and `.value` (B, heads, past, width), where past may be 0. Outputs: `logits` (B, 1, V) of
+    each row's last token, (B, T, V) with `standard_ops`; `present.I.key` and `.value`. All numbers are in `dtype`;
+    bfloat16 runs on no CPU in ONNX Runtime.
 
     The model builder is used for float32 without `standard_ops` where it covers the model and finds a tokenizer, which
     it copies, with a genai_config.json. Its graph has no `position_ids`, takes a mask with zeros at the end only, and
