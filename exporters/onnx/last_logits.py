@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import Any
 
 LOGITS = "logits"
-_HEADS = ("MatMul", "MatMulNBits")
 
 
 def keep_last(model: Any) -> bool:
@@ -20,7 +19,7 @@ def keep_last(model: Any) -> bool:
     graph = model.graph
     producers = {output: node for node in graph.node for output in node.output}
     chain = [producers[LOGITS]]
-    while chain[-1].op_type not in _HEADS:
+    while chain[-1].op_type != "MatMul":
         before = [producers[name] for name in chain[-1].input if name in producers]
         moving = [node for node in before if node.op_type != "Constant"]
         if len(moving) != 1:
