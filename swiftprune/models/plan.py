@@ -111,11 +111,8 @@ def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     causal: Any = model
     decoder = causal.get_decoder() if hasattr(model, "get_decoder") else None
     inside = next((f"{name}." for name, module in model.named_modules() if module is decoder and name), "")
-    lists = [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and name.startswith(inside)
-    ]
+    every = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    lists = [(name, module) for name, module in every if name.startswith(inside)] or every
     outermost = [
         (name, module) for name, module in lists if not any(name.startswith(f"{other}.") for other, _ in lists)
     ]
@@ -272,7 +269,8 @@ def _multiplies_as_linear(module: nn.Linear) -> bool:
         y = functional_call(module, parameters, x)
     except Exception:  # of any type, for inputs of another kind
         return False
-    return bool(torch.allclose(y, F.linear(x, parameters["weight"], parameters.get("bias")), rtol=1e-3, atol=1e-3))
+    wanted = F.linear(x, parameters["weight"], parameters.get("bias"))
+    return isinstance(y, Tensor) and y.shape == wanted.shape and torch.allclose(y, wanted, rtol=1e-3, atol=1e-3)
 
 
 def _stacked(list_name: str, modules: nn.ModuleList) -> dict[str, str]:
