@@ -91,7 +91,7 @@ def separate_experts(model: Any) -> dict[str, Part]:
     """Puts an `Experts` in the place of every module of stacked experts in `model`.
 
     Returns, by name, the parameters that are new, and where in which stacked parameter they were; they share its
-    memory. Modules of experts that transformers has no standard form for stay.
+    memory where rows are not interleaved or turned. Modules of experts in a form that is not standard stay.
     """
     names = _names(model)
     parts: dict[str, Part] = {}
@@ -170,7 +170,8 @@ def _separated(stacked: Any, parts: Mapping[str, Part]) -> Experts:
     for name, part in parts.items():
         assert part.index is not None
         linear, kind = name.split(".")[-2:]
-        tensor = part.of(getattr(stacked, part.tensor.rpartition(".")[2])).detach()
+        # Of interleaved rows a copy: fused optimizers take weights for dense and would step at wrong places.
+        tensor = part.of(getattr(stacked, part.tensor.rpartition(".")[2])).detach().contiguous()
         if kind == "weight":
             rows, cols = tensor.shape
             experts[part.index][linear] = nn.Linear(cols, rows, bias=stacked.has_bias, device="meta")

@@ -15,7 +15,8 @@ from swiftprune.models.experts import separate_experts
 
 
 def as_linears(model: nn.Module) -> dict[str, Part]:
-    """Puts linears in the place of stacked experts and of GPT-2's Conv1D, which share memory with what was there.
+    """Puts linears in the place of stacked experts and of GPT-2's Conv1D, which share memory with what was there
+    where that is in order.
 
     Returns, by name, the parameters that are new, and where in which of the old ones they were.
     """

@@ -27,6 +27,7 @@ from swiftprune.compute import Compute
 from swiftprune.errors import CheckpointError, SettingsError
 from swiftprune.formats.spec import GROUP
 from swiftprune.models.architectures import HEAD_NORMS, ROLES, find_roles
+from swiftprune.models.experts import all_experts
 from swiftprune.models.plan import Block, Targets, decoder_blocks
 from swiftprune.stages.clock import Tick
 from swiftprune.stages.text import calibration_tokens
@@ -135,6 +136,8 @@ def find_permutations(
 
 def check_supported(model: nn.Module) -> None:
     """Raises SettingsError when the architecture is not one whose permutations are known."""
+    if any(all_experts(model)):
+        raise SettingsError("--permute: the permutations of experts are not known; leave it out")
     _Search(model).finish()
 
 
