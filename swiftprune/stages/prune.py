@@ -140,8 +140,8 @@ def _note_starved_experts(run: Run, linears: list[str]) -> None:
     names = list(dict.fromkeys(name.rpartition(".")[0] for name in linears))
     if names:
         run.notify(
-            f"{len(names)} experts were given too few calibration tokens by their routers, first {names[0]}: they were "
-            "calibrated on all tokens (swiftprune.json says which). More --samples route more to them."
+            f"Experts whose routers gave them too few calibration tokens: {len(names)}, first {names[0]}. They were "
+            "calibrated on all tokens (swiftprune.json says which); more --samples route more to them."
         )
 
 
