@@ -27,8 +27,6 @@ import swiftprune.serve.transformers  # noqa: F401 - registers the packed format
 from exporters import export
 from swiftprune.config import PruneSettings
 from swiftprune.errors import SwiftpruneError, first_line
-from swiftprune.kernels.packing import unpack
-from swiftprune.models.linears import as_linears
 from tests import models
 
 TOLERANCE = 2e-2  # relative, of logits in bfloat16
@@ -145,10 +143,8 @@ def try_out(name: str, text: Path, folder: Path) -> Outcome:
     except Exception as error:
         return Outcome(name, "export failed", f"{type(error).__name__}: {first_line(error)}")
     try:
-        packed, dense = load(folder / "packed"), load(source)
-        as_linears(dense)
-        for layer in report.layers:
-            dense.get_submodule(layer.name).weight.data = unpack(packed.get_submodule(layer.name).packed)
+        packed = load(folder / "packed")
+        dense = models.masked_twin(source, packed, [layer.name for layer in report.layers])
         found, expected = logits(packed), logits(dense)
         difference = float((found - expected).norm() / expected.norm())
     except Exception as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,9 @@ from transformers import (
     Qwen3Config,
 )
 
+from swiftprune.kernels.packing import unpack
+from swiftprune.models.linears import as_linears
+
 TEXT = "The pruned weights of a language model leave two of every four inputs. " * 4 + "".join(
     f"Sentence {i} has its own number and the word {'abcdefghij'[i % 10] * (i % 7 + 1)}. " for i in range(400)
 )
@@ -32,6 +36,17 @@ SMALL: dict[str, Any] = {
     "max_position_embeddings": 256,
     "bos_token_id": 0,
     "eos_token_id": 1,
+}
+
+QWEN_EXPERTS: dict[str, Any] = {"num_experts": 8, "num_experts_per_tok": 2}
+DEEPSEEK_EXPERTS: dict[str, Any] = {
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "n_group": 2,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "q_lora_rank": 32,
+    "qk_nope_head_dim": 16,
 }
 
 LLAMA3_ROPE: dict[str, Any] = {
@@ -78,3 +93,12 @@ def write_tokenizer(folder: Path) -> None:
     )
     tokenizer.train_from_iterator([TEXT], trainer)
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
+
+
+def masked_twin(source: Path, packed: Any, linears: Iterable[str]) -> Any:
+    """The dense model of `source`, in fp32, with what the packed one has of its `linears`."""
+    dense = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+    as_linears(dense)
+    for name in linears:
+        dense.get_submodule(name).weight.data = unpack(packed.get_submodule(name).packed)
+    return dense

@@ -12,8 +12,8 @@ from typing import Any
 LOGITS = "logits"
 
 
-def keep_last(model: Any) -> bool:
-    """Changes the ONNX `model` so; `logits` become (B, 1, V). False where its graph does not end in a head."""
+def keep_last(model: Any) -> None:
+    """Changes the ONNX `model` so; `logits` become (B, 1, V). A graph that does not end in a head stays as it is."""
     from onnx import helper
 
     graph = model.graph
@@ -23,7 +23,7 @@ def keep_last(model: Any) -> bool:
         before = [producers[name] for name in chain[-1].input if name in producers]
         moving = [node for node in before if node.op_type != "Constant"]
         if len(moving) != 1:
-            return False
+            return
         chain += moving
     head = chain[-1]
     hidden, taken = head.input[0], "last_hidden_state"
@@ -55,4 +55,3 @@ def keep_last(model: Any) -> bool:
     (logits,) = [output for output in graph.output if output.name == LOGITS]
     logits.type.tensor_type.shape.dim[1].Clear()
     logits.type.tensor_type.shape.dim[1].dim_value = 1
-    return True

@@ -195,12 +195,13 @@ class BlockRunner:
         model routes to them; those that it routes too few to, all tokens.
         """
         before = list(self.hidden), None if self.dense_hidden is None else list(self.dense_hidden)
-        stats = self._observe(block, block.linears, needs, tick, advance=advance)
+        writers = self._residual_writers(block) if needs == "drift" else {}
+        stats = self._observe(block, block.linears, needs, writers, tick, advance=advance)
         if starved := self._starved(block, stats):
             after = self.hidden, self.dense_hidden
             self.hidden, self.dense_hidden = before
             with self._on_all_tokens(block, starved):
-                more = self._observe(block, starved, needs, lambda: None, advance=False)
+                more = self._observe(block, starved, needs, writers, lambda: None, advance=False)
             self.hidden, self.dense_hidden = after
             for each in more.values():
                 each.on_all_tokens = True
@@ -208,9 +209,15 @@ class BlockRunner:
         return stats
 
     def _observe(
-        self, block: Block, linears: list[Linear], needs: Needs, tick: Callable[[], None], *, advance: bool
+        self,
+        block: Block,
+        linears: list[Linear],
+        needs: Needs,
+        writers: Mapping[str, float],
+        tick: Callable[[], None],
+        *,
+        advance: bool,
     ) -> dict[str, InputStats]:
-        writers = self._residual_writers(block) if needs == "drift" else {}
         observer = InputObserver(needs, max(1, SAMPLE_TOKENS // len(self.hidden)), writers)
         experts = list(all_experts(self._modules[block.name]))
         for index, hidden in enumerate(self.hidden):

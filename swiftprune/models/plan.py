@@ -139,6 +139,7 @@ def find_targets(model: nn.Module, checkpoint: Checkpoint, *, ignore: str, group
         ignored.check(name for name, _ in model.named_modules())
     list_name, modules = decoder_blocks(model)
     stacked = _stacked(list_name, modules)
+    plain = _plain_linears(modules)
     parameter_of = parameter_names(model, checkpoint.tensors)
     tensor_of = {parameter: tensor for tensor, parameter in parameter_of.items()}
     _match_tensors(model, checkpoint, tensor_of)
@@ -155,7 +156,7 @@ def find_targets(model: nn.Module, checkpoint: Checkpoint, *, ignore: str, group
                     dense[name] = "it chooses experts"
                 continue
             tensor = tensor_of[f"{name}.weight"]
-            if reason := _dense_reason(name, child, checkpoint, tensor, ignored, group):
+            if reason := _dense_reason(name, child, checkpoint, tensor, ignored, group, plain):
                 dense[name] = reason
             else:
                 linears.append(Linear(name, tensor))
@@ -235,12 +236,18 @@ def _first_reason(dense: dict[str, str]) -> str:
 
 
 def _dense_reason(
-    name: str, module: nn.Linear, checkpoint: Checkpoint, tensor: str, ignored: Ignore, group: int
+    name: str,
+    module: nn.Linear,
+    checkpoint: Checkpoint,
+    tensor: str,
+    ignored: Ignore,
+    group: int,
+    plain: set[type[nn.Linear]],
 ) -> str | None:
     kind = name.rpartition(".")[2]
     if kind in MULTIPLIED_DIRECTLY:
         return "its module multiplies by the weight itself"
-    if not _multiplies_as_linear(module):
+    if type(module) not in plain:
         return f"it is a {type(module).__name__}, which multiplies in a way of its own"
     if kind in ROUTERS:
         return "it chooses experts"
@@ -259,8 +266,19 @@ def _dense_reason(
     return unpackable_reason(entry.shape, entry.dtype) if group == 4 else None
 
 
+def _plain_linears(modules: nn.Module) -> set[type[nn.Linear]]:
+    """The classes of linears that give x W^T + b; of each the smallest linear is asked."""
+    smallest: dict[type[nn.Linear], nn.Linear] = {}
+    for module in modules.modules():
+        if isinstance(module, nn.Linear):
+            known = smallest.setdefault(type(module), module)
+            if module.weight.numel() < known.weight.numel():
+                smallest[type(module)] = module
+    return {kind for kind, module in smallest.items() if _multiplies_as_linear(module)}
+
+
 def _multiplies_as_linear(module: nn.Linear) -> bool:
-    """Whether it gives x W^T + b; those with a forward of their own are asked on numbers."""
+    """Whether it gives x W^T + b; one with a forward of its own is asked on numbers."""
     if type(module).forward is nn.Linear.forward:
         return True
     parameters = {name: torch.randn(parameter.shape) for name, parameter in module.named_parameters()}

@@ -34,23 +34,17 @@ from swiftprune.models.plan import empty_model, find_targets
 from tests import models
 
 _SMALL = models.SMALL | {"num_hidden_layers": 2, "num_key_value_heads": 2}
-_QWEN = _SMALL | {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+_QWEN = _SMALL | models.QWEN_EXPERTS | {"moe_intermediate_size": 32}
 CONFIGS: dict[str, PretrainedConfig] = {
     "mixtral": MixtralConfig(**_SMALL, num_local_experts=4),
     "qwen3-moe": Qwen3MoeConfig(**_QWEN, head_dim=16, mlp_only_layers=[0]),
     "qwen2-moe": Qwen2MoeConfig(**_QWEN, shared_expert_intermediate_size=32),
     "deepseek-v3": DeepseekV3Config(
         **_SMALL | {"num_key_value_heads": 4},
-        n_routed_experts=8,
-        num_experts_per_tok=2,
-        n_group=2,
-        topk_group=1,
-        first_k_dense_replace=1,
+        **models.DEEPSEEK_EXPERTS,
         moe_intermediate_size=32,
-        q_lora_rank=32,
         kv_lora_rank=16,
         qk_rope_head_dim=8,
-        qk_nope_head_dim=16,
         v_head_dim=16,
     ),
     "gpt-oss": GptOssConfig(**_SMALL, head_dim=16, num_local_experts=4, num_experts_per_tok=2, sliding_window=16),
@@ -112,10 +106,7 @@ def test_packed_experts_answer_as_the_same_weights_in_place(
     assert sum(isinstance(module, Linear24) for module in packed.modules()) == len(report.layers)
     if name != "gpt-oss":  # whose checkpoint stacks experts
         assert Checkpoint(tmp_path / "packed").tensors.keys() >= Checkpoint(checkpoint(name)).tensors.keys()
-    dense = load(checkpoint(name))
-    separate_experts(dense)
-    for layer in report.layers:
-        dense.get_submodule(layer.name).weight.data = unpack(packed.get_submodule(layer.name).packed)
+    dense = models.masked_twin(checkpoint(name), packed, [layer.name for layer in report.layers])
     torch.testing.assert_close(logits(packed), logits(dense), rtol=1e-5, atol=1e-5)
 
 

@@ -17,21 +17,13 @@ from tests.vllm.engine import PROMPTS, ROUNDED, TOKENS, TOLERANCE, ask, assert_s
 _SIZE = models.SMALL | {"hidden_size": 128, "num_hidden_layers": 2, "num_key_value_heads": 2, "head_dim": 32}
 CONFIGS: dict[str, PretrainedConfig] = {
     "mixtral": MixtralConfig(**_SIZE | {"intermediate_size": 128}, num_local_experts=4),
-    "qwen3-moe": Qwen3MoeConfig(
-        **_SIZE, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=64, mlp_only_layers=[0]
-    ),
+    "qwen3-moe": Qwen3MoeConfig(**_SIZE, **models.QWEN_EXPERTS, moe_intermediate_size=64, mlp_only_layers=[0]),
     "deepseek-v3": DeepseekV3Config(
         **_SIZE | {"num_key_value_heads": 4},
-        n_routed_experts=8,
-        num_experts_per_tok=2,
-        n_group=2,
-        topk_group=1,
-        first_k_dense_replace=1,
+        **models.DEEPSEEK_EXPERTS,
         moe_intermediate_size=64,
-        q_lora_rank=32,
         kv_lora_rank=512,  # the one size that vLLM's attention on CPUs has
         qk_rope_head_dim=64,
-        qk_nope_head_dim=16,
         v_head_dim=32,
         topk_method="noaux_tc",  # which the model's own config.json says, and vLLM reads
         scoring_func="sigmoid",

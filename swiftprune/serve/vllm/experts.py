@@ -18,9 +18,9 @@ from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.utils import set_weight_attrs
 
 from swiftprune.errors import FormatError
-from swiftprune.formats.spec import GROUP, METADATA_SUFFIX, SCALE_DTYPE, SCALE_SUFFIX, SCALED_INPUTS, WeightSpec
+from swiftprune.formats.spec import METADATA_SUFFIX, SCALE_DTYPE, SCALE_SUFFIX, WeightSpec
 from swiftprune.kernels.linear import Linear24
-from swiftprune.serve.vllm.parameters import GROUPS_PER_BYTE, explained, packed_from
+from swiftprune.serve.vllm.parameters import check_share, explained, packed_from
 
 if TYPE_CHECKING:
     from swiftprune.serve.vllm.quantization import SwiftpruneConfig
@@ -63,12 +63,7 @@ class SwiftpruneExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
         **_: Any,
     ) -> None:
         inner = intermediate_size_per_partition
-        together = SCALED_INPUTS if self.config.values == "int4" else GROUPS_PER_BYTE * GROUP
-        if self.moe.moe_parallel_config.tp_size > 1 and inner % together:
-            raise FormatError(
-                f"{self.prefix}: a share of {inner} inputs cannot be cut out of a packed weight; shares must be "
-                f"multiples of {together}: use another --tensor-parallel-size"
-            )
+        check_share(self.prefix, inner, inner * self.moe.moe_parallel_config.tp_size, self.config.values)
         self._dtype = params_dtype
         shapes = {_UP: ((2 if self.moe.is_act_and_mul else 1) * inner, hidden_size), _DOWN: (hidden_size, inner)}
         for name, shape in shapes.items():

@@ -9,9 +9,19 @@ import torch
 from torch import Tensor
 
 from swiftprune.errors import FormatError
-from swiftprune.formats.spec import GROUP, Packed24
+from swiftprune.formats.spec import GROUP, SCALED_INPUTS, Packed24, Quantized
 
 GROUPS_PER_BYTE = 2
+
+
+def check_share(prefix: str, inputs: int, whole: int, values: Quantized | None) -> None:
+    """Raises FormatError where a device's share of so many of a weight's `whole` inputs cannot be cut out of it."""
+    together = SCALED_INPUTS if values == "int4" else GROUP * GROUPS_PER_BYTE
+    if inputs % GROUP or (inputs != whole and inputs % together):
+        raise FormatError(
+            f"{prefix}: a share of {inputs} of its {whole} inputs cannot be cut out of the packed weight; "
+            f"shares must be multiples of {together}: use another --tensor-parallel-size"
+        )
 
 
 def packed_from(tensors: Sequence[Tensor]) -> Packed24:

@@ -42,7 +42,6 @@ from swiftprune.formats.spec import (
     QUANT_METHOD,
     SCALE_DTYPE,
     SCALE_SUFFIX,
-    SCALED_INPUTS,
     Quantized,
     WeightSpec,
 )
@@ -51,7 +50,14 @@ from swiftprune.kernels.dense8 import check_rows, dequantize_rows, multiply_rows
 from swiftprune.kernels.linear import Linear24
 from swiftprune.serve.stored import check_stored
 from swiftprune.serve.vllm.experts import SwiftpruneExpertsMethod
-from swiftprune.serve.vllm.parameters import GROUPS_PER_BYTE, explained, holds_random_weights, of_its_type, packed_from
+from swiftprune.serve.vllm.parameters import (
+    GROUPS_PER_BYTE,
+    check_share,
+    explained,
+    holds_random_weights,
+    of_its_type,
+    packed_from,
+)
 
 # Only children of the logger `vllm` show.
 logger = init_logger("vllm.swiftprune")
@@ -207,12 +213,7 @@ class SwiftpruneLinearMethod(LinearMethodBase):  # type: ignore[misc]
         **_: Any,
     ) -> None:
         rows, cols = sum(output_partition_sizes), input_size_per_partition
-        together = SCALED_INPUTS if self.config.values == "int4" else GROUP * GROUPS_PER_BYTE
-        if cols % GROUP or (cols != input_size and cols % together):
-            raise FormatError(
-                f"{self.prefix}: a share of {cols} of its {input_size} inputs cannot be cut out of the packed weight; "
-                f"shares must be multiples of {together}: use another --tensor-parallel-size"
-            )
+        check_share(self.prefix, cols, input_size, self.config.values)
         weight = WeightSpec((rows, cols), params_dtype, self.config.values)
         shape, dtype = weight.values
         values = torch.empty(shape, dtype=dtype)
