@@ -631,7 +631,6 @@ def _evaluate(
 
     On a GPU packed weights are unpacked for every call: what is measured is the model, not a kernel.
     """
-    import swiftprune.serve.transformers  # noqa: F401 - registers the packed format
 
     def load(folder: Path) -> Any:
         model = load_whole_model(folder, checkpoint.parameter_count, trust_remote_code=checkpoint.trust_remote_code)

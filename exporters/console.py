@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import platform
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from importlib import metadata
 from types import FrameType
 
 from rich.console import Console
@@ -24,6 +26,7 @@ from rich.progress import (
 )
 from rich.progress import Progress as RichProgress
 
+from swiftprune import __version__
 from swiftprune.errors import SwiftpruneError
 
 _SECONDS_BETWEEN_LINES = 15
@@ -89,7 +92,10 @@ class ProgressBars:
 
 
 def run(app: Callable[[], object]) -> None:
-    """Runs a command-line app with swiftprune's logging, error messages and exit codes."""
+    """Runs a command-line app with swiftprune's logging, error messages and exit codes, and `--version`."""
+    if sys.argv[1:] == ["--version"]:
+        print(f"swiftprune {__version__}, Python {platform.python_version()}, " + ", ".join(_installed()))
+        return
     console = make_console(stderr=True)
     handler = RichHandler(console=console, show_path=False, show_time=False)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
@@ -98,6 +104,13 @@ def run(app: Callable[[], object]) -> None:
     except SwiftpruneError as error:
         console.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(error.exit_code)
+
+
+def _installed() -> Iterator[str]:
+    """What a bug report needs to name."""
+    for package in ("torch", "transformers", "onnxruntime", "vllm"):
+        with suppress(metadata.PackageNotFoundError):
+            yield f"{package} {metadata.version(package)}"
 
 
 @contextmanager

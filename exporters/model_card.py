@@ -28,7 +28,7 @@ SERVED_BY = {
 _TRANSFORMERS = """In transformers, with swiftprune installed:
 
 ```python
-import swiftprune.serve.transformers  # registers the format
+import swiftprune  # registers the format
 from transformers import AutoModelForCausalLM
 
 model = AutoModelForCausalLM.from_pretrained("{folder}")

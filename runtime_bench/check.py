@@ -14,7 +14,6 @@ import torch
 from torch import nn
 from transformers.utils.logging import disable_progress_bar
 
-import swiftprune.serve.transformers  # noqa: F401 - registers the packed format
 from runtime_bench.results import Check
 from swiftprune.kernels.linear import Linear24
 from swiftprune.kernels.packing import unpack

@@ -18,7 +18,6 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoTokenizer
 
-import swiftprune.serve.transformers  # noqa: F401 - registers the packed format
 from exporters import ExportReport, export
 from exporters.cli import print_report
 from runtime_bench import conditions, demo_data, onednn

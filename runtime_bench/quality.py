@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
-import swiftprune.serve.transformers  # noqa: F401 - registers the packed format
 from runtime_bench.results import SIDES, Quality
 from swiftprune.calibration.text import load_tokenizer, token_windows
 from swiftprune.calibration.text_files import read_text

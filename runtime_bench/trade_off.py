@@ -13,7 +13,6 @@ from typing import Any, Literal, Self
 import torch
 from pydantic import Field, TypeAdapter, model_validator
 
-import swiftprune.serve.transformers  # noqa: F401 - registers the packed format
 from exporters import export
 from exporters.checkpoint import Target
 from runtime_bench import results

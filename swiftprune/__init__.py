@@ -5,13 +5,16 @@
         print(done.block.name, [layer.output_error for layer in done.results])
 
 `prune` gives pruned weights block by block; `exporters.export` writes a checkpoint that engines load. `prune_module`
-prunes any other torch module in place. Names are imported on first use, so that `import swiftprune` stays quick.
+prunes any other torch module in place. transformers loads packed checkpoints once `swiftprune` is imported. Names are
+imported on first use, so that `import swiftprune` stays quick.
 """
 
 from __future__ import annotations
 
 import importlib
 from typing import TYPE_CHECKING, Any
+
+from swiftprune.serve.on_import import register_with_transformers
 
 if TYPE_CHECKING:
     from swiftprune.config import PruneSettings
@@ -56,3 +59,6 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'swiftprune' has no attribute {name!r}")
     return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+register_with_transformers()

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from transformers.generation.streamers import BaseStreamer
 
-import swiftprune.serve.transformers  # noqa: F401 - registers the packed format
 from runtime_bench import onednn
 from runtime_bench.engines import Options, Scores, scores
 from swiftprune.kernels.dispatch import DENSE

@@ -1,20 +1,15 @@
-"""Packed checkpoints in Hugging Face transformers. Importing this module registers the format:
+"""Packed checkpoints in Hugging Face transformers. `import swiftprune` registers the format:
 
->>> import swiftprune.serve.transformers
+>>> import swiftprune
 >>> model = transformers.AutoModelForCausalLM.from_pretrained("./my-model-2of4")  # doctest: +SKIP
 
 Without that import transformers stops with a shape mismatch, or says `Unknown quantization type, got swiftprune`; it
-never runs on wrong weights. For tools that import nothing of their user's, run them through this module:
-
-    python -m swiftprune.serve.transformers lm_eval --model hf --model_args pretrained=./my-model-2of4 --tasks arc_easy
+never runs on wrong weights. Tools that import nothing of their user's are run by `python -m swiftprune`.
 """
 
 from __future__ import annotations
 
 import logging
-import runpy
-import shutil
-import sys
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -208,18 +203,3 @@ def _check_ends(model: nn.Module) -> None:
                     "%s is made dense on %s: only CPUs multiply by 8-bit heads here", name, module.weight.device
                 )
                 model.set_submodule(name, module.to_dense())
-
-
-def run(command: str, arguments: list[str]) -> None:
-    """Runs a Python tool, by the name that a shell finds it by, in this process, where the format is registered."""
-    path = shutil.which(command)
-    if path is None and not Path(command).is_file():
-        sys.exit(f"{command}: no such command; give the name of a tool that is written in Python, or of a script")
-    sys.argv = [command, *arguments]
-    runpy.run_path(path or command, run_name="__main__")
-
-
-if __name__ == "__main__":
-    if len(sys.argv) < 2:
-        sys.exit("usage: python -m swiftprune.serve.transformers COMMAND [ARGUMENTS], lm_eval say")
-    run(sys.argv[1], sys.argv[2:])

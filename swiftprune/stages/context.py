@@ -92,6 +92,7 @@ class Run:
         self.settings = prepare.with_conversations(self)
         prepare.check_head(self)
         prepare.check_length(self)
+        prepare.note_few_tokens(self)
         prepare.check_memory(self)
         if self.settings.method == KEEP:
             self.targets = prepare.without_violations(self)

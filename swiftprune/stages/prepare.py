@@ -212,6 +212,23 @@ def check_length(run: Run) -> None:
         raise SettingsError(f"--seqlen {s.seqlen}: by its config.json the model takes {longest} tokens")
 
 
+def note_few_tokens(run: Run) -> None:
+    """Weights are solved for with (K, K) sums over tokens, which fewer than K tokens leave undetermined.
+
+    Experts are left out: each gets its own share of tokens, and the run says where that was too little.
+    """
+    if run.needs not in ("gram", "drift"):
+        return
+    tokens = (run.settings.samples + (run.settings.conversations or 0)) * run.settings.seqlen
+    linears = (linear for block in run.targets.blocks for linear in block.linears if ".experts." not in linear.name)
+    widest = max(linears, key=lambda linear: run.checkpoint.tensors[linear.tensor].shape[1], default=None)
+    if widest and tokens < (inputs := run.checkpoint.tensors[widest.tensor].shape[1]):
+        run.notify(
+            f"{tokens:,} calibration tokens are fewer than the {inputs:,} inputs of {widest.name}: what is solved for "
+            "fits these tokens and little else; give more --samples or a longer --seqlen."
+        )
+
+
 def check_memory(run: Run) -> None:
     """Stages that need the whole model say what they need before any work, and stop where that is not there."""
     s, count = run.settings, run.checkpoint.parameter_count

@@ -29,8 +29,8 @@ from transformers import (
     Mistral3Config,
 )
 
-import swiftprune.serve.transformers  # noqa: F401 - registers the packed format
 from exporters import export
+from swiftprune.__main__ import run as run_tool
 from swiftprune.checkpoints.source import Checkpoint
 from swiftprune.config import PruneSettings, make_settings
 from swiftprune.errors import CheckpointError, SettingsError
@@ -396,25 +396,32 @@ def test_the_limit_of_the_process_counts() -> None:
     assert 0 < found < 2_500_000_000
 
 
-TOOL = """
-import sys
-from transformers import AutoModelForCausalLM
-print(type(AutoModelForCausalLM.from_pretrained(sys.argv[1]).model.layers[0].mlp.up_proj).__name__, sys.argv[2:])
-"""
+LOAD = (
+    "print(type(AutoModelForCausalLM.from_pretrained(sys.argv[1]).model.layers[0].mlp.up_proj).__name__, sys.argv[2:])"
+)
 
 
-def test_tools_that_know_nothing_of_the_format_run_through_a_module(
-    tiny_models: Callable[[str], Path], tmp_path: Path
+@pytest.mark.parametrize(
+    ("options", "imports"),
+    [
+        (
+            ["-m", "swiftprune"],
+            "from transformers import AutoModelForCausalLM",
+        ),  # a tool that knows nothing of the format
+        ([], "import swiftprune; from transformers import AutoModelForCausalLM"),
+        ([], "from transformers import AutoModelForCausalLM; AutoModelForCausalLM.from_config; import swiftprune"),
+    ],
+)
+def test_importing_swiftprune_is_all_that_loading_needs(
+    options: list[str], imports: str, tiny_models: Callable[[str], Path], tmp_path: Path
 ) -> None:
     export(tiny_models("llama-gqa-tied"), tmp_path / "out", NO_DATA)
-    (tmp_path / "tool.py").write_text(TOOL)
-    start = [sys.executable, "-m", "swiftprune.serve.transformers"]
-    run = subprocess.run(
-        [*start, str(tmp_path / "tool.py"), str(tmp_path / "out"), "--more"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    (tmp_path / "tool.py").write_text(f"import sys; {imports}\n{LOAD}\n")
+    command = [sys.executable, *options, str(tmp_path / "tool.py"), str(tmp_path / "out"), "--more"]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
     assert run.stdout == "Linear24 ['--more']\n", run.stderr
-    run = subprocess.run([*start, "no-such-tool"], capture_output=True, text=True, check=False)
-    assert "no-such-tool: no such command" in run.stderr
+
+
+def test_tools_to_run_must_be_there() -> None:
+    with pytest.raises(SystemExit, match="no-such-tool: no such command"):
+        run_tool("no-such-tool", [])

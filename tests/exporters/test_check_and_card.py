@@ -12,7 +12,6 @@ import torch
 from huggingface_hub.repocard import metadata_load
 from typer.testing import CliRunner, Result
 
-import swiftprune.serve.transformers  # noqa: F401 - registers the packed format
 from exporters import export
 from exporters.checkpoint import Target
 from exporters.info import app, describe
@@ -203,3 +202,15 @@ def test_info_on_the_command_line(tiny_models: Callable[[str], Path], settings: 
     missing = run(str(tmp_path / "nowhere"))
     assert isinstance(missing.exception, CheckpointError)
     assert "config.json: missing; is" in str(missing.exception)
+
+
+def test_too_few_tokens_to_solve_for_weights_are_said(
+    tiny_models: Callable[[str], Path], text_file: Path, tmp_path: Path
+) -> None:
+    said: list[str] = []
+    model = tiny_models("llama-gqa-tied")
+    widest = json.loads((model / "config.json").read_text())["intermediate_size"]
+    for seqlen, told in ((widest // 4, 0), (widest // 4 - 1, 1)):
+        settings = PruneSettings(calibration=str(text_file), samples=4, seqlen=seqlen, conversations=0)
+        export(model, tmp_path / str(seqlen), settings, notify=said.append)
+        assert sum("down_proj: what is solved for fits these tokens" in text for text in said) == told

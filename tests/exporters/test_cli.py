@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+import swiftprune
 from exporters import cli
 from exporters.console import ProgressBars
 
@@ -46,6 +47,14 @@ def test_help_teaches() -> None:
     assert run.returncode == 0
     for word in ("--calibration", "--target", "sparsegpt", "Examples", "swiftprune-export ./my-model", "Exit codes"):
         assert word in run.stdout
+
+
+def test_version_names_what_a_bug_report_needs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", [EXPORT, "--version"])
+    cli.main()
+    assert capsys.readouterr().out.startswith(f"swiftprune {swiftprune.__version__}, Python 3.")
 
 
 def test_an_export_ends_with_tables(

@@ -15,7 +15,6 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import swiftprune.serve.onnxruntime
-import swiftprune.serve.transformers
 from exporters import export
 from exporters.cli import app
 from swiftprune.config import PruneSettings

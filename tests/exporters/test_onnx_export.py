@@ -18,7 +18,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 import swiftprune.serve.onnxruntime
-import swiftprune.serve.transformers
 from exporters import export
 from exporters.onnx import check_weights
 from exporters.onnx.cli import app

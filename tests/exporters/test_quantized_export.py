@@ -13,7 +13,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-import swiftprune.serve.transformers  # noqa: F401 - registers the format
 from exporters import export
 from exporters.info import describe
 from swiftprune import PruneSettings, prune, unpack

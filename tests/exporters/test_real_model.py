@@ -9,7 +9,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import swiftprune.serve.transformers  # noqa: F401 - registers the packed format
 from exporters import export
 from runtime_bench import demo_data
 from swiftprune.calibration.text import load_tokenizer, token_windows

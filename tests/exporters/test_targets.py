@@ -14,7 +14,6 @@ from torch.sparse import SparseSemiStructuredTensorCUTLASS
 from torch.sparse._semi_structured_conversions import sparse_semi_structured_from_dense_cutlass
 from transformers import AutoModelForCausalLM
 
-import swiftprune.serve.transformers  # noqa: F401 - registers the packed format
 from exporters import Target, export, torch_sparse
 from swiftprune.checkpoints.source import Checkpoint
 from swiftprune.config import PruneSettings

@@ -18,7 +18,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-import swiftprune.serve.transformers  # noqa: F401 - registers the packed format
 from exporters import export
 from exporters.info import describe
 from swiftprune import PruneSettings, unpack

@@ -21,7 +21,6 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-import swiftprune.serve.transformers  # noqa: F401 - registers the packed format
 from exporters import export
 from swiftprune.calibration.runner import BlockRunner
 from swiftprune.checkpoints.source import Checkpoint

@@ -28,7 +28,6 @@ from transformers import (
     Starcoder2Config,
 )
 
-import swiftprune.serve.transformers  # noqa: F401 - registers the packed format
 from exporters import export
 from swiftprune.calibration.data import CalibrationData, calibration_data
 from swiftprune.calibration.runner import BlockRunner

@@ -13,7 +13,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, Gemma3TextConfig
 
-import swiftprune.serve.transformers
 from exporters import export
 from exporters.info import describe
 from swiftprune.config import PruneSettings
@@ -195,6 +194,3 @@ def test_damaged_heads(tiny_models: Callable[[str], Path], tmp_path: Path) -> No
         config.replace('"head": "int8"', '"none": 0').replace('"version": 3', '"version": 2')
     )
     refused({}, "holds model.embed_tokens.weight in 8 bits, but config.json says nothing")
-
-
-assert swiftprune.serve.transformers
