@@ -8,6 +8,7 @@ for. Masters and Adam's moments are float32; products are computed in the type a
 
 from __future__ import annotations
 
+import copy
 import functools
 import itertools
 import math
@@ -27,6 +28,8 @@ from swiftprune.errors import CheckpointError, SettingsError, first_line
 from swiftprune.formats.spec import SCALE_DTYPE, SCALED_INPUTS, Packed24
 from swiftprune.kernels import packing
 from swiftprune.kernels.quantize import of_each_input
+from swiftprune.models.attention import use_short_window_attention
+from swiftprune.models.masked_linear import train_kept
 from swiftprune.models.plan import Block
 from swiftprune.progress import ProgressCallback, no_progress
 from swiftprune.results import PrunedBlock, PrunedWeight, layer_result
@@ -52,8 +55,12 @@ VALIDATIONS = 10
 MIN_STEPS_BETWEEN_EVALS = 8
 # Validations in a row without a new lowest divergence, after which it stops.
 PATIENCE = 3
-# Logits in memory at a time: 16 MiB in fp32, which caches hold, and the same again for the teacher's.
+# Logits in memory at a time, and the same again for the teacher's.
 _CHUNK_LOGITS = 1 << 22
+# Of these, rows that are float32 at a time, so that caches hold all that is made of them.
+_ROWS = 8
+# Of what enters the teacher's head, at most so much is kept for when the text comes around again.
+_SEEN_BYTES = 500_000_000
 _SAVE_SECONDS = 60.0
 # Of the minutes to train, what scales and norms are tuned for once values are rounded.
 TUNING_SHARE = 0.25
@@ -65,12 +72,12 @@ def memory_bytes(parameters: int, pruned: int, compute: torch.dtype, *, quantize
     """About what distilling a model of so many parameters takes, of which so many are in pruned linears.
 
     Both models, then of each pruned weight its gradient, Adam's two moments, its best value, its mask, what autograd
-    keeps of it in the type that is computed in, and what it is rounded from; activations of a step and chunks of logits
-    come on top.
+    and itself in the type that is computed in, and what it is rounded from; activations of a step, chunks of logits and
+    what the teacher gave come on top.
     """
-    kept_by_autograd = 0 if compute == torch.float32 else compute.itemsize
-    per_pruned = 4 + 8 + 4 + 1 + kept_by_autograd + (4 if quantized else 0)
-    return parameters * (4 + compute.itemsize) + pruned * per_pruned + ACTIVATION_BYTES
+    cast = 0 if compute == torch.float32 else compute.itemsize
+    per_pruned = 4 + 8 + 4 + compute.itemsize + cast + (4 if quantized else 0)
+    return parameters * (4 + compute.itemsize) + pruned * per_pruned + ACTIVATION_BYTES + _SEEN_BYTES
 
 
 def check_supported(model: Any) -> None:
@@ -257,12 +264,15 @@ class Distillation:
         held_back = min(VALIDATION_WINDOWS, max(1, int(len(tokens) * VALIDATION_SHARE)))
         self._train, self._held_back = tokens[:-held_back], tokens[-held_back:]
         self._student, self._teacher = student, teacher.requires_grad_(False)
+        self._teachers_head = teacher.get_output_embeddings()
         self._compute = compute or Compute()
         self._seed = seed
         self._store = store
         self._progress = progress
         self._scaled = scaled
         self._learning_rate = LEARNING_RATE if learning_rate is None else learning_rate
+        for model in (student, teacher):
+            use_short_window_attention(model)
         self._in_model = self._trainable(keep_masks, within)
         self._trained = {
             name: scaled[name].factors if name in scaled else parameter for name, parameter in self._in_model.items()
@@ -272,6 +282,8 @@ class Distillation:
         self._steps = 0
         self._minutes = 0.0
         self._best: dict[str, Tensor] = {}
+        self._seen: dict[int, Tensor] = {}
+        """By window, what enters the teacher's head."""
         self.validations: list[Validation] = []
         self._load()
 
@@ -282,7 +294,8 @@ class Distillation:
             if name in keep_masks or name in self._scaled or (parameter.ndim == 1 and name.startswith(within)):
                 trained[name] = parameter.requires_grad_(True)
             if name in keep_masks:
-                parameter.register_hook(functools.partial(torch.mul, keep_masks[name].to(parameter.device)))
+                linear = self._student.get_submodule(name.rpartition(".")[0])
+                train_kept(linear, keep_masks[name], self._compute)
         return trained
 
     def run(self, budget: Budget) -> list[Validation]:
@@ -327,16 +340,16 @@ class Distillation:
         return len(self.validations) - 1 - lowest >= PATIENCE
 
     def _batches(self) -> Iterator[Tensor]:
-        """Windows in a new random order each time around, from where the steps taken so far have left off."""
+        """Indices of windows in a new random order each time around, from where the steps so far have left off."""
         size = max(1, BATCH_TOKENS // self._train.shape[1])
         for count in itertools.count(self._steps):
             around, index = divmod(count * size, len(self._train) // size * size or 1)
             generator = torch.Generator().manual_seed(self._seed + around)
-            yield self._train[torch.randperm(len(self._train), generator=generator)[index : index + size]]
+            yield torch.randperm(len(self._train), generator=generator)[index : index + size]
 
-    def _step(self, batch: Tensor, learning_rate: float) -> None:
-        target = self._hidden(self._teacher, batch)
-        hidden = self._hidden(self._student, batch)
+    def _step(self, windows: Tensor, learning_rate: float) -> None:
+        target = self._target(windows)
+        hidden = self._hidden(self._student, self._train[windows])
         loss, gradient = self._divergence(hidden.detach(), target)
         if not math.isfinite(loss):
             raise CheckpointError(
@@ -355,6 +368,21 @@ class Distillation:
         self._adam.zero_grad(set_to_none=True)
         self._scale()
 
+    def _target(self, windows: Tensor) -> Tensor:
+        """(tokens, H): what enters the teacher's head.
+
+        Each window by itself, and kept for when it comes around again, so that a run that was stopped and has kept
+        nothing goes on to the same bits.
+        """
+        found = []
+        for window in windows.tolist():
+            if (hidden := self._seen.get(window)) is None:
+                hidden = self._hidden(self._teacher, self._train[[window]])
+                if (len(self._seen) + 1) * hidden.nbytes <= _SEEN_BYTES:
+                    self._seen[window] = hidden.to("cpu", self._compute.dtype)
+            found.append(hidden.to(self._teacher.device, torch.float32))
+        return torch.cat(found)
+
     def _hidden(self, model: Any, batch: Tensor) -> Tensor:
         """(tokens, H) fp32: what enters the head."""
         training = model is self._student and torch.is_grad_enabled()
@@ -366,10 +394,16 @@ class Distillation:
     def _autocast(self) -> torch.autocast:
         return self._compute.autocast()
 
-    def _log_probabilities(self, model: Any, hidden: Tensor) -> Tensor:
+    @functools.cached_property
+    def _head(self) -> nn.Linear:
+        """The student's, which is not trained: made once of the type that is computed in, not for every chunk."""
+        head: nn.Linear = copy.deepcopy(self._student.get_output_embeddings()).to(self._compute.dtype)
+        return head
+
+    def _logits(self, head: nn.Linear, hidden: Tensor) -> Tensor:
         with self._autocast():
-            logits: Tensor = model.get_output_embeddings()(hidden)
-        return logits.float().log_softmax(-1)
+            logits: Tensor = head(hidden)
+        return logits
 
     @torch.no_grad()
     def _divergence(self, hidden: Tensor, target: Tensor) -> tuple[float, Tensor]:
@@ -378,15 +412,16 @@ class Distillation:
         By its logits that gradient is the student's probability less the teacher's, so it needs no graph.
         """
         gradient = torch.empty_like(hidden)
-        head: Tensor = self._student.get_output_embeddings().weight
         total = 0.0
         for rows in self._chunks(len(hidden)):
-            wanted = self._log_probabilities(self._teacher, target[rows])
-            given = self._log_probabilities(self._student, hidden[rows])
-            probability = wanted.exp()
-            total += float(torch.dot(probability.flatten(), wanted.sub_(given).flatten()))
-            with self._autocast():
-                gradient[rows] = given.exp_().sub_(probability) @ head
+            wanted, given = self._logits(self._teachers_head, target[rows]), self._logits(self._head, hidden[rows])
+            for of_teacher, of_student in zip(torch.split(wanted, _ROWS), torch.split(given, _ROWS), strict=True):
+                log_wanted = of_teacher.float().log_softmax(-1)
+                log_given = of_student.float().log_softmax(-1)
+                probability = log_wanted.exp()
+                total += float(torch.dot(probability.flatten(), log_wanted.sub_(log_given).flatten()))
+                of_student.copy_(log_given.exp_().sub_(probability))
+            gradient[rows] = given @ self._head.weight
         return total / len(hidden), gradient.div_(len(hidden))
 
     def _chunks(self, tokens: int) -> Iterator[slice]:
@@ -405,8 +440,8 @@ class Distillation:
             hidden = self._hidden(self._student, window[None])
             following = window[1:].to(hidden.device)
             for rows in self._chunks(len(hidden) - 1):
-                log_probabilities = self._log_probabilities(self._student, hidden[:-1][rows])
-                wanted = self._log_probabilities(self._teacher, target[:-1][rows])
+                log_probabilities = self._logits(self._head, hidden[:-1][rows]).float().log_softmax(-1)
+                wanted = self._logits(self._teachers_head, target[:-1][rows]).float().log_softmax(-1)
                 divergence += float(F.kl_div(log_probabilities, wanted, reduction="sum", log_target=True))
                 likelihood += float(F.nll_loss(log_probabilities, following[rows], reduction="sum"))
         count = len(self._held_back) * (self._held_back.shape[1] - 1)
@@ -421,7 +456,7 @@ class Distillation:
         window = self._held_back[:1]
         with self._autocast():
             logits = self._teacher(input_ids=window.to(self._teacher.device), use_cache=False).logits[0].float()
-        ours = self._log_probabilities(self._teacher, self._targets[0])
+        ours = self._logits(self._teachers_head, self._targets[0]).float().log_softmax(-1)
         if not torch.allclose(logits.log_softmax(-1), ours, atol=0.05, rtol=0.05):
             raise _changes_its_logits(self._teacher)
 
