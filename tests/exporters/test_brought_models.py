@@ -376,7 +376,7 @@ def test_a_stage_that_does_not_fit_into_memory_is_refused_before_any_work(
     folder, said = tiny_models("llama-gqa-tied"), list[str]()
     given: dict[str, Any] = {"calibration": str(text_file), "samples": 4, "seqlen": 32}
     monkeypatch.setattr(memory, "available_bytes", lambda compute: 100_000_000)
-    with pytest.raises(SettingsError, match=r"--refine distill needs about 0\.8 GB of memory, and 0\.1 GB are free"):
+    with pytest.raises(SettingsError, match=r"--refine distill needs about 1\.3 GB of memory, and 0\.1 GB are free"):
         Run(Checkpoint(folder), PruneSettings(method="wanda", refine=("distill",), steps=2, **given))
     left = Run(Checkpoint(folder), make_settings("balanced", given), notify=said.append)
     assert (left.settings.refine, left.settings.minutes) == ((), None)
