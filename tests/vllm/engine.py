@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm import LLM, SamplingParams
+from vllm.distributed.parallel_state import destroy_distributed_environment, destroy_model_parallel
 from vllm.lora.request import LoRARequest
 
 TOKENS = 16
@@ -36,6 +37,9 @@ class Answer:
 
 @contextmanager
 def engine(folder: Path, **options: Any) -> Iterator[LLM]:
+    # An engine that was refused while it started leaves its groups behind, and none of experts if it had none.
+    destroy_model_parallel()
+    destroy_distributed_environment()
     llm = LLM(str(folder), **({"enforce_eager": True} | LIMITS | options))
     try:
         yield llm
