@@ -7,7 +7,7 @@ import platform
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from importlib import metadata
 from types import FrameType
@@ -94,7 +94,9 @@ class ProgressBars:
 def run(app: Callable[[], object]) -> None:
     """Runs a command-line app with swiftprune's logging, error messages and exit codes, and `--version`."""
     if sys.argv[1:] == ["--version"]:
-        print(f"swiftprune {__version__}, Python {platform.python_version()}, " + ", ".join(_installed()))
+        found = installed_versions(("torch", "transformers", "onnxruntime", "vllm"))
+        libraries = ", ".join(f"{name} {version}" for name, version in found.items())
+        print(f"swiftprune {__version__}, Python {platform.python_version()}, {libraries}")
         return
     console = make_console(stderr=True)
     handler = RichHandler(console=console, show_path=False, show_time=False)
@@ -106,11 +108,13 @@ def run(app: Callable[[], object]) -> None:
         sys.exit(error.exit_code)
 
 
-def _installed() -> Iterator[str]:
-    """What a bug report needs to name."""
-    for package in ("torch", "transformers", "onnxruntime", "vllm"):
+def installed_versions(packages: Iterable[str]) -> dict[str, str]:
+    """Those of `packages` that are installed."""
+    found = {}
+    for name in packages:
         with suppress(metadata.PackageNotFoundError):
-            yield f"{package} {metadata.version(package)}"
+            found[name] = metadata.version(name)
+    return found
 
 
 @contextmanager

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import importlib.metadata
 import os
 import platform
 import re
@@ -15,6 +13,7 @@ from pathlib import Path
 import torch
 from pydantic import Field
 
+from exporters.console import installed_versions
 from runtime_bench.stored import Stored
 from swiftprune.kernels.native import supported_isas
 
@@ -85,18 +84,10 @@ def this_machine(packages: Sequence[str] = PACKAGES, gpu: Gpu | None = None) -> 
         isas=supported_isas(),
         system=f"{platform.system()} {platform.machine()}",
         python=platform.python_version(),
-        packages=_versions(packages),
+        packages=installed_versions(packages),
         revision=_revision(),
         date=datetime.now(UTC).date().isoformat(),
     )
-
-
-def _versions(packages: Sequence[str]) -> dict[str, str]:
-    found = {}
-    for name in packages:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found
 
 
 def _cpuinfo() -> dict[str, str]:

@@ -27,6 +27,7 @@ from swiftprune.calibration.text import load_tokenizer
 from swiftprune.checkpoints.source import Checkpoint
 from swiftprune.compute import Compute
 from swiftprune.errors import SettingsError, first_line
+from swiftprune.models.attention import is_plain
 from swiftprune.models.load import load_whole_model
 from swiftprune.progress import ProgressCallback
 
@@ -160,9 +161,7 @@ def _attention(
     """
     batch, heads, queries, width = query.shape
     shared = key.shape[1]
-    plain = kwargs.get("position_bias") is None and kwargs.get("softcap") is None and kwargs.get("s_aux") is None
-    one_mask = attention_mask is None or attention_mask.shape[1] == 1
-    if queries > 1 or heads == shared or not (plain and one_mask):
+    if queries > 1 or heads == shared or not is_plain(attention_mask, kwargs):
         output: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
         return output
     grouped = query.reshape(batch, shared, heads // shared, width)

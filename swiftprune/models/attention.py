@@ -7,6 +7,8 @@ ones.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -18,6 +20,17 @@ from transformers.masking_utils import sdpa_mask
 _NAME = "swiftprune_short_windows"
 _LONGEST = 512
 """Tokens of a window; the fused kernel catches up with longer ones."""
+
+
+def is_plain(attention_mask: Tensor | None, options: Mapping[str, Any]) -> bool:
+    """Whether attention is softmax(scale Q K^T + mask) V, with one mask for all heads."""
+    one_mask = attention_mask is None or attention_mask.shape[1] == 1
+    return one_mask and all(options.get(name) is None for name in ("position_bias", "softcap", "s_aux"))
+
+
+@functools.cache
+def _causal_mask(length: int, dtype: torch.dtype) -> Tensor:
+    return torch.full((length, length), -torch.inf, dtype=dtype).triu_(1)
 
 
 def use_short_window_attention(model: Any) -> None:
@@ -45,10 +58,8 @@ def attention(
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     length = query.shape[2]
-    is_plain = not (dropout or any(kwargs.get(name) is not None for name in ("position_bias", "softcap", "s_aux")))
     is_fast = query.device.type == "cpu" and query.dtype == torch.bfloat16 and length == key.shape[2] <= _LONGEST
-    one_mask = attention_mask is None or attention_mask.shape[1] == 1
-    if not (is_plain and is_fast and one_mask and query.dtype == key.dtype == value.dtype):
+    if not (is_plain(attention_mask, kwargs) and is_fast and not dropout and query.dtype == key.dtype == value.dtype):
         found: tuple[Tensor, None] = sdpa_attention_forward(
             module,
             query,
@@ -62,8 +73,8 @@ def attention(
         )
         return found
     if attention_mask is None and (is_causal if is_causal is not None else getattr(module, "is_causal", True)):
-        attention_mask = torch.ones(length, length, dtype=torch.bool).tril_()
-    if attention_mask is not None and attention_mask.dtype == torch.bool:
+        attention_mask = _causal_mask(length, query.dtype)
+    elif attention_mask is not None and attention_mask.dtype == torch.bool:
         attention_mask = torch.zeros(attention_mask.shape, dtype=query.dtype).masked_fill_(~attention_mask, -torch.inf)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     mixed: Tensor = _Attention.apply(query, key, value, attention_mask, scale)  # type: ignore[no-untyped-call]

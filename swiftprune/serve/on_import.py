@@ -7,11 +7,10 @@ not load itself, and loads `swiftprune.serve.transformers` right after them.
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import sys
 from collections.abc import Sequence
 from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec
+from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 
 _AWAITED = "transformers.modeling_utils"
@@ -28,21 +27,14 @@ def register_with_transformers() -> None:
 
 
 class _Awaiting(MetaPathFinder):
-    """Leaves it to the other finders to find the awaited module, and adds to what loading it does."""
-
-    def __init__(self) -> None:
-        self._asks_others = False
+    """Finds the awaited module as Python does, and adds to what loading it does."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname != _AWAITED or self._asks_others:
+        if fullname != _AWAITED:
             return None
-        self._asks_others = True
-        try:
-            spec = importlib.util.find_spec(fullname)
-        finally:
-            self._asks_others = False
+        spec = PathFinder.find_spec(fullname, path, target)
         if spec is None or spec.loader is None:
             return spec
         load = spec.loader.exec_module

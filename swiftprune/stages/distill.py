@@ -71,9 +71,9 @@ ACTIVATION_BYTES = 800_000_000
 def memory_bytes(parameters: int, pruned: int, compute: torch.dtype, *, quantized: bool = False) -> int:
     """About what distilling a model of so many parameters takes, of which so many are in pruned linears.
 
-    Both models, then of each pruned weight its gradient, Adam's two moments, its best value, its mask, what autograd
-    and itself in the type that is computed in, and what it is rounded from; activations of a step, chunks of logits and
-    what the teacher gave come on top.
+    Both models, then of each pruned weight its gradient, Adam's two moments, its best value, its mask and itself in the
+    type that is computed in, and what it is rounded from; activations of a step, chunks of logits and what the teacher
+    gave come on top.
     """
     cast = 0 if compute == torch.float32 else compute.itemsize
     per_pruned = 4 + 8 + 4 + compute.itemsize + cast + (4 if quantized else 0)
@@ -405,6 +405,9 @@ class Distillation:
             logits: Tensor = head(hidden)
         return logits
 
+    def _log_probabilities(self, head: nn.Linear, hidden: Tensor) -> Tensor:
+        return self._logits(head, hidden).float().log_softmax(-1)
+
     @torch.no_grad()
     def _divergence(self, hidden: Tensor, target: Tensor) -> tuple[float, Tensor]:
         """Mean KL(teacher || student) over tokens, and its gradient by the student's `hidden` (tokens, H).
@@ -440,8 +443,8 @@ class Distillation:
             hidden = self._hidden(self._student, window[None])
             following = window[1:].to(hidden.device)
             for rows in self._chunks(len(hidden) - 1):
-                log_probabilities = self._logits(self._head, hidden[:-1][rows]).float().log_softmax(-1)
-                wanted = self._logits(self._teachers_head, target[:-1][rows]).float().log_softmax(-1)
+                log_probabilities = self._log_probabilities(self._head, hidden[:-1][rows])
+                wanted = self._log_probabilities(self._teachers_head, target[:-1][rows])
                 divergence += float(F.kl_div(log_probabilities, wanted, reduction="sum", log_target=True))
                 likelihood += float(F.nll_loss(log_probabilities, following[rows], reduction="sum"))
         count = len(self._held_back) * (self._held_back.shape[1] - 1)
@@ -456,7 +459,7 @@ class Distillation:
         window = self._held_back[:1]
         with self._autocast():
             logits = self._teacher(input_ids=window.to(self._teacher.device), use_cache=False).logits[0].float()
-        ours = self._logits(self._teachers_head, self._targets[0]).float().log_softmax(-1)
+        ours = self._log_probabilities(self._teachers_head, self._targets[0])
         if not torch.allclose(logits.log_softmax(-1), ours, atol=0.05, rtol=0.05):
             raise _changes_its_logits(self._teacher)
 

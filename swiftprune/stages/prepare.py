@@ -219,7 +219,7 @@ def note_few_tokens(run: Run) -> None:
     """
     if run.needs not in ("gram", "drift"):
         return
-    tokens = (run.settings.samples + (run.settings.conversations or 0)) * run.settings.seqlen
+    tokens = run.settings.samples * run.settings.seqlen  # conversations are among them
     linears = (linear for block in run.targets.blocks for linear in block.linears if ".experts." not in linear.name)
     widest = max(linears, key=lambda linear: run.checkpoint.tensors[linear.tensor].shape[1], default=None)
     if widest and tokens < (inputs := run.checkpoint.tensors[widest.tensor].shape[1]):

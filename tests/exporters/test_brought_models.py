@@ -404,10 +404,7 @@ LOAD = (
 @pytest.mark.parametrize(
     ("options", "imports"),
     [
-        (
-            ["-m", "swiftprune"],
-            "from transformers import AutoModelForCausalLM",
-        ),  # a tool that knows nothing of the format
+        (["-m", "swiftprune"], "from transformers import AutoModelForCausalLM"),  # it knows nothing of the format
         ([], "import swiftprune; from transformers import AutoModelForCausalLM"),
         ([], "from transformers import AutoModelForCausalLM; AutoModelForCausalLM.from_config; import swiftprune"),
     ],
