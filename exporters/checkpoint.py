@@ -512,9 +512,9 @@ class _ShardWriter:
         return [linear for block in self._blocks for linear in block.linears if linear.name not in kept]
 
     def _token_bytes(self, stored: Mapping[str, TensorEntry]) -> int:
-        """Bytes of weights that generating a token reads: all but the embeddings, unless these are the head too."""
+        """Bytes of weights that generating a token reads: no towers, and embeddings only if they are the head too."""
         targets = self._run.targets
-        unread = {targets.embedding} - {targets.head}
+        unread = ({targets.embedding} - {targets.head}) | set(targets.towers)
         unread |= {name + spec.SCALE_SUFFIX for name in unread}
         return sum(entry.nbytes for name, entry in stored.items() if name not in unread)
 

@@ -12,6 +12,7 @@ from huggingface_hub.repocard import metadata_load
 from swiftprune.checkpoints.source import Checkpoint
 from swiftprune.config import PruneSettings, output_name
 from swiftprune.errors import and_more
+from swiftprune.models.load import auto_class, read_config
 from swiftprune.results import Check
 
 NAME = "README.md"
@@ -29,9 +30,9 @@ _TRANSFORMERS = """In transformers, with swiftprune installed:
 
 ```python
 import swiftprune  # registers the format
-from transformers import AutoModelForCausalLM
+from transformers import {auto_class}
 
-model = AutoModelForCausalLM.from_pretrained("{folder}")
+model = {auto_class}.from_pretrained("{folder}")
 ```
 """
 _SERVE = f"""
@@ -89,6 +90,7 @@ def model_card(
     `repository` is the hub id that loaders find it under.
     """
     base = _metadata(checkpoint.folder)
+    loader = auto_class(read_config(checkpoint.folder, trust_remote_code=checkpoint.trust_remote_code)).__name__
     # Not where this export goes, so that its bytes do not depend on that.
     folder = repository or f"./{output_name(Path(checkpoint.name).name, settings.pattern)}"
     data = ModelCardData(
@@ -118,7 +120,7 @@ def model_card(
         f"| size | {bytes_before / 1e6:,.1f} -> {bytes_after / 1e6:,.1f} MB |",
         f"| perplexity on calibration text that was held back | {_quality(check)} |",
         "\n## Use\n",
-        _USE[target].replace("{folder}", folder),
+        _USE[target].replace("{folder}", folder).replace("{auto_class}", loader),
         "swiftprune is installed from its repository; a package of that name on an index may be another.",
         "`swiftprune.json` holds all settings and what pruning did to each linear.",
     ]

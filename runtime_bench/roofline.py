@@ -16,12 +16,13 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from runtime_bench.measure import interleaved
 from runtime_bench.stored import Stored
 from swiftprune.formats.spec import GROUP, KEPT, QUANT_METHOD, Quantized, WeightSpec, find_quantized
 from swiftprune.kernels import native
+from swiftprune.models.load import auto_class
 
 READ_BYTES = 512 << 20
 _GEMM_SIZES = (128, 256, 512, 1024, 2048)
@@ -130,7 +131,7 @@ def linears(folder: Path) -> list[MatrixFacts]:
     declared: dict[str, Any] = getattr(config, "quantization_config", None) or {}
     dense = set(declared.get("ignore") or ())
     with init_empty_weights():
-        model: Any = AutoModelForCausalLM.from_config(config)
+        model: Any = auto_class(config).from_config(config)
     head = model.get_output_embeddings()
     found = []
     for name, module in model.named_modules():

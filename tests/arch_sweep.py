@@ -1,4 +1,4 @@
-"""Every causal language model that transformers knows, tiny and random, from export to packed logits.
+"""Every causal or multimodal language model that transformers knows, tiny and random, from export to packed logits.
 
 `python -m tests.arch_sweep docs/models.md` (make arch-sweep, ten minutes or more) writes the table of what came
 through. A config is made small by the names of its fields, and by hand where that does not do.
@@ -12,20 +12,24 @@ import sys
 import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+)
 
 from exporters import export
 from swiftprune.config import PruneSettings
 from swiftprune.errors import SwiftpruneError, first_line
+from swiftprune.models.load import auto_class
 from tests import models
 
 TOLERANCE = 2e-2  # relative, of logits in bfloat16
@@ -37,7 +41,8 @@ _SMALL: dict[str, int] = {
     name: size
     for size, names in {
         64: "hidden_size d_model n_embd dim moe_intermediate_size shared_expert_intermediate_size word_embed_proj_dim "
-        "embedding_size attention_hidden_size lru_width expert_ffn_hidden_size",
+        "embedding_size attention_hidden_size lru_width expert_ffn_hidden_size out_hidden_size text_hidden_size "
+        "audio_hidden_size",
         128: "intermediate_size ffn_dim n_inner d_ff ffn_hidden_size ff_proj mlp_hidden_size decoder_ffn_dim "
         "encoder_ffn_dim",
         LAYERS: "num_hidden_layers n_layer n_layers num_layers decoder_layers encoder_layers num_query_groups "
@@ -63,6 +68,8 @@ _MAY_BE_NONE = {
     "moe_intermediate_size",
     "num_key_value_heads",
 }
+_ROTARY_SECTIONS = ("qwen2_vl", "qwen2_5_vl", "qwen2_5_omni", "glm4v", "glm_ocr", "paddleocr_vl", "ernie4_5_vl")
+_WIDER_HEADS = {"per_layer_config": {1: {"head_dim": 32}}}
 _STATE_SPACE = {"mamba_n_heads": 8, "mamba_d_head": 16}
 _OF_ITS_OWN: dict[str, dict[str, Any]] = {
     "bamba": _STATE_SPACE | {"layers_block_type": ["mamba", "attention"], "attn_layer_indices": [1]},
@@ -70,7 +77,24 @@ _OF_ITS_OWN: dict[str, dict[str, Any]] = {
     "mamba2": {"num_heads": 8},
     "zamba2": {"n_mamba_heads": 8, "mamba_headdim": 16},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
-    "gemma3n_text": {"num_kv_shared_layers": 0},
+    "gemma3n_text": {
+        "num_kv_shared_layers": 0,
+        "intermediate_size": [128] * LAYERS,
+        "activation_sparsity_pattern": [0.5, 0.0],
+    },
+    "mistral4": {"head_dim": 32},
+    "mistral_large4_text": {"kv_source_layers": [0, 1]},
+    "dots3_note_text": {"num_key_value_heads": 4},
+    "glm5_next_text": {"qk_rope_head_dim": 0},
+    "qwen4_exp_text": {
+        "indexer_budget": 16,
+        "indexer_compress_ratio": 4,
+        "indexer_head_dim": 16,
+        "indexer_kv_heads": 1,
+        "indexer_n_heads": 4,
+    },
+    "gemma4_text": _WIDER_HEADS,
+    "gemma4_unified_text": _WIDER_HEADS,
     "prophetnet": {"num_encoder_layers": LAYERS, "num_decoder_layers": LAYERS},
     "reformer": {"is_decoder": True, "axial_pos_embds_dim": (16, 48), "axial_pos_shape": (4, 8)},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "attention_layers": ["global", "local"]},
@@ -93,10 +117,14 @@ class Outcome:
 
 def small_config(name: str) -> Any:
     """A config of the architecture with two small layers."""
-    return _shrunk(CONFIG_MAPPING[name](), _OF_ITS_OWN.get(name, {}))
+    config = _shrunk(CONFIG_MAPPING[name]())
+    if name in MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES:
+        config.architectures = [MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES[name]]
+    return config
 
 
-def _shrunk(config: Any, more: Mapping[str, Any]) -> Any:
+def _shrunk(config: Any) -> Any:
+    more = _OF_ITS_OWN.get(config.model_type, {})
     groups = {"num_key_value_heads": 2 if _get(config, "kv_lora_rank") is None else 4}
     wanted: dict[str, Any] = {**_SMALL, **groups, **more}
     for key, value in wanted.items():
@@ -111,8 +139,20 @@ def _shrunk(config: Any, more: Mapping[str, Any]) -> Any:
             setattr(config, key, [now[0], other])
     for part in getattr(config, "sub_configs", {}):
         if hasattr(_get(config, part), "to_dict"):
-            _shrunk(_get(config, part), {})
+            _shrunk(_get(config, part))
+    _shrink_rotary_sections(config)
     return config
+
+
+def _shrink_rotary_sections(config: Any) -> None:
+    """Of positions in time, height and width: together they are the pairs that are turned of a head."""
+    rotary = _get(config, "rope_parameters")
+    if not config.model_type.startswith(_ROTARY_SECTIONS) or not isinstance(rotary, dict):
+        return
+    size = _get(config, "head_dim") or config.hidden_size // config.num_attention_heads
+    pairs = int(size * rotary.get("partial_rotary_factor", 1)) // 2
+    third = pairs // 3
+    rotary["mrope_section"] = [pairs - 2 * third, third, third]
 
 
 def _get(config: Any, key: str) -> Any:
@@ -127,7 +167,7 @@ def try_out(name: str, text: Path, folder: Path) -> Outcome:
     try:
         config = small_config(name)
         with torch.device("meta"):
-            count = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+            count = sum(p.numel() for p in auto_class(config).from_config(config).parameters())
         if count > LARGEST:
             return Outcome(name, "not built", f"{count / 1e6:.0f}M parameters when shrunk")
         source = models.write_model(folder / "source", config)
@@ -154,7 +194,7 @@ def try_out(name: str, text: Path, folder: Path) -> Outcome:
 
 
 def load(folder: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    return auto_class(AutoConfig.from_pretrained(folder)).from_pretrained(folder, dtype=torch.float32).eval()
 
 
 @torch.no_grad()
@@ -181,8 +221,8 @@ def markdown(outcomes: list[Outcome]) -> str:
         "# Architectures",
         "",
         f"Written by `make arch-sweep`, with transformers {transformers.__version__}: a tiny random checkpoint of each "
-        f"of its {len(outcomes)} causal language models is pruned on text, packed, loaded in transformers, and its "
-        "logits compared with those of the dense model with the same masks. "
+        f"of its {len(outcomes)} causal and multimodal language models is pruned on text, packed, loaded in "
+        "transformers, and its logits compared with those of the dense model with the same masks. "
         f"{built} could be built small, and "
         f"{states['packed']} of them came through.",
         "",
@@ -212,7 +252,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         text = Path(folder) / "text.txt"
         text.write_text(models.TEXT * 2)
-        outcomes = sweep(names or sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES), text)
+        known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES | MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
+        outcomes = sweep(names or sorted(known), text)
     Path(out).write_text(markdown(outcomes))
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
-    AutoModelForCausalLM,
+    AutoConfig,
     GPTNeoXConfig,
     LlamaConfig,
     MistralConfig,
@@ -21,6 +21,7 @@ from transformers import (
 
 from swiftprune.kernels.packing import unpack
 from swiftprune.models.linears import as_linears
+from swiftprune.models.load import auto_class
 
 TEXT = "The pruned weights of a language model leave two of every four inputs. " * 4 + "".join(
     f"Sentence {i} has its own number and the word {'abcdefghij'[i % 10] * (i % 7 + 1)}. " for i in range(400)
@@ -71,7 +72,7 @@ SUPPORTED: dict[str, PretrainedConfig] = {
 def write_model(folder: Path, config: PretrainedConfig, dtype: torch.dtype = torch.bfloat16, **save: Any) -> Path:
     """A checkpoint with random weights, larger than transformers' own start so that outputs differ by token."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model = auto_class(config).from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:
@@ -97,7 +98,7 @@ def write_tokenizer(folder: Path) -> None:
 
 def masked_twin(source: Path, packed: Any, linears: Iterable[str]) -> Any:
     """The dense model of `source`, in fp32, with what the packed one has of its `linears`."""
-    dense = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+    dense = auto_class(AutoConfig.from_pretrained(source)).from_pretrained(source, dtype=torch.float32).eval()
     as_linears(dense)
     for name in linears:
         dense.get_submodule(name).weight.data = unpack(packed.get_submodule(name).packed)

@@ -107,6 +107,8 @@ class Checkpoint:
         self._orders: Orders = {}
         self._parts: Mapping[str, Part] = {}
         self._decoded: Mapping[str, Decoded] = {}
+        self.made: Mapping[str, Decoded] = {}
+        """Parameters of the model that are made of tensors as they are read, and have none of their own."""
 
     @classmethod
     def open(cls, model: str | Path, *, revision: str | None = None, trust_remote_code: bool = False) -> Checkpoint:
@@ -155,6 +157,12 @@ class Checkpoint:
         gone = {name for one in decoded.values() for name in one.stored} | set(left_out)
         other.tensors = {name: entry for name, entry in self.tensors.items() if name not in gone}
         other.tensors |= {name: one.entry for name, one in decoded.items()}
+        return other
+
+    def with_made(self, made: Mapping[str, Decoded]) -> Checkpoint:
+        """The same checkpoint that reads `made` as well, by name; `tensors` still lists what these are made of."""
+        other = copy.copy(self)
+        other.made = made
         return other
 
     @property
@@ -217,8 +225,8 @@ class Checkpoint:
         by_shard: dict[str, list[str]] = {}
         tensors = {}
         for name in names:
-            if name in self._decoded:
-                tensors[name] = self._decoded[name].read()
+            if decoded := self._decoded.get(name) or self.made.get(name):
+                tensors[name] = decoded.read()
                 continue
             by_shard.setdefault(self.tensors[name].shard, []).append(name)
         for shard, members in by_shard.items():

@@ -99,6 +99,8 @@ def separate_experts(model: Any) -> dict[str, Part]:
         if is_stacked(module) and unseparable_reason(module) is None:
             own = _parts(name, module, names)
             model.set_submodule(name, _separated(module, own))
+            owner: Any = model.get_submodule(name.rpartition(".")[0])
+            owner._is_hf_initialized = True  # else some fill the stacked weights with random numbers
             parts |= own
     return parts
 

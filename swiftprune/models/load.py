@@ -11,7 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMultimodalLM,
+    GenerationConfig,
+    PretrainedConfig,
+)
 
 from swiftprune.checkpoints.source import stores_plain_weights
 from swiftprune.errors import CheckpointError, first_line
@@ -27,21 +33,33 @@ def load_whole_model(
     *,
     trust_remote_code: bool = False,
 ) -> Any:
-    """The causal LM in `folder`, in eval mode, that generates by no settings but those given to `generate`.
+    """The language model in `folder`, in eval mode, that generates by no settings but those given to `generate`.
 
     In `dtype`, or without one in fp32 when it has at most FP32_PARAMETERS, else in its own type.
     """
     small = parameter_count is not None and parameter_count <= FP32_PARAMETERS
     chosen: Any = dtype or (torch.float32 if small else "auto")
     config = read_config(folder, trust_remote_code=trust_remote_code)
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, config=config, dtype=chosen, trust_remote_code=trust_remote_code
-    )
+    model = auto_class(config).from_pretrained(folder, config=config, dtype=chosen, trust_remote_code=trust_remote_code)
     own = model.generation_config
     model.generation_config = GenerationConfig(
         bos_token_id=own.bos_token_id, eos_token_id=own.eos_token_id, pad_token_id=own.pad_token_id
     )
     return model.eval()
+
+
+def auto_class(config: PretrainedConfig) -> Any:
+    """Of transformers' Auto classes, the one that makes the model that `config` says it is of.
+
+    A language model with towers for images or sound stays whole: the folder it came from is loaded by its own class,
+    and so is the result. Without such inputs it runs on text.
+    """
+    kind, with_towers = type(config), AutoModelForMultimodalLM._model_mapping
+    if kind not in with_towers:
+        return AutoModelForCausalLM
+    named = with_towers[kind].__name__ in (config.architectures or ())
+    has_other = kind in AutoModelForCausalLM._model_mapping
+    return AutoModelForCausalLM if has_other and not named else AutoModelForMultimodalLM
 
 
 def context_length(config: PretrainedConfig) -> int | None:

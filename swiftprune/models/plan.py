@@ -13,9 +13,8 @@ import torch.nn.functional as F
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 from torch.func import functional_call
-from transformers import AutoModelForCausalLM
 
-from swiftprune.checkpoints.names import parameter_names
+from swiftprune.checkpoints.names import made_parameters, parameter_names
 from swiftprune.checkpoints.source import Checkpoint
 from swiftprune.errors import CheckpointError, SettingsError, first_line
 from swiftprune.formats.spec import unpackable_reason
@@ -23,7 +22,7 @@ from swiftprune.models.architectures import CROSS_ATTENTION, MULTIPLIED_DIRECTLY
 from swiftprune.models.experts import is_stacked, unseparable_reason
 from swiftprune.models.ignore import DEFAULT_IGNORE, Ignore, compile_ignore
 from swiftprune.models.linears import stored_parts
-from swiftprune.models.load import read_config
+from swiftprune.models.load import auto_class, read_config
 
 # Of the blocks' weights, what may be no linears.
 _MOST = 0.5
@@ -66,10 +65,12 @@ class Targets:
     """Why embeddings and head cannot be stored in 8 bits; None where they can."""
     dense: dict[str, str] = field(default_factory=dict)
     outside: list[str] = field(default_factory=list)
+    towers: list[str] = field(default_factory=list)
+    """Of these, tensors that text does not go through: of encoders for images or sound."""
 
 
 def empty_model(checkpoint: Checkpoint) -> tuple[nn.Module, Checkpoint]:
-    """The checkpoint's causal LM with parameters on the meta device and real buffers (rotary tables and the like).
+    """The checkpoint's language model with parameters on the meta device and real buffers (rotary tables and the like).
 
     All weights are in linears, in the model and in the view of the checkpoint that comes with it: see `as_linears`.
 
@@ -78,28 +79,17 @@ def empty_model(checkpoint: Checkpoint) -> tuple[nn.Module, Checkpoint]:
     config = read_config(checkpoint.folder, trust_remote_code=checkpoint.trust_remote_code)
     try:
         with init_empty_weights(include_buffers=False):
-            model: nn.Module = AutoModelForCausalLM.from_config(
+            model: nn.Module = auto_class(config).from_config(
                 config, dtype=torch.float32, trust_remote_code=checkpoint.trust_remote_code
             )
     except Exception as error:  # of many types, where values of config.json do not fit together
         raise CheckpointError(
             f"{checkpoint.folder}: transformers has no causal language model for model_type "
-            f"{checkpoint.config.get('model_type')!r}: {first_line(error)}{_way_out(checkpoint)}"
+            f"{checkpoint.config.get('model_type')!r}: {first_line(error)}"
         ) from error
     parts = stored_parts(model, checkpoint.tensors)
-    return model.eval(), checkpoint.split(parts) if parts else checkpoint
-
-
-def _way_out(checkpoint: Checkpoint) -> str:
-    """What a user of a model with several parts can do."""
-    if not isinstance(checkpoint.config.get("text_config"), dict):
-        return ""
-    kind = checkpoint.config["text_config"].get("model_type", "another one")
-    return (
-        f". It wraps a language model ({kind}), which can be pruned by itself: load the whole with transformers' "
-        "AutoModelForImageTextToText or AutoModel, put its `language_model` and `lm_head` into a causal language "
-        "model of that kind, save_pretrained that with the tokenizer, and prune the folder"
-    )
+    checkpoint = checkpoint.split(parts) if parts else checkpoint
+    return model.eval(), checkpoint.with_made(made_parameters(model, checkpoint))
 
 
 def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
@@ -108,9 +98,7 @@ def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     Where there are several, as of encoders for images or sound: one as long as config.json says, the nearest to the
     top, the one with the most parameters.
     """
-    causal: Any = model
-    decoder = causal.get_decoder() if hasattr(model, "get_decoder") else None
-    inside = next((f"{name}." for name, module in model.named_modules() if module is decoder and name), "")
+    inside = _decoder_prefix(model)
     every = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     lists = [(name, module) for name, module in every if name.startswith(inside)] or every
     outermost = [
@@ -118,13 +106,21 @@ def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     ]
     if not outermost:
         raise CheckpointError(f"{type(model).__name__}: has no list of decoder blocks (no ModuleList)")
-    length = getattr(causal.config.get_text_config(), "num_hidden_layers", None)
+    config: Any = model.config
+    length = getattr(config.get_text_config(), "num_hidden_layers", None)
 
     def likely(item: tuple[str, nn.ModuleList]) -> tuple[bool, int, int]:
         name, modules = item
         return len(modules) == length, -name.count("."), sum(p.numel() for p in modules.parameters())
 
     return max(outermost, key=likely)
+
+
+def _decoder_prefix(model: nn.Module) -> str:
+    """What the names of all that is in the language model begin with; its head and towers are beside it."""
+    causal: Any = model
+    decoder = causal.get_decoder() if hasattr(model, "get_decoder") else None
+    return next((f"{name}." for name, module in model.named_modules() if module is decoder and name), "")
 
 
 def find_targets(model: nn.Module, checkpoint: Checkpoint, *, ignore: str, group: int) -> Targets:
@@ -169,7 +165,11 @@ def find_targets(model: nn.Module, checkpoint: Checkpoint, *, ignore: str, group
     if not any(block.linears for block in blocks):
         raise SettingsError(f"nothing to prune: all linears are ignored or unsuitable ({_first_reason(dense)})")
     outside = sorted(set(checkpoint.tensors) - claimed)
-    return Targets(blocks, tensor_of, *_ends(model, tensor_of), _dense_ends(model, tensor_of), dense, outside)
+    embedding, head = _ends(model, tensor_of)
+    inside = _decoder_prefix(model)
+    beside = {tensor for name, tensor in tensor_of.items() if not name.startswith(inside)} - {embedding, head}
+    towers = [tensor for tensor in outside if tensor in beside]
+    return Targets(blocks, tensor_of, embedding, head, _dense_ends(model, tensor_of), dense, outside, towers)
 
 
 def _is_router(module: nn.Module) -> bool:
@@ -192,7 +192,7 @@ def _ends(model: nn.Module, tensor_of: dict[str, str]) -> tuple[str, str]:
     """The tensors of the input embeddings and of the output head."""
     causal: Any = model
     ends = (causal.get_input_embeddings(), causal.get_output_embeddings())
-    names = [next(name for name, module in model.named_modules() if module is end) for end in ends]
+    names = [next((name for name, module in model.named_modules() if module is end), "") for end in ends]
     embedding, head = f"{names[0]}.weight", f"{names[1]}.weight"
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     stored = [tensor_of.get(name) or tensor_of.get(tied.get(name, "")) or "" for name in (embedding, head)]
@@ -255,6 +255,8 @@ def _dense_reason(
         return "it reads the states of an encoder, which a causal language model does not have"
     if ignored.search(name):
         return f"matches --ignore {ignored.pattern}"
+    if tensor in checkpoint.made:
+        return f"it is made of {', '.join(checkpoint.made[tensor].stored)} as it is loaded"
     entry = checkpoint.tensors[tensor]
     if entry.dtype is None:
         raise CheckpointError(
@@ -321,6 +323,8 @@ def _match_tensors(model: nn.Module, checkpoint: Checkpoint, tensor_of: dict[str
         if parameter not in tensor_of:
             if other := next((name for name in partners[parameter] if name in tensor_of), None):
                 tensor_of[parameter] = tensor_of[other]
+            elif parameter in checkpoint.made:
+                tensor_of[parameter] = parameter
             elif parameter not in tied and id(value) not in head:
                 missing.append(parameter)
             continue

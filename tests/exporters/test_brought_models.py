@@ -107,7 +107,9 @@ def test_a_wrapper_that_transformers_knows(settings: dict[str, Any], text_file: 
     assert written["dtype"] == written["text_config"]["dtype"] == "float16"
 
 
-def test_a_wrapper_that_transformers_does_not_know_names_a_way_out(tmp_path: Path) -> None:
+@pytest.mark.parametrize("settings", [{"method": "admm"}, {"refine": ("distill",), "steps": 2}])
+def test_a_model_that_sees_images(settings: dict[str, Any], text_file: Path, tmp_path: Path) -> None:
+    """No class for causal language models loads it: text is what it is pruned on, and images what it still reads."""
     config = Mistral3Config(
         text_config={**SMALL, "model_type": "mistral", "head_dim": 16},
         vision_config={
@@ -116,13 +118,29 @@ def test_a_wrapper_that_transformers_does_not_know_names_a_way_out(tmp_path: Pat
             "intermediate_size": 64,
             "num_hidden_layers": 1,
             "num_attention_heads": 2,
-            "image_size": 28,
+            "image_size": 56,
             "patch_size": 14,
         },
+        image_token_index=10,
+        vision_feature_layer=-1,
     )
-    AutoModelForImageTextToText.from_config(config).save_pretrained(tmp_path / "m")
-    with pytest.raises(CheckpointError, match=r"It wraps a language model \(mistral\), which can be pruned by itself"):
-        export(tmp_path / "m", tmp_path / "out", NO_DATA)
+    folder, out = models.write_model(tmp_path / "m", config), tmp_path / "out"
+    given = PruneSettings(**settings, calibration=str(text_file), samples=8, seqlen=32)
+    report = export(folder, out, given)
+    assert {layer.name.partition(".layers.")[0] for layer in report.layers} == {"model.language_model"}
+    tower = sum(e.nbytes for name, e in Checkpoint(folder).tensors.items() if "vision" in name or "projector" in name)
+    assert tower == report.bytes_before - report.token_bytes_before > 0
+    packed = AutoModelForImageTextToText.from_pretrained(out, dtype=torch.float32)
+    dense = models.masked_twin(folder, packed, [layer.name for layer in report.layers])
+    trained = {name: p for name, p in packed.named_parameters() if "language_model" in name and "norm" in name}
+    dense.load_state_dict(trained, strict=False)
+    text = torch.tensor([[5, 6, 10, 10, 7, 8]])
+    image = {"pixel_values": torch.randn(1, 3, 28, 56), "image_sizes": torch.tensor([[28, 56]])}
+    for inputs in ({"input_ids": text, **image}, {"input_ids": text + 20}):
+        with torch.no_grad():
+            found, wanted = packed(**inputs).logits, dense(**inputs).logits
+        assert (found - wanted).norm() < 2e-2 * wanted.norm()
+    assert "AutoModelForMultimodalLM.from_pretrained" in (out / "README.md").read_text()
 
 
 def test_a_hybrid_with_convolutions(text_file: Path, tmp_path: Path) -> None:

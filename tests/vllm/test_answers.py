@@ -12,12 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import Qwen2AudioConfig
 
 from exporters import export
 from runtime_bench import demo_data
 from swiftprune.config import PruneSettings
 from swiftprune.formats.spec import QUANTIZED, Quantized
 from swiftprune.kernels import native
+from tests import models
 from tests.vllm.conftest import Answers, Checkpoints
 from tests.vllm.engine import PROMPTS, ROUNDED, TOKENS, TOLERANCE, answers, ask, assert_same, engine
 
@@ -35,6 +37,26 @@ def test_answers_of_the_dense_model(
     # Three layers of qkv, o, gate and up, down; GPT-NeoX has no gate.
     fastest = native.linear_isas(getattr(torch, dtype))[0]
     assert [line.split(". For")[0] for line in log] == [f"INFO swiftprune: 12 2:4 linears run on the backend {fastest}"]
+
+
+def test_a_model_with_a_tower(tmp_path: Path) -> None:
+    """For sound: those for images need torchvision, which has no build for this torch on CPUs."""
+    size = models.SMALL | {"hidden_size": 128, "num_key_value_heads": 2} | {"model_type": "qwen2"}
+    tower = {"d_model": 64, "encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 64}
+    none, no_sound = PruneSettings(calibration="none"), {"audio": 0}
+    source = models.write_model(tmp_path / "source", Qwen2AudioConfig(text_config=size, audio_config=tower))
+    stored = load_file(source / "model.safetensors")
+    stored = {name.replace("model.model.model", "model.model"): tensor for name, tensor in stored.items()}
+    save_file(stored, source / "model.safetensors", metadata={"format": "pt"})  # as the hub's, not as 5.19 saves it
+    dense, packed = (
+        ask(
+            Path(export(source, tmp_path / target, none, target=target).out),
+            dtype="float32",
+            limit_mm_per_prompt=no_sound,
+        )
+        for target in ("dense", "packed")
+    )
+    assert assert_same(dense, packed, TOLERANCE["float32"]) == len(PROMPTS) * TOKENS
 
 
 @pytest.mark.parametrize(
