@@ -27,7 +27,7 @@ INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 _LONGEST_NAME = 255  # bytes, of one file, wherever Python runs
 # The float types of safetensors that a checkpoint to be pruned may use, and all others only for tensors left alone.
-_TORCH_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+TORCH_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # Of a hub repository, all but its weights.
 _SMALL_FILES = (
     "*.json",
@@ -58,7 +58,7 @@ class TensorEntry:
     @property
     def dtype(self) -> torch.dtype | None:
         """The torch dtype when it is one that can be pruned, else None."""
-        return _TORCH_DTYPES.get(self.dtype_name)
+        return TORCH_DTYPES.get(self.dtype_name)
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ class Checkpoint:
     def with_decoded(self, decoded: Mapping[str, Decoded], left_out: Iterable[str] = ()) -> Checkpoint:
         """The same checkpoint with `decoded`, by name, in the place of what they are made of, and without `left_out`.
 
-        What is decoded is not permuted, nor split.
+        What is decoded is not split.
         """
         other = copy.copy(self)
         other._decoded = decoded
@@ -226,7 +226,7 @@ class Checkpoint:
         tensors = {}
         for name in names:
             if decoded := self._decoded.get(name) or self.made.get(name):
-                tensors[name] = decoded.read()
+                tensors[name] = self._ordered(name, decoded.read())
                 continue
             by_shard.setdefault(self.tensors[name].shard, []).append(name)
         for shard, members in by_shard.items():
@@ -234,10 +234,13 @@ class Checkpoint:
                 for name in members:
                     part = self._parts.get(name)
                     tensor = part.of(file.get_slice(part.tensor)).contiguous() if part else file.get_tensor(name)
-                    for axis, order in self._orders.get(name, {}).items():
-                        tensor = tensor.index_select(axis, order)
-                    tensors[name] = tensor
+                    tensors[name] = self._ordered(name, tensor)
         return tensors
+
+    def _ordered(self, name: str, tensor: Tensor) -> Tensor:
+        for axis, order in self._orders.get(name, {}).items():
+            tensor = tensor.index_select(axis, order)
+        return tensor
 
 
 def stores_plain_weights(quantization: Mapping[str, Any]) -> bool:

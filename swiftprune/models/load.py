@@ -19,7 +19,8 @@ from transformers import (
     PretrainedConfig,
 )
 
-from swiftprune.checkpoints.source import stores_plain_weights
+from swiftprune.checkpoints import fp8
+from swiftprune.checkpoints.source import Checkpoint, stores_plain_weights
 from swiftprune.errors import CheckpointError, first_line
 
 # Up to this size models run in fp32, which is faster than bf16 on CPUs without bf16 matrix units.
@@ -40,7 +41,12 @@ def load_whole_model(
     small = parameter_count is not None and parameter_count <= FP32_PARAMETERS
     chosen: Any = dtype or (torch.float32 if small else "auto")
     config = read_config(folder, trust_remote_code=trust_remote_code)
+    is_fp8 = (getattr(config, "quantization_config", None) or {}).get("quant_method") == fp8.METHOD
+    if is_fp8:
+        fp8.check_loads_whole(Checkpoint(folder))
     model = auto_class(config).from_pretrained(folder, config=config, dtype=chosen, trust_remote_code=trust_remote_code)
+    if is_fp8 and chosen != "auto":
+        model = model.to(chosen)  # what was fp8 is bfloat16 else
     own = model.generation_config
     model.generation_config = GenerationConfig(
         bos_token_id=own.bos_token_id, eos_token_id=own.eos_token_id, pad_token_id=own.pad_token_id

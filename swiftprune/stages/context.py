@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from swiftprune.calibration.data import CalibrationData
+from swiftprune.checkpoints import fp8
 from swiftprune.checkpoints.source import Checkpoint, Orders
 from swiftprune.compute import Compute
 from swiftprune.config import DTYPES, PruneSettings
@@ -57,6 +58,9 @@ class Run:
             self.stored_weights = StoredWeights(checkpoint, settings.dtype)
             checkpoint = self.stored_weights.checkpoint
             keeps_values &= self.stored_weights.is_quantized and settings.values in (None, "int8")
+        elif checkpoint.quantization.get("quant_method") == fp8.METHOD:
+            checkpoint = fp8.with_plain_weights(checkpoint)
+            notify(f"{checkpoint.name} is stored in fp8: its weights are read in the type of the model.")
         else:
             checkpoint.refuse_quantized()
         self.keeps_values = keeps_values and self.stored_weights is not None
