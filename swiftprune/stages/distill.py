@@ -42,8 +42,10 @@ if TYPE_CHECKING:
 
 STAGE = "distill"
 LEARNING_RATE = 3e-4
+# Of the budget: the learning rate rises, stays, and falls at the end.
 WARMUP_RATIO = 0.05
-MIN_LR_RATIO = 0.01  # of the learning rate, at the end
+DECAY_RATIO = 0.3
+MIN_LR_RATIO = 0.01  # of the learning rate, at either end
 BETAS = (0.9, 0.95)
 MAX_GRAD_NORM = 1.0
 BATCH_TOKENS = 512
@@ -53,7 +55,7 @@ VALIDATION_WINDOWS = 8
 VALIDATIONS = 10
 # One takes about as long as a step, so a short run has fewer of them.
 MIN_STEPS_BETWEEN_EVALS = 8
-# Validations in a row without a new lowest divergence, after which it stops.
+# Validations in a row without a new lowest divergence, after which the learning rate falls and training ends early.
 PATIENCE = 3
 # Logits in memory at a time, and the same again for the teacher's.
 _CHUNK_LOGITS = 1 << 22
@@ -281,6 +283,8 @@ class Distillation:
         self._adam = torch.optim.Adam(self._trained.values(), lr=self._learning_rate, betas=BETAS, fused=True)
         self._steps = 0
         self._minutes = 0.0
+        self._decay: float | None = None
+        """The share of the budget from which the learning rate falls, once it does."""
         self._best: dict[str, Tensor] = {}
         self._seen: dict[int, Tensor] = {}
         """By window, what enters the teacher's head."""
@@ -299,7 +303,7 @@ class Distillation:
         return trained
 
     def run(self, budget: Budget) -> list[Validation]:
-        """Trains until `budget` is used up or validation stops falling, and leaves the best weights in the student."""
+        """Trains until `budget` is used up, or less where validation stops falling, and leaves the best weights."""
         start = saved = time.monotonic()
         before = self._minutes
         if not self.validations:
@@ -307,17 +311,17 @@ class Distillation:
             self._validate()
         batches = self._batches()
         used = budget.share(self._minutes, self._steps)
-        while used < 1 and not self._should_stop_early():
+        while used < self._end(used):
             self._progress(STAGE, round(used * 1000), 1000)
             begun = time.monotonic()
-            self._step(next(batches), self._learning_rate * _schedule(used))
+            self._step(next(batches), self._learning_rate * self._schedule(used))
             pace = (time.monotonic() - begun) / 60  # minutes of a step
             self._steps += 1
             self._minutes = before + (time.monotonic() - start) / 60
             # Another step must fit into the minutes, and so must the validation after it.
             used = budget.share(self._minutes + 2 * pace, self._steps)
             due = used * VALIDATIONS >= len(self.validations)
-            if used == 1 or (due and self._steps - self.validations[-1].step >= MIN_STEPS_BETWEEN_EVALS):
+            if used >= self._end(used) or (due and self._steps - self.validations[-1].step >= MIN_STEPS_BETWEEN_EVALS):
                 self._validate()
             if self._store and time.monotonic() - saved > _SAVE_SECONDS:
                 self.save()
@@ -335,7 +339,18 @@ class Distillation:
         for name, scaled in self._scaled.items():
             self._in_model[name].copy_(scaled.weight())
 
-    def _should_stop_early(self) -> bool:
+    def _end(self, used: float) -> float:
+        """The share of the budget at which training ends, `used` being the one that is used up."""
+        if self._decay is None and (used >= 1 - DECAY_RATIO or self._has_stalled()):
+            self._decay = used
+        return 1.0 if self._decay is None else min(1.0, self._decay + DECAY_RATIO)
+
+    def _schedule(self, used: float) -> float:
+        """Of the learning rate: a linear start, then all of it, and from `_decay` on a linear end."""
+        left = 1.0 if self._decay is None else (self._end(used) - used) / DECAY_RATIO
+        return max(MIN_LR_RATIO, min(1.0, used / WARMUP_RATIO, left))
+
+    def _has_stalled(self) -> bool:
         lowest = min(range(len(self.validations)), key=lambda index: self.validations[index].divergence)
         return len(self.validations) - 1 - lowest >= PATIENCE
 
@@ -476,6 +491,7 @@ class Distillation:
         progress = {
             "steps": self._steps,
             "minutes": self._minutes,
+            "decay": self._decay,
             "validations": [asdict(validation) for validation in self.validations],
         }
         self._store.save_training({name: tensor.cpu() for name, tensor in tensors.items()}, progress)
@@ -485,7 +501,7 @@ class Distillation:
         if saved is None:
             return
         stored, progress = saved
-        self._steps, self._minutes = progress["steps"], progress["minutes"]
+        self._steps, self._minutes, self._decay = progress["steps"], progress["minutes"], progress["decay"]
         self.validations = [Validation(**validation) for validation in progress["validations"]]
         for name, parameter in self._trained.items():
             parameter.data.copy_(stored[f"weight {name}"])
@@ -525,10 +541,3 @@ class Scaled:
         assert packed.scales is not None
         scales = (packed.scales.float() * self.factors.detach().cpu()).to(SCALE_DTYPE)
         return Packed24(packed.values, packed.metadata, scales)
-
-
-def _schedule(used: float) -> float:
-    """Of the learning rate: a linear start, then a cosine down to MIN_LR_RATIO; `used` is the share of the budget."""
-    if used < WARMUP_RATIO:
-        return max(used / WARMUP_RATIO, MIN_LR_RATIO)
-    return max(MIN_LR_RATIO, (1 + math.cos(math.pi * used)) / 2)
