@@ -22,7 +22,8 @@ from exporters.onnx.trace import require_packages
 from exporters.workspace import MANIFEST, Workspace
 from swiftprune.calibration.text import chat_template, load_tokenizer, start_tokens, token_windows
 from swiftprune.calibration.text_files import read_text, text_files
-from swiftprune.checkpoints.source import INDEX_NAME, Checkpoint, TensorEntry, shard_entries
+from swiftprune.checkpoints.shards import TensorEntry, shard_entries
+from swiftprune.checkpoints.source import INDEX_NAME, Checkpoint
 from swiftprune.config import DTYPES, DtypeName, PruneSettings
 from swiftprune.errors import CheckpointError, SettingsError
 from swiftprune.formats import FORMATS, CheckpointFormat, spec

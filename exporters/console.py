@@ -87,7 +87,7 @@ class ProgressBars:
         self._last_line = now
         left = f", about {(now - began) * (total - done) / done:.0f} s left" if 0 < done < total else ""
         self._console.print(
-            f"{stage}: {done:.4g} of {total:.4g} after {now - began:.0f} s{left}", highlight=False, soft_wrap=True
+            f"{stage}: {done:,.0f} of {total:,.0f} after {now - began:.0f} s{left}", highlight=False, soft_wrap=True
         )
 
 

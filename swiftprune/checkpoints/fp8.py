@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from swiftprune.checkpoints.source import TORCH_DTYPES, Checkpoint, Decoded, TensorEntry
+from swiftprune.checkpoints.shards import TORCH_DTYPES, TensorEntry
+from swiftprune.checkpoints.source import Checkpoint, Decoded
 from swiftprune.errors import CheckpointError
 
 METHOD = "fp8"

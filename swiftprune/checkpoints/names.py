@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-from swiftprune.checkpoints.source import Checkpoint, Decoded, TensorEntry
+from swiftprune.checkpoints.shards import TensorEntry
+from swiftprune.checkpoints.source import Checkpoint, Decoded
 
 
 def parameter_names(model: nn.Module, tensors: Iterable[str]) -> dict[str, str]:

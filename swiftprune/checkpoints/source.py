@@ -1,4 +1,4 @@
-"""A source checkpoint on disk: safetensors shards, read lazily, one tensor at a time."""
+"""A source checkpoint on disk: its shards, read lazily, one tensor at a time."""
 
 from __future__ import annotations
 
@@ -7,17 +7,15 @@ import hashlib
 import json
 import logging
 import os
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from swiftprune.checkpoints.shards import TensorEntry, open_shard, shard_entries, tensor_bytes
 from swiftprune.errors import CheckpointError, SettingsError, first_line
 from swiftprune.progress import ProgressCallback, no_progress
 
@@ -25,9 +23,9 @@ logger = logging.getLogger(__name__)
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+# How weights may lie in a folder: one file, or the index of several. What transformers would choose comes first.
+_LAYOUTS = ((SINGLE_NAME, INDEX_NAME), ("pytorch_model.bin", "pytorch_model.bin.index.json"))
 _LONGEST_NAME = 255  # bytes, of one file, wherever Python runs
-# The float types of safetensors that a checkpoint to be pruned may use, and all others only for tensors left alone.
-TORCH_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # Of a hub repository, all but its weights.
 _SMALL_FILES = (
     "*.json",
@@ -44,21 +42,6 @@ _SMALL_FILES = (
 
 Orders = Mapping[str, Mapping[int, Tensor]]
 """By tensor and axis, the int64 indices in the order in which the entries along that axis are to stand."""
-
-
-@dataclass(frozen=True)
-class TensorEntry:
-    """Where a tensor is and what it is, from the header of its shard."""
-
-    shard: str
-    shape: tuple[int, ...]
-    dtype_name: str
-    nbytes: int
-
-    @property
-    def dtype(self) -> torch.dtype | None:
-        """The torch dtype when it is one that can be pruned, else None."""
-        return TORCH_DTYPES.get(self.dtype_name)
 
 
 @dataclass(frozen=True)
@@ -140,7 +123,9 @@ class Checkpoint:
         for name, part in parts.items():
             entry = self.tensors[part.tensor]
             shape = tuple(part.of(torch.empty(entry.shape, device="meta")).shape)
-            other.tensors[name] = TensorEntry(entry.shard, shape, entry.dtype_name, _nbytes(shape, entry.dtype_name))
+            other.tensors[name] = TensorEntry(
+                entry.shard, shape, entry.dtype_name, tensor_bytes(shape, entry.dtype_name)
+            )
         return other
 
     @property
@@ -230,7 +215,7 @@ class Checkpoint:
                 continue
             by_shard.setdefault(self.tensors[name].shard, []).append(name)
         for shard, members in by_shard.items():
-            with _open_shard(self.folder / shard) as file:
+            with open_shard(self.folder / shard) as file:
                 for name in members:
                     part = self._parts.get(name)
                     tensor = part.of(file.get_slice(part.tensor)).contiguous() if part else file.get_tensor(name)
@@ -252,16 +237,16 @@ def stores_plain_weights(quantization: Mapping[str, Any]) -> bool:
 def _download(name: str, revision: str | None) -> Path:
     """The folder of a hub repository's newest or given revision: first its small files, then the weights they name."""
     folder = from_hub(name, revision)
-    index = folder / INDEX_NAME
-    shards = set(read_json(index).get("weight_map", {}).values()) if index.exists() else {SINGLE_NAME}
-    folder = from_hub(name, revision, *sorted(shards))
-    if not index.exists() and not (folder / SINGLE_NAME).exists():
-        raise CheckpointError(
-            f"{name}: the repository holds neither {SINGLE_NAME} nor {INDEX_NAME}. If its weights are "
-            "pytorch_model.bin, convert it once: load it with AutoModelForCausalLM.from_pretrained, and its tokenizer, "
-            "and save_pretrained both into one folder"
-        )
-    return folder
+    for single, index in _LAYOUTS:
+        is_indexed = (folder / index).exists()
+        shards = set(read_json(folder / index).get("weight_map", {}).values()) if is_indexed else {single}
+        folder = from_hub(name, revision, *sorted(shards))
+        if is_indexed or (folder / single).exists():
+            return folder
+    raise CheckpointError(
+        f"{name}: the repository holds no weights that transformers loads: neither {SINGLE_NAME} nor "
+        f"{INDEX_NAME}, nor these of {_LAYOUTS[1][0]}"
+    )
 
 
 def from_hub(name: str, revision: str | None, *weights: str) -> Path:
@@ -301,65 +286,40 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _read_headers(folder: Path) -> dict[str, TensorEntry]:
-    index_path = folder / INDEX_NAME
-    weight_map: dict[str, str] | None = None
-    if (folder / SINGLE_NAME).exists():  # as transformers chooses, whatever an index says
-        shards = [SINGLE_NAME]
+    for single, index in _LAYOUTS:
+        index_path = folder / index
+        if (folder / single).exists():  # as transformers chooses, whatever an index says
+            if index_path.exists():
+                logger.warning(
+                    "%s: holds %s and %s; the first is read, as transformers reads it, and the shards of the "
+                    "second are left out: delete what is stale",
+                    folder,
+                    single,
+                    index,
+                )
+            return shard_entries(folder / single)
         if index_path.exists():
-            logger.warning(
-                "%s: holds %s and %s; the first is read, as transformers reads it, and the shards of the "
-                "second are left out: delete what is stale",
-                folder,
-                SINGLE_NAME,
-                INDEX_NAME,
-            )
-    elif index_path.exists():
-        weight_map = read_json(index_path).get("weight_map")
-        if not weight_map:
-            raise CheckpointError(f"{index_path}: has no weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
-            raise CheckpointError(f"{index_path}: its weight_map does not name a file for each tensor")
-        shards = sorted(set(weight_map.values()))
-    else:
-        other = next((p.name for p in folder.iterdir() if p.suffix in {".bin", ".pt", ".pth", ".gguf"}), None)
-        hint = f"; it holds {other}: convert it first with save_pretrained" if other else ""
-        raise CheckpointError(f"{folder}: holds neither {SINGLE_NAME} nor {INDEX_NAME}{hint}")
+            return _read_indexed(index_path)
+    other = next((p.name for p in folder.iterdir() if p.suffix in {".bin", ".pt", ".pth", ".gguf"}), None)
+    hint = f"; it holds {other}: convert it first with save_pretrained" if other else ""
+    raise CheckpointError(f"{folder}: holds neither {SINGLE_NAME} nor {INDEX_NAME}{hint}")
 
+
+def _read_indexed(index_path: Path) -> dict[str, TensorEntry]:
+    folder = index_path.parent
+    weight_map = read_json(index_path).get("weight_map")
+    if not weight_map:
+        raise CheckpointError(f"{index_path}: has no weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+        raise CheckpointError(f"{index_path}: its weight_map does not name a file for each tensor")
     tensors: dict[str, TensorEntry] = {}
-    for shard in shards:
+    for shard in sorted(set(weight_map.values())):
         if Path(shard).name != shard:
             raise CheckpointError(f"{index_path}: names the shard {shard!r}, which is not a plain file name")
         if len(os.fsencode(shard)) > _LONGEST_NAME or not (folder / shard).exists():
-            raise CheckpointError(f"{folder / shard}: missing, though {INDEX_NAME} names it; download it again")
+            raise CheckpointError(f"{folder / shard}: missing, though {index_path.name} names it; download it again")
         tensors.update(shard_entries(folder / shard))
-    if weight_map is not None:
-        for name, shard in weight_map.items():
-            if name not in tensors or tensors[name].shard != shard:
-                raise CheckpointError(f"{index_path}: places {name} in {shard}, which does not hold it")
+    for name, shard in weight_map.items():
+        if name not in tensors or tensors[name].shard != shard:
+            raise CheckpointError(f"{index_path}: places {name} in {shard}, which does not hold it")
     return tensors
-
-
-def shard_entries(path: Path) -> dict[str, TensorEntry]:
-    """What the header of one safetensors file lists, by tensor name in order."""
-    entries = {}
-    with _open_shard(path) as file:
-        for name in sorted(file.keys()):
-            view = file.get_slice(name)
-            shape, dtype = tuple(view.get_shape()), view.get_dtype()
-            entries[name] = TensorEntry(path.name, shape, dtype, _nbytes(shape, dtype))
-    return entries
-
-
-def _nbytes(shape: tuple[int, ...], dtype_name: str) -> int:
-    bits = re.search(r"\d+", dtype_name)  # the first number: F8_E4M3 has 8
-    return torch.Size(shape).numel() * (int(bits[0]) if bits else 8) // 8
-
-
-@contextmanager
-def _open_shard(path: Path) -> Iterator[Any]:
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            yield file
-    except (SafetensorError, OSError) as error:
-        size = path.stat().st_size if path.exists() else 0
-        raise CheckpointError(f"{path}: truncated or damaged ({error}; {size:,} bytes on disk)") from error

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 import torch
 
-from swiftprune.checkpoints.source import TensorEntry
+from swiftprune.checkpoints.shards import TensorEntry
 from swiftprune.errors import FormatError
 from swiftprune.formats.spec import METADATA_SUFFIX, SCALE_SUFFIX, Quantized, WeightSpec
 

@@ -21,7 +21,7 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from swiftprune.checkpoints.names import parameter_names
-from swiftprune.checkpoints.source import TensorEntry, shard_entries
+from swiftprune.checkpoints.shards import TensorEntry, shard_entries
 from swiftprune.errors import FormatError
 from swiftprune.formats import spec
 from swiftprune.formats.spec import QUANT_METHOD, Quantized

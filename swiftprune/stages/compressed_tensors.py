@@ -22,7 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from swiftprune.checkpoints.source import Checkpoint, Decoded, TensorEntry
+from swiftprune.checkpoints.shards import TensorEntry
+from swiftprune.checkpoints.source import Checkpoint, Decoded
 from swiftprune.config import DTYPES, DtypeName
 from swiftprune.errors import CheckpointError, FormatError
 from swiftprune.formats import bitmask, marlin24

@@ -381,7 +381,7 @@ def test_a_hub_repository_gives_one_copy_of_its_weights(
     for path in hub.glob("model*"):
         path.unlink()
     shutil.rmtree(cache)
-    with pytest.raises(CheckpointError, match=r"holds neither model\.safetensors nor .*pytorch_model\.bin, convert it"):
+    with pytest.raises(CheckpointError, match=r"neither model\.safetensors nor .*, nor these of pytorch_model\.bin"):
         Checkpoint.open("owner/name")
     with pytest.raises(SettingsError, match="is a local folder, which has no revisions"):
         Checkpoint.open(hub, revision="v2")

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from runtime_bench import synthetic
-from swiftprune.checkpoints.source import shard_entries
+from swiftprune.checkpoints.shards import shard_entries
 
 EXPORT = str(Path(sys.executable).parent / "swiftprune-export")
 

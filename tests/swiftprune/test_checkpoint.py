@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -213,8 +214,60 @@ def test_folders_that_hold_no_checkpoint(tiny_copy: Path, tmp_path: Path) -> Non
         Checkpoint.open(tiny_copy / "config.json")
     with pytest.raises(CheckpointError, match="no such folder"):
         Checkpoint.open(tmp_path / "nowhere")
-    (tiny_copy / "model.safetensors").rename(tiny_copy / "pytorch_model.bin")
-    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin: convert it first"):
+    (tiny_copy / "model.safetensors").rename(tiny_copy / "model-q8_0.gguf")
+    with pytest.raises(CheckpointError, match=r"model-q8_0\.gguf: convert it first"):
+        Checkpoint.open(tiny_copy)
+
+
+def test_weights_of_torch_save(tiny_copy: Path, tmp_path: Path) -> None:
+    """As older repositories hold them: to the same bytes as from safetensors."""
+    export(tiny_copy, tmp_path / "wanted", SETTINGS)
+    stored = load_file(tiny_copy / "model.safetensors")
+    (tiny_copy / "model.safetensors").unlink()
+    first, *rest = stored
+    parts = {"pytorch_model-00001-of-00002.bin": [first], "pytorch_model-00002-of-00002.bin": rest}
+    for shard, names in parts.items():
+        tensors = {name: stored[name].T.contiguous().T if stored[name].ndim == 2 else stored[name] for name in names}
+        torch.save(tensors | {"rotary.steps": torch.tensor(3)} if names == rest else tensors, tiny_copy / shard)
+    placed = {name: shard for shard, names in parts.items() for name in names} | {"rotary.steps": list(parts)[1]}
+    index = tiny_copy / "pytorch_model.bin.index.json"
+    index.write_text(json.dumps({"weight_map": placed}))
+    export(tiny_copy, tmp_path / "out", SETTINGS)
+    ours, wanted = (Checkpoint(tmp_path / name) for name in ("out", "wanted"))
+    assert ours.read(["rotary.steps"])["rotary.steps"] == 3
+    for name, tensor in wanted.read(wanted.tensors).items():
+        assert torch.equal(ours.read([name])[name], tensor), name
+    assert not list((tmp_path / "out").glob("*.bin*"))
+
+
+class _Harmful:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (open, (str(Path.cwd() / "written-by-a-pickle"), "w"))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"model.embed_tokens.weight": _Harmful()}, "would run code that it holds"),
+        ([torch.ones(2)], "is no dictionary of tensors by name"),
+        ({"steps": 3}, "is no dictionary of tensors by name"),
+        (None, r"truncated or damaged \(.*; 100 bytes on disk\)"),
+    ],
+)
+def test_damaged_or_harmful_weights_of_torch_save(
+    tiny_copy: Path, monkeypatch: pytest.MonkeyPatch, content: Any, message: str
+) -> None:
+    monkeypatch.chdir(tiny_copy)
+    path = tiny_copy / "pytorch_model.bin"
+    (tiny_copy / "model.safetensors").unlink()
+    torch.save(content or {"a": torch.ones(100)}, path)
+    if content is None:
+        path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(CheckpointError, match=message):
+        Checkpoint.open(tiny_copy)
+    assert not (tiny_copy / "written-by-a-pickle").exists()
+    torch.save({"a": torch.ones(100)}, path, _use_new_zipfile_serialization=False)
+    with pytest.raises(CheckpointError, match="in the form that torch wrote before"):
         Checkpoint.open(tiny_copy)
 
 
