@@ -378,7 +378,7 @@ def test_a_hub_repository_gives_one_copy_of_its_weights(
     assert checkpoint.shards == shards
     taken = {path.relative_to(cache).as_posix() for path in cache.rglob("*") if path.is_file()}
     assert not any("another copy" in (cache / name).read_text(errors="ignore") for name in taken)
-    for path in hub.glob("model*"):
+    for path in (*hub.glob("model*"), hub / "pytorch_model.bin"):
         path.unlink()
     shutil.rmtree(cache)
     with pytest.raises(CheckpointError, match=r"neither model\.safetensors nor .*, nor these of pytorch_model\.bin"):
