@@ -93,8 +93,8 @@ class _PickledShard:
         except (RuntimeError, OSError, EOFError, ValueError) as error:
             if "mmap can only be used" in str(error):
                 raise CheckpointError(
-                    f"{path}: is not as torch.save has written since 1.6: damaged, or older; download it again, or load "
-                    "it and save it once more"
+                    f"{path}: is not as torch.save has written since 1.6: damaged, or older; download it again, or "
+                    "load it and save it once more"
                 ) from error
             raise _damaged(path, error) from error
         if not isinstance(found, dict) or not all(isinstance(tensor, Tensor) for tensor in found.values()):

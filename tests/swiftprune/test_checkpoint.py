@@ -267,7 +267,7 @@ def test_damaged_or_harmful_weights_of_torch_save(
         Checkpoint.open(tiny_copy)
     assert not (tiny_copy / "written-by-a-pickle").exists()
     torch.save({"a": torch.ones(100)}, path, _use_new_zipfile_serialization=False)
-    with pytest.raises(CheckpointError, match="is not as torch.save has written since"):
+    with pytest.raises(CheckpointError, match=r"is not as torch.save has written since"):
         Checkpoint.open(tiny_copy)
 
 
