@@ -484,8 +484,8 @@ def print_report(report: ExportReport, console: Console) -> None:
     if found := report.check:
         whole.add_row(
             "on held-back text",
-            f"perplexity {found.ratio:.2f} times dense ({found.dense:.2f} -> {found.pruned:.2f}; "
-            f"{found.windows} windows of {found.seqlen} tokens)",
+            f"perplexity {found.ratio:.2f} times dense ({found.dense:.2f} -> {found.pruned:.2f}), "
+            f"the same likeliest token in {found.agreement:.0%} ({found.windows} windows of {found.seqlen} tokens)",
         )
     if report.perplexity_before is not None:
         value = (

@@ -164,6 +164,11 @@ def info_command(
         table.add_row(
             "quality",
             f"perplexity {found.check.ratio:.2f} times dense on held-back calibration text"
+            + (
+                f", the same likeliest token in {found.check.agreement:.0%}"
+                if found.check.agreement is not None
+                else ""
+            )
             if found.check
             else "not measured",
         )
@@ -177,3 +182,10 @@ def info_command(
     for engine, use in found.engines.items():
         table.add_row(escape(engine), escape(use))
     make_console().print(table)
+
+
+def _quality(check: Check | None) -> str:
+    if check is None:
+        return "not measured"
+    same = f", the same likeliest token in {check.agreement:.0%}" if check.agreement is not None else ""
+    return f"perplexity {check.ratio:.2f} times dense on held-back calibration text{same}"

@@ -119,6 +119,7 @@ def model_card(
         f"| calibration | {_calibration(settings)} |",
         f"| size | {bytes_before / 1e6:,.1f} -> {bytes_after / 1e6:,.1f} MB |",
         f"| perplexity on calibration text that was held back | {_quality(check)} |",
+        f"| the same likeliest next token there | {_agreement(check)} |",
         "\n## Use\n",
         _USE[target].replace("{folder}", folder).replace("{auto_class}", loader),
         "swiftprune is installed from its repository; a package of that name on an index may be another.",
@@ -154,3 +155,9 @@ def _quality(check: Check | None) -> str:
     if check is None:
         return "not measured"
     return f"{check.ratio:.2f} times dense ({check.dense:.2f} -> {check.pruned:.2f})"
+
+
+def _agreement(check: Check | None) -> str:
+    if check is None:
+        return "not measured"
+    return f"{check.agreement:.0%}; divergence {check.divergence:.2f} nats a token"

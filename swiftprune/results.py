@@ -55,6 +55,10 @@ class Check(BaseModel):
     dense: float
     """Perplexity of the model before pruning."""
     pruned: float
+    divergence: float | None = None
+    """Kullback-Leibler, from what the dense model predicts, in nats a token; None in results of earlier versions."""
+    agreement: float | None = None
+    """The share of tokens for which both models find the same one likeliest."""
 
     @property
     def ratio(self) -> float:

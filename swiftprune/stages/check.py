@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections import deque
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
+from torch.nn import functional as F
 
 from swiftprune.models.load import FP32_PARAMETERS
 from swiftprune.models.perplexity import dense_perplexity, perplexity
@@ -29,23 +32,67 @@ def check(run: Run, store: BlockStore) -> Check | None:
         return None
     count = run.checkpoint.parameter_count
     dtype = torch.float32 if count <= FP32_PARAMETERS else torch.bfloat16
-    needed, free = dtype.itemsize * count, memory.available_bytes(run.compute)
+    needed, free = dtype.itemsize * count + _Distance.nbytes(run), memory.available_bytes(run.compute)
     if needed > free:
         run.notify(f"Not checked: that needs the whole model, {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free.")
         return None
     with run.clock("check"), run.compute.autocast():
         model = run.load_whole(dtype)
-        dense = dense_perplexity(model, held_back, stage="check dense", progress=run.progress)
+        distance = _Distance()
+        dense = dense_perplexity(model, held_back, stage="check dense", progress=run.progress, watch=distance.add_dense)
         run.put_pruned(model, store)
-        pruned = perplexity(model, held_back, stage="check pruned", progress=run.progress)
+        pruned = perplexity(model, held_back, stage="check pruned", progress=run.progress, watch=distance.add_pruned)
     windows, seqlen = held_back.shape
-    found = Check(windows=windows, seqlen=seqlen, dense=round(dense, 3), pruned=round(pruned, 3))
+    found = Check(
+        windows=windows,
+        seqlen=seqlen,
+        dense=round(dense, 3),
+        pruned=round(pruned, 3),
+        divergence=round(distance.divergence, 4),
+        agreement=round(distance.agreement, 4),
+    )
     if not found.ratio <= POOR_RATIO:
         run.notify(
             f"Perplexity on held-back text is {found.ratio:.1f} times the dense model's, so expect poor text. "
             f"Next: {_next_step(run)}."
         )
     return found
+
+
+class _Distance:
+    """Between what two models predict: of all windows the dense one's first, then the pruned one's in that order."""
+
+    def __init__(self) -> None:
+        self._dense: deque[tuple[Tensor, Tensor]] = deque()
+        self._tokens = 0
+        self._divergence = 0.0
+        self._agreed = 0
+
+    @staticmethod
+    def nbytes(run: Run) -> int:
+        assert run.data is not None
+        model: Any = run.model
+        vocabulary: int = model.config.get_text_config().vocab_size
+        return run.data.held_back.numel() * vocabulary * torch.float16.itemsize
+
+    def add_dense(self, log_probabilities: Tensor) -> None:
+        self._dense.append((log_probabilities.half(), log_probabilities.argmax(-1)))
+
+    def add_pruned(self, log_probabilities: Tensor) -> None:
+        dense, likeliest = self._dense.popleft()
+        self._tokens += len(dense)
+        self._divergence += float(F.kl_div(log_probabilities, dense.float(), reduction="sum", log_target=True))
+        self._agreed += int((log_probabilities.argmax(-1) == likeliest).sum())
+
+    @property
+    def divergence(self) -> float:
+        """Kullback-Leibler, from the dense model, in nats a token."""
+        return self._divergence / self._tokens
+
+    @property
+    def agreement(self) -> float:
+        """The share of tokens for which both find the same one likeliest."""
+        return self._agreed / self._tokens
 
 
 def _next_step(run: Run) -> str:

@@ -47,6 +47,17 @@ def naive_perplexity(folder: Path, windows: torch.Tensor) -> float:
     return math.exp(sum(losses) / len(losses))
 
 
+def naive_distance(dense: Path, pruned: Path, windows: torch.Tensor) -> tuple[float, float]:
+    """Mean of sum p log(p / q), and how often the likeliest token is the same."""
+    models = [load_whole_model(folder, dtype=torch.float32) for folder in (dense, pruned)]
+    divergences, same = [], []
+    for window in windows:
+        p, q = (model(window[None]).logits[0, :-1].detach().softmax(-1) for model in models)
+        divergences += (p * (p / q).log()).sum(-1).tolist()
+        same += [a == b for a, b in zip(p.argmax(-1).tolist(), q.argmax(-1).tolist(), strict=True)]
+    return sum(divergences) / len(divergences), sum(same) / len(same)
+
+
 @pytest.mark.parametrize("target", ["packed", "dense", "torch", "sparse24-bitmask"])
 def test_the_check_is_the_perplexity_of_both_models_on_windows_held_back(
     target: Target, tiny_models: Callable[[str], Path], settings: PruneSettings, tmp_path: Path
@@ -64,6 +75,10 @@ def test_the_check_is_the_perplexity_of_both_models_on_windows_held_back(
     export(model, tmp_path / "zeros", settings, target="dense", check=False)
     assert report.check.pruned == pytest.approx(naive_perplexity(tmp_path / "zeros", held_back), rel=1e-3)
     assert report.check.pruned != report.check.dense
+    divergence, agreement = naive_distance(model, tmp_path / "zeros", held_back)
+    assert report.check.divergence == pytest.approx(divergence, rel=1e-2)
+    assert report.check.agreement == pytest.approx(agreement, abs=1e-4)
+    assert 0 < agreement < 1
     written = json.loads((tmp_path / "out" / "swiftprune.json").read_text())
     assert written["check"] == report.check.model_dump()
 
