@@ -161,17 +161,7 @@ def info_command(
         stages = [*(["permute"] if s.permute else []), *s.refine, *([f"{s.values} values"] if s.values else [])]
         table.add_row("pruned", f"{s.pattern} by {s.method}" + (f", then {', '.join(stages)}" if stages else ""))
         table.add_row("calibrated on", escape(s.calibration))
-        table.add_row(
-            "quality",
-            f"perplexity {found.check.ratio:.2f} times dense on held-back calibration text"
-            + (
-                f", the same likeliest token in {found.check.agreement:.0%}"
-                if found.check.agreement is not None
-                else ""
-            )
-            if found.check
-            else "not measured",
-        )
+        table.add_row("quality", _quality(found.check))
     total = sum(found.bytes_by_type.values())
     parts = ", ".join(f"{name} {size / 1e6:,.1f}" for name, size in sorted(found.bytes_by_type.items()) if size >= 5e4)
     table.add_row("MB", f"{total / 1e6:,.1f}" + (f" ({parts})" if parts else ""))
