@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -120,6 +121,7 @@ def model_card(
         f"| size | {bytes_before / 1e6:,.1f} -> {bytes_after / 1e6:,.1f} MB |",
         f"| perplexity on calibration text that was held back | {_quality(check)} |",
         f"| the same likeliest next token there | {_agreement(check)} |",
+        *_continuations(check),
         "\n## Use\n",
         _USE[target].replace("{folder}", folder).replace("{auto_class}", loader),
         "swiftprune is installed from its repository; a package of that name on an index may be another.",
@@ -155,6 +157,22 @@ def _quality(check: Check | None) -> str:
     if check is None:
         return "not measured"
     return f"{check.ratio:.2f} times dense ({check.dense:.2f} -> {check.pruned:.2f})"
+
+
+def _continuations(check: Check | None) -> list[str]:
+    """What both models write, as paragraphs."""
+    if check is None or not check.continuations:
+        return []
+    lines = ["\n## What it writes\n", "After the beginnings of texts held back, the likeliest token each time.\n"]
+    for found in check.continuations:
+        for name, text in (("text", found.text), ("dense", found.dense), ("pruned", found.pruned)):
+            lines.append(f"- {name}: {_plain(text)}" if name == "text" else f"  - {name}: {_plain(text)}")
+    return lines
+
+
+def _plain(text: str) -> str:
+    """On one line, with nothing that markdown would read."""
+    return re.sub(r"([\\`*_{}\[\]<>()#+!|~$])", r"\\\1", " ".join(text.split()))
 
 
 def _agreement(check: Check | None) -> str:

@@ -47,6 +47,14 @@ class LayerResult(BaseModel):
         return self.name.rpartition(".")[2]
 
 
+class Continuation(BaseModel):
+    """What both models write after the same text, by the likeliest token each time."""
+
+    text: str
+    dense: str
+    pruned: str
+
+
 class Check(BaseModel):
     """How good the pruned model is on calibration text that was held back: nothing was calibrated or trained on it."""
 
@@ -59,6 +67,7 @@ class Check(BaseModel):
     """Kullback-Leibler, from what the dense model predicts, in nats a token; None in results of earlier versions."""
     agreement: float | None = None
     """The share of tokens for which both models find the same one likeliest."""
+    continuations: list[Continuation] = []
 
     @property
     def ratio(self) -> float:

@@ -85,6 +85,7 @@ class Checkpoint:
         """Whether transformers may run Python code that the checkpoint brings along."""
         self.name = name or folder.resolve().name
         """The hub id, or the name of the folder."""
+        _refuse_adapter(folder)
         self.config: dict[str, Any] = read_json(folder / "config.json")
         self.tensors: dict[str, TensorEntry] = _read_headers(folder)
         self._orders: Orders = {}
@@ -226,6 +227,18 @@ class Checkpoint:
         for axis, order in self._orders.get(name, {}).items():
             tensor = tensor.index_select(axis, order)
         return tensor
+
+
+def _refuse_adapter(folder: Path) -> None:
+    """Raises CheckpointError for what peft saves of an adapter alone."""
+    path = folder / "adapter_config.json"
+    if path.is_file() and not (folder / "config.json").exists():
+        base = read_json(path).get("base_model_name_or_path") or "a model that it does not name"
+        raise CheckpointError(
+            f"{folder}: is a peft adapter of {base}, not a model; merge it first (peft.AutoPeftModelForCausalLM."
+            "from_pretrained(ADAPTER).merge_and_unload().save_pretrained(FOLDER), the tokenizer beside it), or prune "
+            "the base model and load the adapter on top"
+        )
 
 
 def stores_plain_weights(quantization: Mapping[str, Any]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
@@ -9,17 +10,24 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from swiftprune.calibration.text import load_tokenizer
+from swiftprune.errors import first_line
 from swiftprune.models.load import FP32_PARAMETERS
 from swiftprune.models.perplexity import dense_perplexity, perplexity
-from swiftprune.results import Check
+from swiftprune.results import Check, Continuation
 from swiftprune.stages import memory
 from swiftprune.stages.store import BlockStore
 
 if TYPE_CHECKING:
     from swiftprune.stages.context import Run
 
+logger = logging.getLogger(__name__)
+
 # Of perplexity over the dense model's: beyond, text is poor enough to say so.
 POOR_RATIO = 3.0
+# Of the windows held back, so many are shown with so many tokens of their beginning and of what both models go on with.
+_SHOWN = 3
+_SHOWN_TOKENS = 24
 
 
 def check(run: Run, store: BlockStore) -> Check | None:
@@ -38,10 +46,12 @@ def check(run: Run, store: BlockStore) -> Check | None:
         return None
     with run.clock("check"), run.compute.autocast():
         model = run.load_whole(dtype)
-        distance = _Distance()
+        distance, written = _Distance(), []
         dense = dense_perplexity(model, held_back, stage="check dense", progress=run.progress, watch=distance.add_dense)
+        written.append(_continued(run, model))
         run.put_pruned(model, store)
         pruned = perplexity(model, held_back, stage="check pruned", progress=run.progress, watch=distance.add_pruned)
+        written.append(_continued(run, model))
     windows, seqlen = held_back.shape
     found = Check(
         windows=windows,
@@ -50,6 +60,10 @@ def check(run: Run, store: BlockStore) -> Check | None:
         pruned=round(pruned, 3),
         divergence=round(distance.divergence, 4),
         agreement=round(distance.agreement, 4),
+        continuations=[
+            Continuation(text=text, dense=by_dense, pruned=by_pruned)
+            for (text, by_dense), (_, by_pruned) in zip(*written, strict=False)
+        ],
     )
     if not found.ratio <= POOR_RATIO:
         run.notify(
@@ -57,6 +71,29 @@ def check(run: Run, store: BlockStore) -> Check | None:
             f"Next: {_next_step(run)}."
         )
     return found
+
+
+def _continued(run: Run, model: Any) -> list[tuple[str, str]]:
+    """Beginnings of windows held back, and what `model` writes after each."""
+    assert run.data is not None
+    begin = run.data.held_back[:_SHOWN, :_SHOWN_TOKENS].to(model.device)
+    ends = model.generation_config.eos_token_id
+    first_end = (ends[0] if isinstance(ends, list) else ends) or 0
+    try:
+        tokenizer = load_tokenizer(run.checkpoint)
+        both = model.generate(
+            begin,
+            attention_mask=torch.ones_like(begin),
+            do_sample=False,
+            max_new_tokens=_SHOWN_TOKENS,
+            pad_token_id=first_end,
+        )
+    except Exception as error:  # of many types: not every model that gives logits has all that writing needs
+        logger.info("nothing was written to compare: %s", first_line(error))
+        return []
+    before, after = both.tensor_split([begin.shape[1]], dim=1)
+    texts = (tokenizer.batch_decode(part, skip_special_tokens=True) for part in (before, after))
+    return list(zip(*texts, strict=True))
 
 
 class _Distance:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub.repocard import metadata_load
+from transformers import AutoTokenizer
 from typer.testing import CliRunner, Result
 
 from exporters import export
@@ -47,6 +48,18 @@ def naive_perplexity(folder: Path, windows: torch.Tensor) -> float:
     return math.exp(sum(losses) / len(losses))
 
 
+def naive_words(folder: Path, begin: torch.Tensor) -> list[str]:
+    """24 tokens, or fewer before the end of text, each the likeliest after all before."""
+    model, tokenizer = load_whole_model(folder, dtype=torch.float32), AutoTokenizer.from_pretrained(folder)
+    found = []
+    for row in begin:
+        tokens = row.tolist()
+        while len(tokens) < 48 and 1 not in tokens[24:]:
+            tokens.append(int(model(torch.tensor([tokens])).logits[0, -1].argmax()))
+        found.append(tokenizer.decode(tokens[24:], skip_special_tokens=True))
+    return found
+
+
 def naive_distance(dense: Path, pruned: Path, windows: torch.Tensor) -> tuple[float, float]:
     """Mean of sum p log(p / q), and how often the likeliest token is the same."""
     models = [load_whole_model(folder, dtype=torch.float32) for folder in (dense, pruned)]
@@ -79,6 +92,8 @@ def test_the_check_is_the_perplexity_of_both_models_on_windows_held_back(
     assert report.check.divergence == pytest.approx(divergence, rel=1e-2)
     assert report.check.agreement == pytest.approx(agreement, abs=1e-4)
     assert 0 < agreement < 1
+    for folder, side in ((model, "dense"), (tmp_path / "zeros", "pruned")):
+        assert [getattr(found, side) for found in report.check.continuations] == naive_words(folder, held_back[:3, :24])
     written = json.loads((tmp_path / "out" / "swiftprune.json").read_text())
     assert written["check"] == report.check.model_dump()
 
@@ -166,6 +181,7 @@ def test_the_card_says_where_it_comes_from_and_how_to_use_it(
         assert report.check is not None
         for words in (use, "`wanda`", "long.txt", "8 sequences of 48 tokens", f"{report.check.ratio:.2f} times dense"):
             assert words in card
+        assert card.count("\n  - pruned: ") == len(report.check.continuations) > 0
         assert "Words." not in card
 
 

@@ -210,6 +210,9 @@ def test_folders_that_hold_no_checkpoint(tiny_copy: Path, tmp_path: Path) -> Non
     (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError, match=r"config\.json: missing"):
         Checkpoint.open(tmp_path / "empty")
+    (tmp_path / "empty" / "adapter_config.json").write_text('{"base_model_name_or_path": "owner/base"}')
+    with pytest.raises(CheckpointError, match="empty: is a peft adapter of owner/base, not a model; merge it first"):
+        Checkpoint.open(tmp_path / "empty")
     with pytest.raises(CheckpointError, match="is a file"):
         Checkpoint.open(tiny_copy / "config.json")
     with pytest.raises(CheckpointError, match="no such folder"):
