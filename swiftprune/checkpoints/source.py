@@ -250,6 +250,7 @@ def stores_plain_weights(quantization: Mapping[str, Any]) -> bool:
 def _download(name: str, revision: str | None) -> Path:
     """The folder of a hub repository's newest or given revision: first its small files, then the weights they name."""
     folder = from_hub(name, revision)
+    _refuse_adapter(folder)
     for single, index in _LAYOUTS:
         is_indexed = (folder / index).exists()
         shards = set(read_json(folder / index).get("weight_map", {}).values()) if is_indexed else {single}

@@ -10,11 +10,32 @@ FUSED = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"}, {"w1", "w3"})
 MULTIPLIED_DIRECTLY = {"dt_proj"}
 """Of state-space layers: small, and their modules read the weight and do not call the linear."""
 ROUTERS = {"gate", "router", "shared_expert_gate"}
-"""Linears of few rows whose outputs choose experts, or weigh them."""
+"""Linears of few rows whose outputs choose experts, or weigh them; or the modules that these are in."""
 CROSS_ATTENTION = {"encoder_attn", "crossattention", "cross_attn"}
 """Of decoders that were made for an encoder beside them."""
 HEAD_NORMS = {"q_norm", "k_norm"}
 """Norms of one attention head's queries or keys, which do not span the hidden dimension."""
+
+
+@dataclass(frozen=True)
+class Stacks:
+    """How a module stacks the weights of its experts: `gate_up_proj` and `down_proj`, or `up_proj` without a gate."""
+
+    has_gate: bool
+    has_bias: bool
+    is_transposed: bool
+    """Whether they are (experts, in, out), not (experts, out, in)."""
+    is_concatenated: bool
+    """Whether gate comes before up, not in turns with it."""
+    sorted_inputs: bool = False
+    """Whether it is given all tokens once for each expert, zero where that was not chosen, and not who was chosen."""
+
+
+STACKS = {
+    "Llama4TextExperts": Stacks(True, False, is_transposed=True, is_concatenated=True, sorted_inputs=True),
+    "LongcatFlashExperts": Stacks(True, False, is_transposed=False, is_concatenated=True),
+}
+"""Of modules, by class, that do not say so themselves, as those do that `use_experts_implementation` is put on."""
 
 
 @dataclass(frozen=True)

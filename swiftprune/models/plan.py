@@ -249,7 +249,7 @@ def _dense_reason(
         return "its module multiplies by the weight itself"
     if type(module) not in plain:
         return f"it is a {type(module).__name__}, which multiplies in a way of its own"
-    if kind in ROUTERS:
+    if not ROUTERS.isdisjoint(name.split(".")[-2:]):
         return "it chooses experts"
     if set(name.split(".")) & CROSS_ATTENTION:
         return "it reads the states of an encoder, which a causal language model does not have"

@@ -15,6 +15,8 @@ from transformers import (
     DeepseekV3Config,
     GPT2Config,
     GptOssConfig,
+    Llama4TextConfig,
+    LongcatFlashConfig,
     MixtralConfig,
     PretrainedConfig,
     Qwen2MoeConfig,
@@ -47,7 +49,28 @@ CONFIGS: dict[str, PretrainedConfig] = {
         v_head_dim=16,
     ),
     "gpt-oss": GptOssConfig(**_SMALL, head_dim=16, num_local_experts=4, num_experts_per_tok=2, sliding_window=16),
+    "llama4": Llama4TextConfig(
+        **_SMALL, head_dim=16, intermediate_size_mlp=96, num_local_experts=4, interleave_moe_layer_step=1
+    ),
+    "longcat": LongcatFlashConfig(
+        **{key: value for key, value in models.SMALL.items() if key not in ("num_hidden_layers", "intermediate_size")},
+        num_layers=1,
+        ffn_hidden_size=96,
+        expert_ffn_hidden_size=32,
+        n_routed_experts=4,
+        zero_expert_num=2,
+        moe_topk=3,
+        q_lora_rank=32,
+        kv_lora_rank=16,
+        qk_nope_head_dim=16,
+        qk_rope_head_dim=8,
+        head_dim=8,
+        v_head_dim=16,
+    ),
 }
+STACKED = ("gpt-oss", "llama4")
+EXPERTS = {"qwen2-moe": 48, "longcat": 12}
+"""Linears of experts, where they are not 24."""
 GPT2 = {"gpt2": GPT2Config(vocab_size=models.VOCABULARY, n_embd=64, n_layer=2, n_head=4, n_positions=256)}
 TOKENS = torch.arange(2, 50).reshape(2, 24) * 5 % models.VOCABULARY
 
@@ -86,7 +109,7 @@ def test_separate_experts_answer_as_stacked_ones(name: str, checkpoint: Callable
     }
     held = [p for module in model.modules() if isinstance(module, Experts) for p in module.parameters()]
     assert all(parameter.is_contiguous() for parameter in held)
-    if name != "gpt-oss":  # which interleaves gate and up
+    if name not in STACKED:  # gate and up interleaved, or transposed
         assert {p.untyped_storage().data_ptr() for p in held} <= weights
 
 
@@ -98,12 +121,12 @@ def test_packed_experts_answer_as_the_same_weights_in_place(
     settings = PruneSettings(calibration=str(text_file), samples=4, seqlen=32)
     report = export(checkpoint(name), tmp_path / "packed", settings)
     experts = [layer for layer in report.layers if ".experts." in layer.name]
-    assert len(experts) == {"mixtral": 24, "qwen3-moe": 24, "qwen2-moe": 48, "deepseek-v3": 24, "gpt-oss": 24}[name]
+    assert len(experts) == EXPERTS.get(name, 24)
     assert all(layer.sparsity >= 0.5 and layer.output_error is not None for layer in experts)
     assert not any(dense.endswith((".gate", ".router")) for dense in (layer.name for layer in report.layers))
     packed = load(tmp_path / "packed")
     assert sum(isinstance(module, Linear24) for module in packed.modules()) == len(report.layers)
-    if name != "gpt-oss":  # whose checkpoint stacks experts
+    if name not in STACKED:
         assert Checkpoint(tmp_path / "packed").tensors.keys() >= Checkpoint(checkpoint(name)).tensors.keys()
     dense = models.masked_twin(checkpoint(name), packed, [layer.name for layer in report.layers])
     torch.testing.assert_close(logits(packed), logits(dense), rtol=1e-5, atol=1e-5)
