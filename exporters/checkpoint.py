@@ -36,11 +36,12 @@ from swiftprune.models.load import context_length, load_whole_model, read_config
 from swiftprune.models.perplexity import dense_perplexity, perplexity
 from swiftprune.models.plan import Block, Linear, Targets
 from swiftprune.progress import Notify, ProgressCallback, ignore_message, no_progress
+from swiftprune.ranks import Ranks
 from swiftprune.results import Check, LayerResult, PrunedBlock, PrunedWeight
 from swiftprune.stages.check import check as check_result
 from swiftprune.stages.context import Run
 from swiftprune.stages.distill import Validation
-from swiftprune.stages.run import run_stages
+from swiftprune.stages.run import run_stages, tell_others
 from swiftprune.stages.text import check_fits
 
 Target = Literal["packed", "dense", "torch", "sparse24-bitmask", "onnx", "onnx-dense"]
@@ -143,6 +144,7 @@ def export(
     trust_remote_code: bool = False,
     push_to_hub: str | None = None,
     private: bool = False,
+    ranks: Ranks | None = None,
 ) -> ExportReport:
     """Prunes `model` (local folder or hub id) and writes the result to the folder `out`.
 
@@ -153,7 +155,8 @@ def export(
     and after, by transformers; `check` measures it in any case, on a little calibration text that was held back.
     `head` is how --target onnx stores the output head and the embeddings: `int8`, by default with quantized values
     only, `int4` or `keep`. `notify` is told what the run will cost once a block is done. `push_to_hub` is a hub id
-    (`owner/name`) that the output becomes as well. Raises the errors of swiftprune.errors.
+    (`owner/name`) that the output becomes as well. `ranks` are processes that share calibration and solving, of which
+    this is the first; the others `follow` (swiftprune.stages.run). Raises the errors of swiftprune.errors.
     """
     settings = settings or PruneSettings()
     _check_target(settings.resolved(), target)
@@ -163,7 +166,9 @@ def export(
     checkpoint = Checkpoint.open(model, revision=revision, trust_remote_code=trust_remote_code)
     workspace = Workspace(Path(out), checkpoint.folder, resume=resume, overwrite=overwrite, notify=notify)
     with workspace:
-        run = Run(checkpoint, settings, progress=progress, notify=notify, keeps_values=target in _QUANTIZED)
+        run = Run(
+            checkpoint, settings, progress=progress, notify=notify, keeps_values=target in _QUANTIZED, ranks=ranks
+        )
         settings = run.settings
         if evaluate and run.stored_weights:
             raise SettingsError(
@@ -189,6 +194,7 @@ def export(
         run.data, run.orders = workspace.data(), workspace.orders()
         run.dense_linears, run.fitted_samples = workspace.dense_linears(), workspace.fitted_samples()
         writer = _ShardWriter(run, target, workspace, quantized_head=target == "packed" and head != "keep")
+        tell_others(run)
         run_stages(run, writer)
         found = check_result(run, writer) if check else None
         with run.clock("write"):

@@ -386,11 +386,18 @@ def export_command(
         | {name: value for name, value in given.items() if value is not None},
     )
     destination = out or Path(output_name(Path(model).resolve().name, format))
-    from exporters.checkpoint import export  # with transformers, which takes seconds: not for --help or a typo
+    # With transformers, which takes seconds: not for --help or a typo.
+    from exporters.checkpoint import export
+    from swiftprune.checkpoints.source import Checkpoint
+    from swiftprune.ranks import joined
+    from swiftprune.stages.run import follow
 
     console = make_console(stderr=json)
     try:
-        with sigint_as_keyboard_interrupt(), ProgressBars() as progress:
+        with sigint_as_keyboard_interrupt(), joined() as ranks, ProgressBars() as progress:
+            if not ranks.is_first:
+                follow(Checkpoint.open(model, revision=revision, trust_remote_code=trust_remote_code), ranks)
+                return
             if used := start.others_percent():
                 progress.notify(f"Other processes use {used:.0f}% of this machine's processors: all takes longer.")
             report = export(
@@ -409,6 +416,7 @@ def export_command(
                 trust_remote_code=trust_remote_code,
                 push_to_hub=push_to_hub,
                 private=private,
+                ranks=ranks,
             )
     except KeyboardInterrupt:
         raise InterruptedByUserError(

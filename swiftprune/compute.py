@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from swiftprune.errors import SettingsError
+from swiftprune.ranks import local_device
 
 ComputeName = Literal["float32", "bfloat16"]
 _SHAPE = (512, 1024, 1024)
@@ -60,12 +61,12 @@ class Compute:
 
 
 def find_device(name: str) -> torch.device:
-    """`auto` (the first NVIDIA GPU where there is one, else the CPU), `cpu`, `cuda` or `cuda:N`.
+    """`auto` (this process's NVIDIA GPU, the first one where it is alone, else the CPU), `cpu`, `cuda` or `cuda:N`.
 
     Raises SettingsError for another name, and for a GPU that is not there or that this torch does not see.
     """
     if name == "auto":
-        return torch.device("cuda:0") if torch.cuda.is_available() else _CPU
+        return local_device() if torch.cuda.is_available() else _CPU
     if name == "cpu":
         return _CPU
     if not re.fullmatch(r"cuda(:\d+)?", name):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from torch import Tensor
 from swiftprune.formats.spec import GROUP
 from swiftprune.methods.statistics import InputStats, Needs
 from swiftprune.models.plan import Linear
+from swiftprune.ranks import Ranks
 
 
 class InputObserver:
@@ -62,6 +63,46 @@ class InputObserver:
             if factor := self._writers.get(linear.name):
                 assert self.residual_drift is not None
                 stats.residual_drift = _plus_product(stats.residual_drift, self.residual_drift / factor, rows)
+
+    def add_others(self, ranks: Ranks, linears: Sequence[Linear], device: torch.device) -> None:
+        """Adds what the observers of all other processes saw, of `linears` in the same order everywhere."""
+        if ranks.count == 1:
+            return
+        own: dict[int, list[str]] = {}
+        for linear in linears:
+            if stats := self.stats.get(linear.name):
+                own.setdefault(id(stats), []).append(linear.name)
+        others = ranks.from_all(
+            {name: (names, _described(self.stats[name])) for names in own.values() for name in names}
+        )
+        done: set[str] = set()
+        for linear in linears:
+            seen = next((each[linear.name] for each in others if linear.name in each), None)
+            if seen is None or linear.name in done:
+                continue
+            names, fields = seen
+            stats = self.stats.get(linear.name) or InputStats(token_count=0)
+            for field, shape in fields.items():
+                tensor = getattr(stats, field)
+                if tensor is None:
+                    tensor = torch.zeros(shape, device=device)
+                    setattr(stats, field, tensor)
+                ranks.sum(tensor)
+            own_sample = None if stats.sample is None else stats.sample.cpu()
+            counts, samples = zip(*ranks.from_all((stats.token_count, own_sample)), strict=True)
+            stats.token_count = sum(counts)
+            stats.sample = torch.cat([sample for sample in samples if sample is not None]).to(device)
+            self.stats |= dict.fromkeys(names, stats)
+            done.update(names)
+
+
+_SUMS = ("input_sq_sum", "group_gram", "gram", "input_drift", "residual_drift")
+
+
+def _described(stats: InputStats) -> dict[str, torch.Size]:
+    """Which sums it has, and their shapes."""
+    found = {field: getattr(stats, field) for field in _SUMS}
+    return {field: tensor.shape for field, tensor in found.items() if tensor is not None}
 
 
 def _rows(inputs: Tensor) -> Tensor:

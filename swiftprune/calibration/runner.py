@@ -20,6 +20,7 @@ from swiftprune.errors import CheckpointError, SwiftpruneError, first_line
 from swiftprune.methods.statistics import InputStats, Needs
 from swiftprune.models.experts import Expert, all_experts
 from swiftprune.models.plan import Block, Linear, Targets, decoder_blocks
+from swiftprune.ranks import Ranks
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +38,7 @@ _SHARE_OF_HIDDEN = 0.3
 class BlockRunner:
     """The hidden states of all calibration samples, moved through the model block by block.
 
+    With `ranks`, the samples are those of this process, and statistics are of the samples of all.
     One block's weights are in memory at a time, in fp32, on the device of `compute`, which multiplies. `hidden` holds
     one (1, T, H) fp32 tensor per sample, on that device or, where all would take too much of its memory, on the CPU:
     the input of the next block in the pruned model. `dense_hidden` is the same in the dense model, and None unless
@@ -53,7 +55,9 @@ class BlockRunner:
         *,
         compute: Compute | None = None,
         track_dense: bool = False,
+        ranks: Ranks | None = None,
     ) -> None:
+        self._ranks = ranks or Ranks()
         self._model = model
         self._compute = compute or Compute()
         move_buffers(model, self._compute.device)
@@ -236,6 +240,7 @@ class BlockRunner:
             if advance:
                 self.hidden[index] = self._kept(out)
             tick()
+        observer.add_others(self._ranks, linears, self._compute.device)
         return observer.stats
 
     def _starved(self, block: Block, stats: Mapping[str, InputStats]) -> list[Linear]:
@@ -301,7 +306,9 @@ class BlockRunner:
     def _residual_writers(self, block: Block) -> dict[str, float]:
         linears = {linear.name: self._model.get_submodule(linear.name) for linear in block.linears}
         hidden = self._compute.here(self.hidden[0])
-        writers = residual_writers(functools.partial(self.run, block, 0, hidden), hidden, linears)
+        writers = self._ranks.from_first(
+            residual_writers(functools.partial(self.run, block, 0, hidden), hidden, linears)
+        )
         if not writers and linears and not self._warned:
             logger.warning(
                 "%s adds the output of none of its linears to the residual stream as it is (there may be a norm "

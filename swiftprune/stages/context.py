@@ -25,6 +25,7 @@ from swiftprune.models.linears import as_linears
 from swiftprune.models.load import load_whole_model
 from swiftprune.models.plan import Block, Linear, Targets, empty_model, find_targets
 from swiftprune.progress import Notify, ProgressCallback, ignore_message, no_progress
+from swiftprune.ranks import Ranks
 from swiftprune.results import PrunedBlock, PrunedWeight
 from swiftprune.stages import prepare
 from swiftprune.stages.clock import StageClock
@@ -37,7 +38,8 @@ from swiftprune.stages.store import BlockStore
 class Run:
     """One pruning run over one checkpoint. Making it checks settings and headers, before any work.
 
-    `keeps_values` says whether the result may hold 8-bit values that the checkpoint stores as they are.
+    `keeps_values` says whether the result may hold 8-bit values that the checkpoint stores as they are; `ranks` are
+    the processes that share the work.
     `data`, `orders`, `fitted_samples` and `dense_linears` are what a run decides on the way; one that is resumed is
     given those of the run before it. `clock` fills up on the way.
     """
@@ -51,7 +53,9 @@ class Run:
         progress: ProgressCallback = no_progress,
         notify: Notify = ignore_message,
         keeps_values: bool = True,
+        ranks: Ranks | None = None,
     ) -> None:
+        self.ranks = ranks or Ranks()
         self.stored_weights: StoredWeights | None = None
         """Of a checkpoint that compressed-tensors wrote 2:4."""
         if declared_format(checkpoint.quantization):
@@ -91,6 +95,7 @@ class Run:
         group = self.pattern.group if self.pattern.structured else 1
         self.targets: Targets = find_targets(self.model, checkpoint, ignore=self.settings.ignore, group=group)
         self.masks = KeepMasks(Path(self.settings.mask)) if self.settings.mask else None
+        prepare.check_ranks(self)
         prepare.check_dtype(self)
         prepare.check_text(self)
         self.settings = prepare.with_conversations(self)

@@ -212,6 +212,24 @@ def check_length(run: Run) -> None:
         raise SettingsError(f"--seqlen {s.seqlen}: by its config.json the model takes {longest} tokens")
 
 
+def check_ranks(run: Run) -> None:
+    """Raises SettingsError for what several processes do not share out."""
+    s, count = run.settings, run.ranks.count
+    if count == 1:
+        return
+    alone = {
+        "--refine distill": "distill" in s.refine,
+        "--refine blocks": "blocks" in s.refine,
+        "--sparsity auto": s.max_perplexity_ratio is not None,
+        f"--method {KEEP}": s.method == KEEP,
+    }
+    for option, asked in alone.items():
+        if asked:
+            raise SettingsError(f"{option} runs in one process, and torchrun started {count}: leave one of them out")
+    if s.calibration != "none" and s.samples < count:
+        raise SettingsError(f"--samples {s.samples}: each of {count} processes needs a calibration sequence")
+
+
 def note_few_tokens(run: Run) -> None:
     """Weights are solved for with (K, K) sums over tokens, which fewer than K tokens leave undetermined.
 

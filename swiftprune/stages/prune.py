@@ -46,7 +46,9 @@ def pruned_blocks(run: Run, store: BlockStore) -> Iterator[PrunedBlock]:
 
     A block that `store` has already is only run forward, if one that it has not follows, and is not yielded.
     """
-    unfinished = [index for index, block in enumerate(run.targets.blocks) if not store.finished(block)]
+    unfinished = run.ranks.from_first(
+        [index for index, block in enumerate(run.targets.blocks) if not store.finished(block)]
+    )
     if not unfinished:
         return
     runner = _runner(run)
@@ -59,11 +61,11 @@ def pruned_blocks(run: Run, store: BlockStore) -> Iterator[PrunedBlock]:
         tick = Tick(run.progress, index * steps, len(run.targets.blocks) * steps)
         if index not in unfinished:
             if runner:
-                _forward_finished(run, runner, block, store.load(block), tick)
+                _forward_finished(run, runner, block, store, tick)
             continue
         start = time.monotonic()
         pruned = _prune_and_advance(run, block, runner, tick)
-        if index == 0 and runner and (fewer := _too_many_samples(run, time.monotonic() - start, len(runner.hidden))):
+        if index == 0 and runner and (fewer := _too_many_samples(run, time.monotonic() - start)):
             run.fitted_samples = fewer
             store.keep_fitted_samples(fewer)
             runner = _runner(run)
@@ -87,8 +89,9 @@ def _runner(run: Run) -> BlockRunner | None:
             run.model,
             run.checkpoint,
             run.targets,
-            tokens,
+            tokens[run.ranks.rank :: run.ranks.count],
             compute=run.compute,
+            ranks=run.ranks,
             track_dense=run.needs == "drift" or "blocks" in run.settings.refine,
         )
 
@@ -102,9 +105,11 @@ def _prune_and_advance(run: Run, block: Block, runner: BlockRunner | None, tick:
     return pruned
 
 
-def _too_many_samples(run: Run, seconds: float, samples: int) -> int | None:
+def _too_many_samples(run: Run, seconds: float) -> int | None:
     """How many calibration sequences a preset can afford, if fewer than the first block, so slow, was pruned on."""
-    minutes = run.settings.minutes
+    minutes, tokens = run.settings.minutes, calibration_tokens(run)
+    assert tokens is not None
+    samples = len(tokens)
     if minutes is None or "samples" not in run.settings.from_preset or run.fitted_samples is not None:
         return None
     spent = (time.monotonic() - run.started) / 60
@@ -145,9 +150,8 @@ def _note_starved_experts(run: Run, linears: list[str]) -> None:
         )
 
 
-def _forward_finished(
-    run: Run, runner: BlockRunner, block: Block, weights: Mapping[str, PrunedWeight], tick: Callable[[], None]
-) -> None:
+def _forward_finished(run: Run, runner: BlockRunner, block: Block, store: BlockStore, tick: Callable[[], None]) -> None:
+    weights = run.ranks.from_first(store.load(block) if run.ranks.is_first else {})
     with run.clock("calibrate"), runner.block(block):
         runner.advance_dense(block)
         runner.advance(block, {} if run.settings.one_pass else run.by_parameter(block, weights), tick)
@@ -163,7 +167,7 @@ def _prune_block(run: Run, block: Block, runner: BlockRunner | None, tick: Calla
         dense = moved(run.checkpoint.read(linear.tensor for linear in block.linears), run.compute.device)
     weights: dict[str, PrunedWeight] = {}
     seconds: dict[str, float] = {}
-    for linears in _together(run, block, stats):
+    for linears in run.ranks.share(_together(run, block, stats)):
         layer_stats = stats.get(linears[0].name)
         before = [dense[linear.tensor] for linear in linears]
         run.compute.wait()
@@ -176,6 +180,9 @@ def _prune_block(run: Run, block: Block, runner: BlockRunner | None, tick: Calla
         for linear, old, new in zip(linears, before, after, strict=True):
             seconds[linear.name] = elapsed * old.numel() / size
             weights[linear.tensor] = new
+    if run.ranks.count > 1:
+        with run.clock("exchange"):
+            weights, seconds = _exchanged(run, weights, seconds)
     if runner and "blocks" in run.settings.refine:
         with run.clock("refine blocks"):
             weights = _refine_block(run, block, weights, runner, tick)
@@ -190,6 +197,18 @@ def _prune_block(run: Run, block: Block, runner: BlockRunner | None, tick: Calla
             for linear in block.linears
         ]
     return PrunedBlock(block, moved(weights, torch.device("cpu")), results)
+
+
+def _exchanged(
+    run: Run, weights: dict[str, PrunedWeight], seconds: dict[str, float]
+) -> tuple[dict[str, PrunedWeight], dict[str, float]]:
+    """What all processes have pruned of a block, and how long each linear took."""
+    all_weights: dict[str, PrunedWeight] = {}
+    all_seconds: dict[str, float] = {}
+    for their_weights, their_seconds in run.ranks.from_all((moved(weights, torch.device("cpu")), seconds)):
+        all_weights |= their_weights
+        all_seconds |= their_seconds
+    return moved(all_weights, run.compute.device), all_seconds
 
 
 def _refine_block(

@@ -6,10 +6,12 @@ import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from swiftprune.checkpoints.source import Checkpoint
+from swiftprune.calibration.data import CalibrationData
+from swiftprune.checkpoints.source import Checkpoint, Orders
 from swiftprune.config import PruneSettings
 from swiftprune.models.plan import Block
 from swiftprune.progress import ProgressCallback, no_progress
+from swiftprune.ranks import Ranks, local_device
 from swiftprune.results import PrunedBlock
 from swiftprune.stages.context import Run
 from swiftprune.stages.distill import distill
@@ -17,7 +19,7 @@ from swiftprune.stages.keep_dense import keep_dense
 from swiftprune.stages.permute import permute
 from swiftprune.stages.prune import prune_blocks, pruned_blocks
 from swiftprune.stages.round_values import round_values
-from swiftprune.stages.store import BlockStore, MemoryStore
+from swiftprune.stages.store import BlockStore, MemoryStore, NoStore
 from swiftprune.stages.text import take_text
 from swiftprune.stages.tune_scales import tune_scales
 
@@ -37,6 +39,23 @@ def run_stages(run: Run, store: BlockStore) -> None:
     """All stages in order: blocks that `store` has are not pruned again, and all of them are there at the end."""
     for stage in STAGES:
         stage(run, store)
+
+
+def tell_others(run: Run) -> None:
+    """In the first process, before `run_stages`: gives those that `follow` what it decided."""
+    run.ranks.from_first((run.settings, run.data, run.orders, run.fitted_samples))
+
+
+def follow(checkpoint: Checkpoint, ranks: Ranks) -> None:
+    """The stages in a process that is not the first one: it keeps nothing."""
+    told: tuple[PruneSettings, CalibrationData | None, Orders | None, int | None] | None = None
+    told = ranks.from_first(told)
+    assert told is not None
+    settings, data, orders, fitted_samples = told
+    device = "cpu" if settings.device == "cpu" else str(local_device())
+    run = Run(checkpoint, settings.model_copy(update={"device": device}), data=data, ranks=ranks)
+    run.orders, run.fitted_samples = orders, fitted_samples
+    run_stages(run, NoStore())
 
 
 def stream_blocks(run: Run, store: BlockStore | None = None) -> Iterator[PrunedBlock]:

@@ -42,6 +42,30 @@ class BlockStore(TrainingStore, Protocol):
     def keep_fitted_samples(self, samples: int) -> None: ...
 
 
+class NoStore:
+    """The BlockStore of a process that is not the first one, which keeps nothing."""
+
+    def finished(self, block: Block) -> bool:
+        return False
+
+    def load(self, block: Block) -> dict[str, PrunedWeight]:
+        raise AssertionError("the first process loads for all")
+
+    def save(self, done: PrunedBlock) -> None: ...
+
+    def load_training(self) -> None: ...
+
+    def save_training(self, tensors: Mapping[str, Tensor], progress: Mapping[str, Any]) -> None: ...
+
+    def keep_data(self, data: CalibrationData) -> None: ...
+
+    def keep_orders(self, orders: Orders) -> None: ...
+
+    def keep_dense_linears(self, names: list[str]) -> None: ...
+
+    def keep_fitted_samples(self, samples: int) -> None: ...
+
+
 class MemoryStore:
     """A BlockStore in memory, for `prune`."""
 

@@ -31,10 +31,12 @@ JUDGED_WINDOWS = 32
 
 def take_text(run: Run, store: BlockStore) -> None:
     """Checks that the weights are finite, and makes the calibration tokens where that was not done yet."""
-    with run.clock("read"):
-        _check_weights(run)
-    if run.data is None and (data := load_data(run)) is not None:
-        store.keep_data(data)
+    if run.ranks.is_first:
+        with run.clock("read"):
+            _check_weights(run)
+        if run.data is None and (data := load_data(run)) is not None:
+            store.keep_data(data)
+    run.data = run.ranks.from_first(run.data)
 
 
 def load_data(run: Run) -> CalibrationData | None:
