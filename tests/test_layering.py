@@ -15,7 +15,7 @@ MAY_IMPORT = {
     "exporters": {"swiftprune", "exporters"},
     "runtime_bench": {"swiftprune", "exporters", "runtime_bench"},
 }
-# Inside swiftprune, what the modules of each folder may import beside errors, progress and compute, which all may.
+# Inside swiftprune, what the modules of each folder may import beside those of FOR_ALL.
 MAY_IMPORT_INSIDE = {
     "formats": {"formats"},
     "kernels": {"formats", "kernels"},
@@ -26,7 +26,7 @@ MAY_IMPORT_INSIDE = {
     "stages": {"formats", "kernels", "methods", "checkpoints", "models", "calibration", "stages", "config", "results"},
     "serve": {"formats", "kernels", "checkpoints", "models", "serve"},
 }
-FOR_ALL = {"errors", "progress", "compute"}
+FOR_ALL = {"errors", "progress", "compute", "ranks"}
 
 
 def imported(path: Path) -> set[str]:
