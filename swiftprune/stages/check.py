@@ -49,7 +49,7 @@ def check(run: Run, store: BlockStore) -> Check | None:
         distance, written = _Distance(), []
         dense = dense_perplexity(model, held_back, stage="check dense", progress=run.progress, watch=distance.add_dense)
         written.append(_continued(run, model))
-        run.put_pruned(model, store)
+        run.put_pruned(model, store.load)
         pruned = perplexity(model, held_back, stage="check pruned", progress=run.progress, watch=distance.add_pruned)
         written.append(_continued(run, model))
     windows, seqlen = held_back.shape

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -119,8 +119,10 @@ class Run:
         """Those of the checkpoint's tensors `names` that `permute` reordered."""
         return {**self.checkpoint.read(name for name in names if name in (self.orders or {}))}
 
-    def put_pruned(self, student: nn.Module, store: BlockStore) -> dict[str, PrunedWeight]:
-        """Puts the tensors of all blocks into `student`; returns the pruned ones by parameter."""
+    def put_pruned(
+        self, student: nn.Module, load: Callable[[Block], Mapping[str, PrunedWeight]]
+    ) -> dict[str, PrunedWeight]:
+        """Puts the tensors of all blocks, as `load` gives them, in place; returns the pruned ones by parameter."""
         weights = {}
         places = student.state_dict()
         outside = self.checkpoint.read(self.targets.outside)  # they may be permuted
@@ -128,7 +130,7 @@ class Run:
             if tensor in outside and name in places:
                 places[name].copy_(outside[tensor])
         for block in self.targets.blocks:
-            stored = store.load(block)
+            stored = load(block)
             pruned = {linear.tensor for linear in block.linears}
             for name, tensor in self.parameters(block).items():
                 places[name].copy_(packing.unpack(stored[tensor], name))

@@ -13,7 +13,7 @@ import functools
 import itertools
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol
@@ -32,6 +32,7 @@ from swiftprune.models.attention import use_short_window_attention
 from swiftprune.models.masked_linear import train_kept
 from swiftprune.models.plan import Block
 from swiftprune.progress import ProgressCallback, no_progress
+from swiftprune.ranks import Ranks
 from swiftprune.results import PrunedBlock, PrunedWeight, layer_result
 from swiftprune.stages.round_values import rounds_last, seconds_to_round
 from swiftprune.stages.text import windows_to_train_and_to_judge
@@ -126,7 +127,9 @@ def distill(run: Run, store: BlockStore) -> None:
     if "distill" not in run.settings.refine:
         return
     with run.clock("distill"):
-        tokens, teacher, student, pruned = models_to_train(run, store)
+        tokens, teacher, student, pruned = models_to_train(
+            run, lambda block: run.ranks.from_first(store.load(block) if run.ranks.is_first else {})
+        )
         keep_masks = {name: packing.keep_mask(weight) for name, weight in pruned.items()}
         distillation = Distillation(
             student,
@@ -138,6 +141,7 @@ def distill(run: Run, store: BlockStore) -> None:
             seed=run.settings.seed,
             store=store,
             progress=run.progress,
+            ranks=run.ranks,
         )
         run.validations = distillation.run(_budget(run, store))
         distillation.save()
@@ -145,11 +149,13 @@ def distill(run: Run, store: BlockStore) -> None:
         run.save(store, trained_block(run, student, block))
 
 
-def models_to_train(run: Run, store: BlockStore) -> tuple[Tensor, Any, Any, dict[str, PrunedWeight]]:
-    """Windows to train on, the dense model, the pruned one as `store` has it, and its pruned weights by parameter."""
+def models_to_train(
+    run: Run, load: Callable[[Block], Mapping[str, PrunedWeight]]
+) -> tuple[Tensor, Any, Any, dict[str, PrunedWeight]]:
+    """Windows to train on, the dense model, the pruned one as `load` gives it, and its pruned weights by parameter."""
     tokens, _ = windows_to_train_and_to_judge(run)
     teacher, student = run.load_whole(run.compute.dtype), run.load_whole(torch.float32)
-    return tokens, teacher, student, run.put_pruned(student, store)
+    return tokens, teacher, student, run.put_pruned(student, load)
 
 
 def within_blocks(run: Run) -> str:
@@ -240,7 +246,8 @@ class Distillation:
     one-dimensional parameter whose name starts with `within` (norms, biases). All else is frozen, but for the scales of
     parameters that `scaled` names. `tokens` are (W, T) int64 windows, of which the last
     are held back for validation. With a `store`, training is saved once a minute, and a new Distillation with the same
-    arguments continues from there.
+    arguments continues from there. With `ranks`, all of which do the same, batches have as many times the windows, each
+    trains on its share, and the first one saves.
 
     Raises SettingsError when there are too few windows, CheckpointError when the loss is not finite or when the
     architecture makes its logits from its hidden states by more than a linear head.
@@ -260,11 +267,17 @@ class Distillation:
         seed: int = 0,
         store: TrainingStore | None = None,
         progress: ProgressCallback = no_progress,
+        ranks: Ranks | None = None,
     ) -> None:
+        self._ranks = ranks or Ranks()
         if len(tokens) < 2:
             raise SettingsError(f"distillation needs at least two windows of {tokens.shape[1]} tokens; give more text")
         held_back = min(VALIDATION_WINDOWS, max(1, int(len(tokens) * VALIDATION_SHARE)))
         self._train, self._held_back = tokens[:-held_back], tokens[-held_back:]
+        if len(self._train) < self._ranks.count:
+            raise SettingsError(
+                f"distillation has {len(self._train)} windows of text for {self._ranks.count} processes; give more text"
+            )
         self._student, self._teacher = student, teacher.requires_grad_(False)
         self._teachers_head = teacher.get_output_embeddings()
         self._compute = compute or Compute()
@@ -310,7 +323,7 @@ class Distillation:
             self._check_head()
             self._validate()
         batches = self._batches()
-        used = budget.share(self._minutes, self._steps)
+        used = self._ranks.from_first(budget.share(self._minutes, self._steps))
         while used < self._end(used):
             self._progress(STAGE, round(used * 1000), 1000)
             begun = time.monotonic()
@@ -319,7 +332,7 @@ class Distillation:
             self._steps += 1
             self._minutes = before + (time.monotonic() - start) / 60
             # Another step must fit into the minutes, and so must the validation after it.
-            used = budget.share(self._minutes + 2 * pace, self._steps)
+            used = self._ranks.from_first(budget.share(self._minutes + 2 * pace, self._steps))
             due = used * VALIDATIONS >= len(self.validations)
             if used >= self._end(used) or (due and self._steps - self.validations[-1].step >= MIN_STEPS_BETWEEN_EVALS):
                 self._validate()
@@ -356,11 +369,12 @@ class Distillation:
 
     def _batches(self) -> Iterator[Tensor]:
         """Indices of windows in a new random order each time around, from where the steps so far have left off."""
-        size = max(1, BATCH_TOKENS // self._train.shape[1])
+        size = max(1, BATCH_TOKENS // self._train.shape[1]) * self._ranks.count
         for count in itertools.count(self._steps):
             around, index = divmod(count * size, len(self._train) // size * size or 1)
             generator = torch.Generator().manual_seed(self._seed + around)
-            yield torch.randperm(len(self._train), generator=generator)[index : index + size]
+            batch = torch.randperm(len(self._train), generator=generator)[index : index + size]
+            yield batch[self._ranks.rank :: self._ranks.count]
 
     def _step(self, windows: Tensor, learning_rate: float) -> None:
         target = self._target(windows)
@@ -376,12 +390,19 @@ class Distillation:
             of_weight, self._in_model[name].grad = self._in_model[name].grad, None
             assert of_weight is not None
             scaled.factors.grad = scaled.gradient(of_weight)
+        self._average_gradients()
         nn.utils.clip_grad_norm_(self._trained.values(), MAX_GRAD_NORM)
         for group in self._adam.param_groups:
             group["lr"] = learning_rate
         self._adam.step()
         self._adam.zero_grad(set_to_none=True)
         self._scale()
+
+    def _average_gradients(self) -> None:
+        if self._ranks.count > 1:
+            for parameter in self._trained.values():
+                assert parameter.grad is not None
+                self._ranks.sum(parameter.grad.div_(self._ranks.count))
 
     def _target(self, windows: Tensor) -> Tensor:
         """(tokens, H): what enters the teacher's head.
@@ -454,7 +475,7 @@ class Distillation:
     @torch.no_grad()
     def _validate(self) -> None:
         divergence = likelihood = 0.0
-        for window, target in zip(self._held_back, self._targets, strict=True):
+        for window, target in self._ranks.share(list(zip(self._held_back, self._targets, strict=True))):
             hidden = self._hidden(self._student, window[None])
             following = window[1:].to(hidden.device)
             for rows in self._chunks(len(hidden) - 1):
@@ -462,6 +483,8 @@ class Distillation:
                 wanted = self._log_probabilities(self._teachers_head, target[:-1][rows])
                 divergence += float(F.kl_div(log_probabilities, wanted, reduction="sum", log_target=True))
                 likelihood += float(F.nll_loss(log_probabilities, following[rows], reduction="sum"))
+        sums = self._ranks.from_all((divergence, likelihood))
+        divergence, likelihood = (sum(parts) for parts in zip(*sums, strict=True))
         count = len(self._held_back) * (self._held_back.shape[1] - 1)
         result = Validation(self._steps, self._minutes, divergence / count, math.exp(likelihood / count))
         if all(result.divergence < other.divergence for other in self.validations):
@@ -480,7 +503,7 @@ class Distillation:
 
     def save(self) -> None:
         """Stores all that training depends on, where there is a store."""
-        if self._store is None:
+        if self._store is None or not self._ranks.is_first:
             return
         tensors = {}
         for name, parameter in self._trained.items():
@@ -497,7 +520,7 @@ class Distillation:
         self._store.save_training({name: tensor.cpu() for name, tensor in tensors.items()}, progress)
 
     def _load(self) -> None:
-        saved = self._store.load_training() if self._store else None
+        saved = self._ranks.from_first(self._store.load_training() if self._store else None)
         if saved is None:
             return
         stored, progress = saved

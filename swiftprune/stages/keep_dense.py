@@ -51,7 +51,7 @@ def _dense_linears(run: Run, store: BlockStore) -> list[str]:
         _, windows = windows_to_train_and_to_judge(run)
         model = run.load_whole(torch.float32)
         dense = dense_perplexity(model, windows)
-        run.put_pruned(model, store)
+        run.put_pruned(model, store.load)
         return select_dense(
             model,
             lambda name: run.checkpoint.read([linears[name]])[linears[name]].float(),

@@ -218,7 +218,6 @@ def check_ranks(run: Run) -> None:
     if count == 1:
         return
     alone = {
-        "--refine distill": "distill" in s.refine,
         "--refine blocks": "blocks" in s.refine,
         "--sparsity auto": s.max_perplexity_ratio is not None,
         f"--method {KEEP}": s.method == KEEP,

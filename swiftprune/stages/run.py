@@ -33,6 +33,8 @@ STAGES: tuple[Callable[[Run, BlockStore], None], ...] = (
     keep_dense,
 )
 """Each leaves its result in the store, and does nothing where settings do not ask for it."""
+_SHARED = STAGES[: STAGES.index(distill) + 1]
+"""Those that all processes of a run go through; the rest is the first one's."""
 
 
 def run_stages(run: Run, store: BlockStore) -> None:
@@ -55,7 +57,9 @@ def follow(checkpoint: Checkpoint, ranks: Ranks) -> None:
     device = "cpu" if settings.device == "cpu" else str(local_device())
     run = Run(checkpoint, settings.model_copy(update={"device": device}), data=data, ranks=ranks)
     run.orders, run.fitted_samples = orders, fitted_samples
-    run_stages(run, NoStore())
+    store = NoStore()
+    for stage in _SHARED:
+        stage(run, store)
 
 
 def stream_blocks(run: Run, store: BlockStore | None = None) -> Iterator[PrunedBlock]:
