@@ -254,6 +254,15 @@ def export_command(
             "[b]auto[/]: a GPU where there is one.",
         ),
     ] = "auto",
+    devices: Annotated[
+        int,
+        typer.Option(
+            rich_help_panel=_DATA,
+            min=1,
+            help="So many GPUs of this machine, or processes on its CPU, share calibration, solving and distillation; "
+            "of several machines torchrun starts them.",
+        ),
+    ] = 1,
     compute: Annotated[
         ComputeChoice,
         typer.Option(
@@ -385,6 +394,8 @@ def export_command(
         }
         | {name: value for name, value in given.items() if value is not None},
     )
+    if devices > 1 and not start.is_one_of_several():
+        start.start_several(devices)
     destination = out or Path(output_name(Path(model).resolve().name, format))
     # With transformers, which takes seconds: not for --help or a typo.
     from exporters.checkpoint import export

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import functools
 import os
+import sys
+from typing import NoReturn
 
 import psutil
 
@@ -34,6 +36,18 @@ def choose_waiting() -> None:
         os.environ["OMP_WAIT_POLICY"] = "passive"
     else:
         os.environ["GOMP_SPINCOUNT"] = _SPINS
+
+
+def is_one_of_several() -> bool:
+    """Whether torchrun started this process."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def start_several(count: int) -> NoReturn:
+    """Starts the same command in `count` processes, in the place of this one."""
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
+    os.execv(sys.executable, [*torchrun, "--no-python", *sys.argv])
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -217,6 +218,9 @@ def check_ranks(run: Run) -> None:
     s, count = run.settings, run.ranks.count
     if count == 1:
         return
+    here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", count)), torch.cuda.device_count()
+    if not run.compute.on_cpu and here > gpus:
+        raise SettingsError(f"{here} processes were started here for {gpus} GPUs: start as many as there are")
     alone = {
         "--refine blocks": "blocks" in s.refine,
         "--sparsity auto": s.max_perplexity_ratio is not None,
