@@ -433,8 +433,9 @@ class Distillation:
     @functools.cached_property
     def _head(self) -> nn.Linear:
         """The student's, which is not trained: made once of the type that is computed in, not for every chunk."""
-        head: nn.Linear = copy.deepcopy(self._student.get_output_embeddings()).to(self._compute.dtype)
-        return head
+        own: nn.Linear = self._student.get_output_embeddings()
+        cast = {id(p): nn.Parameter(p.detach().to(self._compute.dtype), requires_grad=False) for p in own.parameters()}
+        return copy.deepcopy(own, cast)  # with these in the place of its own, which are not copied
 
     def _logits(self, head: nn.Linear, hidden: Tensor) -> Tensor:
         with self._autocast():
