@@ -207,7 +207,7 @@ class Workspace:
     def write_text(self, name: str, text: str) -> None:
         with disk_errors(self.folder):
             temporary = self.folder / (name + ".tmp")
-            temporary.write_text(text)
+            temporary.write_text(text, encoding="utf-8")
             temporary.rename(self.folder / name)
 
     def data(self) -> CalibrationData | None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
 from swiftprune.checkpoints.shards import TensorEntry
 from swiftprune.checkpoints.source import Checkpoint, Decoded
@@ -44,7 +44,8 @@ def made_parameters(model: nn.Module, checkpoint: Checkpoint) -> dict[str, Decod
     parameters = model.state_dict()
     prefix = getattr(model, "base_model_prefix", "")
     makings: dict[str, list[tuple[str, str]]] = {}
-    for tensor in checkpoint.tensors if converters else ():
+    # In the order in which transformers joins them: experts.2 before experts.10.
+    for tensor in sorted(checkpoint.tensors, key=dot_natural_key) if converters else ():
         first, pattern = rename_source_key(tensor, renamings, converters, prefix, parameters)
         if pattern is not None and first in parameters and tensor not in parameters:
             makings.setdefault(first, []).append((tensor, pattern))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import re
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -99,13 +100,17 @@ class _PickledShard:
             raise _damaged(path, error) from error
         if not isinstance(found, dict) or not all(isinstance(tensor, Tensor) for tensor in found.values()):
             raise CheckpointError(f"{path}: is no dictionary of tensors by name, as save_pretrained writes")
-        self._tensors: dict[str, Tensor] = found
+        self._tensors: dict[str, Tensor] = {name: tensor.detach() for name, tensor in found.items()}
+        held = Counter(tensor.untyped_storage().data_ptr() for tensor in self._tensors.values())
+        self._shared = {n for n, t in self._tensors.items() if held[t.untyped_storage().data_ptr()] > 1}
+        """Those that lie in one piece of memory with others, as tied weights do; writers want each by itself."""
 
     def keys(self) -> list[str]:
         return list(self._tensors)
 
     def get_tensor(self, name: str) -> Tensor:
-        return self._tensors[name].contiguous()
+        tensor = self._tensors[name]
+        return tensor.clone(memory_format=torch.contiguous_format) if name in self._shared else tensor.contiguous()
 
     def get_slice(self, name: str) -> _PickledSlice:
         return _PickledSlice(self._tensors[name])

@@ -151,6 +151,10 @@ class Checkpoint:
         other.made = made
         return other
 
+    def entry(self, name: str) -> TensorEntry:
+        """Of a tensor, or of what is made of several."""
+        return self.made[name].entry if name in self.made else self.tensors[name]
+
     @property
     def is_permuted(self) -> bool:
         return bool(self._orders)

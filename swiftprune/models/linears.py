@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from swiftprune.checkpoints.names import parameter_names
+from swiftprune.checkpoints.shards import TensorEntry
 from swiftprune.checkpoints.source import Part
 from swiftprune.models.experts import separate_experts
 
@@ -37,8 +38,12 @@ def _turned(model: nn.Module) -> dict[str, Part]:
     return parts
 
 
-def stored_parts(model: Any, tensors: Iterable[str]) -> dict[str, Part]:
-    """Does `as_linears`; returns its parts of those `tensors` that a checkpoint stores, by names for a checkpoint."""
+def stored_parts(model: Any, tensors: Mapping[str, TensorEntry]) -> dict[str, Part]:
+    """Does `as_linears`; returns its parts of those `tensors` that a checkpoint stores, by names for a checkpoint.
+
+    Stacked experts may be stored the other way round than in the model, as transformers takes them by their shape.
+    """
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     tensor_of = {parameter: tensor for tensor, parameter in parameter_names(model, tensors).items()}
     parts = {}
     for name, part in as_linears(model).items():
@@ -46,5 +51,8 @@ def stored_parts(model: Any, tensors: Iterable[str]) -> dict[str, Part]:
             # The checkpoint's prefix, where the rest is as in the model.
             owner, leaf = part.tensor.rpartition(".")[::2]
             stem = tensor.removesuffix(leaf).removesuffix(".") if tensor.endswith(f".{leaf}") else owner
-            parts[stem + name.removeprefix(owner)] = dataclasses.replace(part, tensor=tensor)
+            turned = part.transposed
+            if part.index is not None and len(shape := shapes[part.tensor]) == 3 and tensors[tensor].shape != shape:
+                turned ^= tensors[tensor].shape == (shape[0], shape[2], shape[1])
+            parts[stem + name.removeprefix(owner)] = dataclasses.replace(part, tensor=tensor, transposed=turned)
     return parts

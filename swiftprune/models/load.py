@@ -41,9 +41,10 @@ def load_whole_model(
     small = parameter_count is not None and parameter_count <= FP32_PARAMETERS
     chosen: Any = dtype or (torch.float32 if small else "auto")
     config = read_config(folder, trust_remote_code=trust_remote_code)
-    is_fp8 = (getattr(config, "quantization_config", None) or {}).get("quant_method") == fp8.METHOD
-    if is_fp8:
+    quantization: Any = getattr(config, "quantization_config", None) or {}
+    if is_fp8 := quantization.get("quant_method") == fp8.METHOD:
         fp8.check_loads_whole(Checkpoint(folder))
+        quantization["dequantize"] = True  # as transformers does by itself only where no GPU multiplies fp8
     model = auto_class(config).from_pretrained(folder, config=config, dtype=chosen, trust_remote_code=trust_remote_code)
     if is_fp8 and chosen != "auto":
         model = model.to(chosen)  # what was fp8 is bfloat16 else

@@ -169,7 +169,9 @@ def find_targets(model: nn.Module, checkpoint: Checkpoint, *, ignore: str, group
     inside = _decoder_prefix(model)
     beside = {tensor for name, tensor in tensor_of.items() if not name.startswith(inside)} - {embedding, head}
     towers = [tensor for tensor in outside if tensor in beside]
-    return Targets(blocks, tensor_of, embedding, head, _dense_ends(model, tensor_of), dense, outside, towers)
+    made = next((f"{end} is made as it is loaded" for end in (embedding, head) if end in checkpoint.made), None)
+    dense_ends = made or _dense_ends(model, tensor_of)
+    return Targets(blocks, tensor_of, embedding, head, dense_ends, dense, outside, towers)
 
 
 def _is_router(module: nn.Module) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from swiftprune.calibration.text import load_tokenizer
-from swiftprune.errors import first_line
+from swiftprune.errors import CheckpointError, first_line
 from swiftprune.models.load import FP32_PARAMETERS
 from swiftprune.models.perplexity import dense_perplexity, perplexity
 from swiftprune.results import Check, Continuation
@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 POOR_RATIO = 3.0
 # Of the windows held back, so many are shown with so many tokens of their beginning and of what both models go on with.
 _SHOWN = 3
+_LOWEST = -6e4
+_TEMPORARIES = 6  # float32 tensors of a window's tokens by the vocabulary, at once
 _SHOWN_TOKENS = 24
 
 
@@ -45,7 +47,11 @@ def check(run: Run, store: BlockStore) -> Check | None:
         run.notify(f"Not checked: that needs the whole model, {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free.")
         return None
     with run.clock("check"), run.compute.autocast():
-        model = run.load_whole(dtype)
+        try:
+            model = run.load_whole(dtype)
+        except CheckpointError as error:
+            run.notify(f"Not checked: {error}")
+            return None
         distance, written = _Distance(), []
         dense = dense_perplexity(model, held_back, stage="check dense", progress=run.progress, watch=distance.add_dense)
         written.append(_continued(run, model))
@@ -107,13 +113,16 @@ class _Distance:
 
     @staticmethod
     def nbytes(run: Run) -> int:
+        """About what is kept of the dense model, and what is made of one window at a time."""
         assert run.data is not None
         model: Any = run.model
         vocabulary: int = model.config.get_text_config().vocab_size
-        return run.data.held_back.numel() * vocabulary * torch.float16.itemsize
+        windows, seqlen = run.data.held_back.shape
+        return seqlen * vocabulary * (windows * torch.float16.itemsize + _TEMPORARIES * torch.float32.itemsize)
 
     def add_dense(self, log_probabilities: Tensor) -> None:
-        self._dense.append((log_probabilities.half(), log_probabilities.argmax(-1)))
+        # Where logits are masked, as low as float16 goes.
+        self._dense.append((log_probabilities.clamp_min(_LOWEST).half(), log_probabilities.argmax(-1)))
 
     def add_pruned(self, log_probabilities: Tensor) -> None:
         dense, likeliest = self._dense.popleft()

@@ -13,7 +13,7 @@ import functools
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol
@@ -90,7 +90,11 @@ def check_supported(model: Any) -> None:
     numbers that are known.
     """
     known = torch.tensor([[[-40.0, -1.0, 0.5, 3.0, 40.0]]])
-    body, head = getattr(model, model.base_model_prefix), model.get_output_embeddings()
+    body, head = getattr(model, model.base_model_prefix, None), model.get_output_embeddings()
+    if body is None or head is None:
+        raise SettingsError(
+            f"--refine distill: {type(model).__name__} is not made of a body and a head; use other refinements"
+        )
     body.forward = lambda *_, **__: _Hidden(last_hidden_state=torch.zeros(1, 1, 1))
     head.forward = lambda *_, **__: known.clone()
     try:
@@ -137,13 +141,15 @@ def distill(run: Run, store: BlockStore) -> None:
             keep_masks,
             within_blocks(run),
             tokens,
+            fixed=run.checkpoint.made,  # what is stored in another way cannot be written
             compute=run.compute,
             seed=run.settings.seed,
             store=store,
             progress=run.progress,
             ranks=run.ranks,
         )
-        run.validations = distillation.run(_budget(run, store))
+        budget = run.ranks.from_first(_budget(run, store) if run.ranks.is_first else Budget())
+        run.validations = distillation.run(budget)
         distillation.save()
     for block in run.targets.blocks:
         run.save(store, trained_block(run, student, block))
@@ -244,7 +250,7 @@ class Distillation:
 
     `keep_masks` (bool, True = kept) names the sparse parameters; of these the kept weights move, and with them every
     one-dimensional parameter whose name starts with `within` (norms, biases). All else is frozen, but for the scales of
-    parameters that `scaled` names. `tokens` are (W, T) int64 windows, of which the last
+    parameters that `scaled` names; `fixed` ones are in any case. `tokens` are (W, T) int64 windows, of which the last
     are held back for validation. With a `store`, training is saved once a minute, and a new Distillation with the same
     arguments continues from there. With `ranks`, all of which do the same, batches have as many times the windows, each
     trains on its share, and the first one saves.
@@ -262,6 +268,7 @@ class Distillation:
         tokens: Tensor,
         *,
         scaled: Mapping[str, Scaled] = MappingProxyType({}),
+        fixed: Collection[str] = (),
         learning_rate: float | None = None,
         compute: Compute | None = None,
         seed: int = 0,
@@ -285,6 +292,7 @@ class Distillation:
         self._store = store
         self._progress = progress
         self._scaled = scaled
+        self._fixed = fixed
         self._learning_rate = LEARNING_RATE if learning_rate is None else learning_rate
         for model in (student, teacher):
             use_short_window_attention(model)
@@ -308,7 +316,8 @@ class Distillation:
         self._student.requires_grad_(False)
         trained = {}
         for name, parameter in self._student.named_parameters():
-            if name in keep_masks or name in self._scaled or (parameter.ndim == 1 and name.startswith(within)):
+            is_norm = parameter.ndim == 1 and name.startswith(within) and name not in self._fixed
+            if name in keep_masks or name in self._scaled or is_norm:
                 trained[name] = parameter.requires_grad_(True)
             if name in keep_masks:
                 linear = self._student.get_submodule(name.rpartition(".")[0])
@@ -401,7 +410,8 @@ class Distillation:
     def _average_gradients(self) -> None:
         if self._ranks.count > 1:
             for parameter in self._trained.values():
-                assert parameter.grad is not None
+                if parameter.grad is None:  # of an expert that no token of this process went to
+                    parameter.grad = torch.zeros_like(parameter)
                 self._ranks.sum(parameter.grad.div_(self._ranks.count))
 
     def _target(self, windows: Tensor) -> Tensor:
@@ -525,14 +535,15 @@ class Distillation:
         if saved is None:
             return
         stored, progress = saved
-        self._steps, self._minutes, self._decay = progress["steps"], progress["minutes"], progress["decay"]
+        self._steps, self._minutes, self._decay = progress["steps"], progress["minutes"], progress.get("decay")
         self.validations = [Validation(**validation) for validation in progress["validations"]]
         for name, parameter in self._trained.items():
             parameter.data.copy_(stored[f"weight {name}"])
-            # A fused step takes no state from another device.
-            self._adam.state[parameter] = {
-                key: stored[f"{key} {name}"].to(parameter.device) for key in ("step", "exp_avg", "exp_avg_sq")
-            }
+            # A fused step takes no state from another device; what never had a gradient has none.
+            if f"step {name}" in stored:
+                self._adam.state[parameter] = {
+                    key: stored[f"{key} {name}"].to(parameter.device) for key in ("step", "exp_avg", "exp_avg_sq")
+                }
             self._best[name] = stored[f"best {name}"].to(parameter.device)
         self._scale()
 

@@ -171,7 +171,7 @@ class _Search:
             )
         self._roles = roles
         config: Any = model.config
-        self._heads = int(config.num_attention_heads)
+        self._heads = int(config.get_text_config().num_attention_heads)
         self._blocks = len(modules)
         self._hidden_scores: list[Tensor] = []
 

@@ -263,6 +263,10 @@ def check_memory(run: Run) -> None:
     if not run.compute.on_cpu and s.calibration != "none":
         needs["Pruning block by block"] = block_bytes(run)
     free = memory.available_bytes(run.compute)
+    if not run.ranks.is_first:
+        return  # the first one has decided for all
+    if run.compute.on_cpu and run.ranks.count > 1:  # they share the memory of a machine
+        free //= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if run.compute.on_cpu and s.calibration != "none" and (block := block_bytes(run)) > free:
         run.notify(
             f"The largest decoder block takes about {block / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free: "

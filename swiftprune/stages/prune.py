@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from swiftprune.calibration.runner import BlockRunner
-from swiftprune.errors import CheckpointError
+from swiftprune.errors import CheckpointError, SettingsError
 from swiftprune.formats import spec
 from swiftprune.formats.spec import check_finite
 from swiftprune.kernels import packing
@@ -65,7 +65,7 @@ def pruned_blocks(run: Run, store: BlockStore) -> Iterator[PrunedBlock]:
             continue
         start = time.monotonic()
         pruned = _prune_and_advance(run, block, runner, tick)
-        if index == 0 and runner and (fewer := _too_many_samples(run, time.monotonic() - start)):
+        if index == 0 and runner and (fewer := run.ranks.from_first(_too_many_samples(run, time.monotonic() - start))):
             run.fitted_samples = fewer
             store.keep_fitted_samples(fewer)
             runner = _runner(run)
@@ -84,6 +84,10 @@ def _runner(run: Run) -> BlockRunner | None:
     tokens = calibration_tokens(run)
     if tokens is None or (run.needs == "nothing" and "blocks" not in run.settings.refine):
         return None
+    if len(tokens) < run.ranks.count:
+        raise SettingsError(
+            f"the calibration text gives {len(tokens)} sequences for {run.ranks.count} processes; give more text"
+        )
     with run.clock("calibrate"):
         return BlockRunner(
             run.model,
@@ -117,7 +121,7 @@ def _too_many_samples(run: Run, seconds: float) -> int | None:
     room = _PRUNING_SHARE * minutes - spent
     if spent - seconds / 60 + whole <= _PRUNING_SHARE * minutes:
         return None
-    fewer = max(_LEAST_SAMPLES, int(samples * room / whole))
+    fewer = max(_LEAST_SAMPLES, run.ranks.count, int(samples * room / whole))
     if fewer >= samples:
         return None
     run.notify(

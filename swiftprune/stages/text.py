@@ -104,7 +104,7 @@ def check_fits(tensor: Tensor, dtype: DtypeName, name: str) -> None:
 def _check_tokens(run: Run, data: CalibrationData) -> None:
     """Raises CheckpointError when the tokenizer has tokens that the model has no embedding for."""
     highest = int(max(part.max() for part in (data.tokens, data.held_back) if part.numel()))
-    embeddings = run.checkpoint.tensors[run.targets.embedding].shape[0]
+    embeddings = run.checkpoint.entry(run.targets.embedding).shape[0]
     if highest >= embeddings:
         raise CheckpointError(
             f"{run.checkpoint.folder}: its tokenizer gives token {highest}, but it has {embeddings} embeddings; "

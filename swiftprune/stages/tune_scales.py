@@ -42,6 +42,7 @@ def tune_scales(run: Run, store: BlockStore) -> None:
             within_blocks(run),
             tokens,
             scaled=scaled,
+            fixed=run.checkpoint.made,
             learning_rate=LEARNING_RATE,
             compute=run.compute,
             seed=run.settings.seed,

@@ -227,14 +227,16 @@ def test_weights_of_torch_save(tiny_copy: Path, tmp_path: Path) -> None:
     export(tiny_copy, tmp_path / "wanted", SETTINGS)
     stored = load_file(tiny_copy / "model.safetensors")
     (tiny_copy / "model.safetensors").unlink()
-    first, *rest = stored
-    parts = {"pytorch_model-00001-of-00002.bin": [first], "pytorch_model-00002-of-00002.bin": rest}
-    for shard, names in parts.items():
-        tensors = {name: stored[name].T.contiguous().T if stored[name].ndim == 2 else stored[name] for name in names}
-        torch.save(tensors | {"rotary.steps": torch.tensor(3)} if names == rest else tensors, tiny_copy / shard)
-    placed = {name: shard for shard, names in parts.items() for name in names} | {"rotary.steps": list(parts)[1]}
-    index = tiny_copy / "pytorch_model.bin.index.json"
-    index.write_text(json.dumps({"weight_map": placed}))
+    embeddings = stored.pop("model.embed_tokens.weight")
+    shards: dict[str, dict[str, torch.Tensor]] = {  # tied weights in one piece of memory, others not contiguous
+        "pytorch_model-00001-of-00002.bin": {"model.embed_tokens.weight": embeddings, "lm_head.weight": embeddings},
+        "pytorch_model-00002-of-00002.bin": {"rotary.steps": torch.tensor(3)}
+        | {name: tensor.T.contiguous().T if tensor.ndim == 2 else tensor for name, tensor in stored.items()},
+    }
+    for shard, tensors in shards.items():
+        torch.save(tensors, tiny_copy / shard)
+    placed = {name: shard for shard, tensors in shards.items() for name in tensors}
+    (tiny_copy / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": placed}))
     export(tiny_copy, tmp_path / "out", SETTINGS)
     ours, wanted = (Checkpoint(tmp_path / name) for name in ("out", "wanted"))
     assert ours.read(["rotary.steps"])["rotary.steps"] == 3

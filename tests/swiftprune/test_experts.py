@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -32,7 +33,7 @@ from swiftprune.kernels.linear import Linear24
 from swiftprune.kernels.packing import unpack
 from swiftprune.models.experts import Experts, separate_experts
 from swiftprune.models.plan import empty_model, find_targets
-from tests import models
+from tests import arch_sweep, models
 
 _SMALL = models.SMALL | {"num_hidden_layers": 2, "num_key_value_heads": 2}
 _QWEN = _SMALL | models.QWEN_EXPERTS | {"moe_intermediate_size": 32}
@@ -130,6 +131,23 @@ def test_packed_experts_answer_as_the_same_weights_in_place(
         assert Checkpoint(tmp_path / "packed").tensors.keys() >= Checkpoint(checkpoint(name)).tensors.keys()
     dense = models.masked_twin(checkpoint(name), packed, [layer.name for layer in report.layers])
     torch.testing.assert_close(logits(packed), logits(dense), rtol=1e-5, atol=1e-5)
+
+
+def test_experts_stored_the_other_way_round(tmp_path: Path) -> None:
+    """As Qwen3-VL-MoE is on the hub: (experts, in, out), where the model and what it saves has (experts, out, in)."""
+    config = arch_sweep.small_config("qwen3_vl_moe")
+    config.get_text_config().moe_intermediate_size = 48  # so that no weight is square
+    usual, turned = (models.write_model(tmp_path / name, config) for name in ("usual", "turned"))
+    stored = load_file(turned / "model.safetensors")
+    stacked = [name for name in stored if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]
+    assert len(stacked) == 4
+    for name in stacked:
+        stored[name] = stored[name].mT.contiguous()
+    save_file(stored, turned / "model.safetensors", metadata={"format": "pt"})
+    for folder in (usual, turned):
+        export(folder, tmp_path / f"{folder.name}-out", PruneSettings(calibration="none"))
+    for shard in (tmp_path / "usual-out").glob("*.safetensors"):
+        assert shard.read_bytes() == (tmp_path / "turned-out" / shard.name).read_bytes()
 
 
 def test_what_was_exported_saves_and_loads_again(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
