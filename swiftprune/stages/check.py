@@ -97,7 +97,7 @@ def _continued(run: Run, model: Any) -> list[tuple[str, str]]:
     except Exception as error:  # of many types: not every model that gives logits has all that writing needs
         logger.info("nothing was written to compare: %s", first_line(error))
         return []
-    before, after = both.tensor_split([begin.shape[1]], dim=1)
+    before, after = both.cpu().tensor_split([begin.shape[1]], dim=1)
     texts = (tokenizer.batch_decode(part, skip_special_tokens=True) for part in (before, after))
     return list(zip(*texts, strict=True))
 
