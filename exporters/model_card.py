@@ -165,8 +165,8 @@ def _continuations(check: Check | None) -> list[str]:
         return []
     lines = ["\n## What it writes\n", "After the beginnings of texts held back, the likeliest token each time.\n"]
     for found in check.continuations:
-        for name, text in (("text", found.text), ("dense", found.dense), ("pruned", found.pruned)):
-            lines.append(f"- {name}: {_plain(text)}" if name == "text" else f"  - {name}: {_plain(text)}")
+        lines.append(f"- text: {_plain(found.text)}")
+        lines += [f"  - dense: {_plain(found.dense)}", f"  - pruned: {_plain(found.pruned)}"]
     return lines
 
 

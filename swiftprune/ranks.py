@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import datetime
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 T = TypeVar("T")
+S = TypeVar("S", Tensor, list[Any])
 
 # Others wait while the first one samples text. Where one ends with an error, torchrun ends them all.
 _PATIENCE = datetime.timedelta(days=1)
@@ -34,9 +35,9 @@ class Ranks:
     def is_first(self) -> bool:
         return self.rank == 0
 
-    def share(self, items: Sequence[T]) -> Sequence[T]:
-        """Of `items`, those of this process."""
-        return items if self.count == 1 else items[self.rank :: self.count]
+    def share(self, items: S) -> S:
+        """Of `items`, or of the rows of a tensor, those of this process."""
+        return items[self.rank :: self.count]
 
     def from_first(self, value: T) -> T:
         """What the first process gives as `value`; that of others is not looked at."""

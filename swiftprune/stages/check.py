@@ -27,9 +27,9 @@ logger = logging.getLogger(__name__)
 POOR_RATIO = 3.0
 # Of the windows held back, so many are shown with so many tokens of their beginning and of what both models go on with.
 _SHOWN = 3
+_SHOWN_TOKENS = 24
 _LOWEST = -6e4
 _TEMPORARIES = 6  # float32 tensors of a window's tokens by the vocabulary, at once
-_SHOWN_TOKENS = 24
 
 
 def check(run: Run, store: BlockStore) -> Check | None:

@@ -382,8 +382,7 @@ class Distillation:
         for count in itertools.count(self._steps):
             around, index = divmod(count * size, len(self._train) // size * size or 1)
             generator = torch.Generator().manual_seed(self._seed + around)
-            batch = torch.randperm(len(self._train), generator=generator)[index : index + size]
-            yield batch[self._ranks.rank :: self._ranks.count]
+            yield self._ranks.share(torch.randperm(len(self._train), generator=generator)[index : index + size])
 
     def _step(self, windows: Tensor, learning_rate: float) -> None:
         target = self._target(windows)

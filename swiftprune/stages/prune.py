@@ -93,7 +93,7 @@ def _runner(run: Run) -> BlockRunner | None:
             run.model,
             run.checkpoint,
             run.targets,
-            tokens[run.ranks.rank :: run.ranks.count],
+            run.ranks.share(tokens),
             compute=run.compute,
             ranks=run.ranks,
             track_dense=run.needs == "drift" or "blocks" in run.settings.refine,

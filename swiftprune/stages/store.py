@@ -66,7 +66,7 @@ class NoStore:
     def keep_fitted_samples(self, samples: int) -> None: ...
 
 
-class MemoryStore:
+class MemoryStore(NoStore):
     """A BlockStore in memory, for `prune`."""
 
     def __init__(self, run: Run) -> None:
@@ -82,15 +82,3 @@ class MemoryStore:
 
     def save(self, done: PrunedBlock) -> None:
         self.blocks[done.block.name] = done
-
-    def load_training(self) -> None: ...
-
-    def save_training(self, tensors: Mapping[str, Tensor], progress: Mapping[str, Any]) -> None: ...
-
-    def keep_data(self, data: CalibrationData) -> None: ...
-
-    def keep_orders(self, orders: Orders) -> None: ...
-
-    def keep_dense_linears(self, names: list[str]) -> None: ...
-
-    def keep_fitted_samples(self, samples: int) -> None: ...

@@ -124,10 +124,9 @@ def test_a_model_that_sees_images(settings: dict[str, Any], text_file: Path, tmp
         image_token_index=10,
         vision_feature_layer=-1,
     )
-    said: list[str] = []
     folder, out = models.write_model(tmp_path / "m", config), tmp_path / "out"
     given = PruneSettings(**settings, calibration=str(text_file), samples=8, seqlen=32)
-    report = export(folder, out, given, notify=said.append)
+    report = export(folder, out, given)
     with pytest.raises(SettingsError, match="--permute"):
         export(folder, tmp_path / "no", given.model_copy(update={"permute": True}))
     assert {layer.name.partition(".layers.")[0] for layer in report.layers} == {"model.language_model"}
