@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import datetime
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -47,6 +47,11 @@ class Ranks:
         dist.broadcast_object_list(values, src=0, device=torch.device("cpu"))
         found: Any = values[0]
         return found  # type: ignore[no-any-return]
+
+    def by_first(self, make: Callable[[], T]) -> T:
+        """What `make` gives in the first process, which alone calls it."""
+        made: Any = make() if self.is_first else None
+        return self.from_first(made)  # type: ignore[no-any-return]
 
     def from_all(self, value: T) -> list[T]:
         """What each process gives, in order."""

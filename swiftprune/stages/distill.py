@@ -132,7 +132,7 @@ def distill(run: Run, store: BlockStore) -> None:
         return
     with run.clock("distill"):
         tokens, teacher, student, pruned = models_to_train(
-            run, lambda block: run.ranks.from_first(store.load(block) if run.ranks.is_first else {})
+            run, lambda block: run.ranks.by_first(lambda: store.load(block))
         )
         keep_masks = {name: packing.keep_mask(weight) for name, weight in pruned.items()}
         distillation = Distillation(
@@ -148,7 +148,7 @@ def distill(run: Run, store: BlockStore) -> None:
             progress=run.progress,
             ranks=run.ranks,
         )
-        budget = run.ranks.from_first(_budget(run, store) if run.ranks.is_first else Budget())
+        budget = run.ranks.by_first(lambda: _budget(run, store))
         run.validations = distillation.run(budget)
         distillation.save()
     for block in run.targets.blocks:

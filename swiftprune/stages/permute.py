@@ -93,7 +93,7 @@ def permute(run: Run, store: BlockStore) -> None:
     if not run.settings.permute:
         return
     if run.orders is None:
-        run.orders = run.ranks.from_first(_orders(run) if run.ranks.is_first else {})
+        run.orders = run.ranks.by_first(lambda: _orders(run))
         store.keep_orders(run.orders)
     if not run.checkpoint.is_permuted:
         run.checkpoint = run.checkpoint.permuted(run.orders)

@@ -155,7 +155,7 @@ def _note_starved_experts(run: Run, linears: list[str]) -> None:
 
 
 def _forward_finished(run: Run, runner: BlockRunner, block: Block, store: BlockStore, tick: Callable[[], None]) -> None:
-    weights = run.ranks.from_first(store.load(block) if run.ranks.is_first else {})
+    weights = run.ranks.by_first(lambda: store.load(block))
     with run.clock("calibrate"), runner.block(block):
         runner.advance_dense(block)
         runner.advance(block, {} if run.settings.one_pass else run.by_parameter(block, weights), tick)
