@@ -31,13 +31,15 @@ from swiftprune.formats.spec import Packed24, WeightSpec
 from swiftprune.kernels import dense8, dispatch, packing
 from swiftprune.kernels.linear import Linear24
 from swiftprune.models.architectures import fused_sets
+from swiftprune.models.distance import Distance
 from swiftprune.models.experts import all_experts
-from swiftprune.models.load import context_length, load_whole_model, read_config
+from swiftprune.models.load import context_length, load_whole_model, read_config, vocabulary_size
 from swiftprune.models.perplexity import dense_perplexity, perplexity
 from swiftprune.models.plan import Block, Linear, Targets
 from swiftprune.progress import Notify, ProgressCallback, ignore_message, no_progress
 from swiftprune.ranks import Ranks
 from swiftprune.results import Check, LayerResult, PrunedBlock, PrunedWeight
+from swiftprune.stages import memory
 from swiftprune.stages.check import check as check_result
 from swiftprune.stages.context import Run
 from swiftprune.stages.distill import Validation
@@ -49,6 +51,7 @@ _ONNX: tuple[Target, ...] = ("onnx", "onnx-dense")
 _QUANTIZED: tuple[Target, ...] = ("packed", "onnx")  # that take --values and --head
 ONNX_FOLDER = "onnx"  # within the workspace, until it takes the output's place
 EVALUATION_SEQLEN = 2048
+_COMPARED_WINDOWS = 4  # of an evaluation: what the dense model predicts of them is kept in memory
 _OUTSIDE_SHARD_BYTES = 512 << 20
 _COPIED_SUFFIXES = {".json", ".jinja", ".model", ".txt", ".tiktoken", ".py", ".vocab", ".bpe", ".spm"}
 _COPIED_NAMES = {"LICENSE", "NOTICE", "LICENSE.md", "USE_POLICY.md"}
@@ -125,6 +128,12 @@ class ExportReport(BaseModel):
     """On what perplexity was measured: how many windows, of how many tokens, and what they begin with."""
     perplexity_before: float | None = None
     perplexity_after: float | None = None
+    divergence: float | None = None
+    """Kullback-Leibler from the dense model, in nats a token, on the first `compared_windows` of that text; None where
+    there was no memory for it."""
+    agreement: float | None = None
+    """The share of their tokens for which both models find the same one likeliest."""
+    compared_windows: int = 0
 
 
 def export(
@@ -205,14 +214,8 @@ def export(
                 report = writer.write_onnx(report, head, push_to_hub, progress)
         if windows is not None:
             with run.clock("evaluate"):
-                before, after = _evaluate(run, checkpoint, workspace.folder, target, windows)
-            report = report.model_copy(
-                update={
-                    "evaluation": _evaluation_of(checkpoint, windows),
-                    "perplexity_before": before,
-                    "perplexity_after": after,
-                }
-            )
+                found_by_evaluation = _evaluate(run, checkpoint, workspace.folder, target, windows)
+            report = report.model_copy(update=found_by_evaluation)
         workspace.finish(ONNX_FOLDER if target in _ONNX else None)
         if push_to_hub:
             with run.clock("push"):
@@ -631,10 +634,8 @@ def _evaluation_of(checkpoint: Checkpoint, windows: Tensor) -> str:
     return f"{count} windows of {seqlen} tokens, each beginning with {start or 'text, no start token'}"
 
 
-def _evaluate(
-    run: Run, checkpoint: Checkpoint, out: Path, target: Target, windows: Tensor
-) -> tuple[float, float | None]:
-    """Perplexity of the source `checkpoint` and of the one in the folder `out`, each loaded as a user would load it.
+def _evaluate(run: Run, checkpoint: Checkpoint, out: Path, target: Target, windows: Tensor) -> dict[str, Any]:
+    """Fields of the report: the source `checkpoint` and the one in `out`, each loaded as a user would load it.
 
     On a GPU packed weights are unpacked for every call: what is measured is the model, not a kernel.
     """
@@ -647,7 +648,20 @@ def _evaluate(
         return model.to(run.compute.device)
 
     progress = run.progress
-    before = dense_perplexity(load(checkpoint.folder), windows, stage="evaluate dense", progress=progress)
+    model = load(checkpoint.folder)
+    kept = Distance.nbytes(_COMPARED_WINDOWS, windows.shape[1], vocabulary_size(model))
+    distance = Distance(_COMPARED_WINDOWS if kept <= memory.available_bytes(run.compute) else 0)
+    before = dense_perplexity(model, windows, stage="evaluate dense", progress=progress, watch=distance.add_dense)
+    found: dict[str, Any] = {"evaluation": _evaluation_of(checkpoint, windows), "perplexity_before": before}
     if target in ("torch", "sparse24-bitmask"):
-        return before, None  # transformers loads neither here
-    return before, perplexity(load(out), windows, stage="evaluate pruned", progress=progress)
+        return found  # transformers loads neither here
+    del model
+    after = perplexity(load(out), windows, stage="evaluate pruned", progress=progress, watch=distance.add_pruned)
+    found["perplexity_after"] = after
+    if distance.windows:
+        found |= {
+            "divergence": distance.divergence,
+            "agreement": distance.agreement,
+            "compared_windows": distance.windows,
+        }
+    return found

@@ -513,6 +513,12 @@ def print_report(report: ExportReport, console: Console) -> None:
             else (f"not measured: transformers does not load --target {report.target}")
         )
         whole.add_row("perplexity", f"{report.perplexity_before:.2f} -> {value} ({report.evaluation})")
+        if report.agreement is not None:
+            whole.add_row(
+                "against dense",
+                f"the same likeliest token in {report.agreement:.0%}, divergence {report.divergence:.3f} nats a token "
+                f"(the first {report.compared_windows} windows)",
+            )
     reasons: dict[str, list[str]] = defaultdict(list)
     for name, reason in report.dense_linears.items():
         reasons[reason].append(name)

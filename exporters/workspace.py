@@ -83,7 +83,7 @@ class Workspace:
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self.folder.is_dir() and _files(self.folder) <= {_STATE}:  # ended before any work
+        if self.folder.is_dir() and _holds_no_work(self.folder):
             shutil.rmtree(self.folder, ignore_errors=True)
         self._lock.release()
 
@@ -93,7 +93,7 @@ class Workspace:
             raise OutputError(
                 f"{self._replaced}: is in the way of replacing {self.out}; move it, or give another --out"
             )
-        if not self.folder.exists():
+        if not self.folder.exists() or (self.folder.is_dir() and _holds_no_work(self.folder)):
             self._resume = False
             return
         if not (self._resume or self._overwrite):
@@ -416,7 +416,12 @@ def _is_output(folder: Path) -> bool:
 
 
 def _is_partial(folder: Path) -> bool:
-    return folder.is_dir() and ((folder / _STATE).is_file() or not any(folder.iterdir()))
+    return folder.is_dir() and (folder / _STATE).is_file()
+
+
+def _holds_no_work(folder: Path) -> bool:
+    """Whether an export that made it ended before it did anything: it is empty, or says for what it was made."""
+    return _files(folder) <= {_STATE, _STATE + ".tmp"} and not any(path.is_dir() for path in folder.iterdir())
 
 
 def _files(folder: Path) -> set[str]:

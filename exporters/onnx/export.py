@@ -25,7 +25,7 @@ from swiftprune.errors import FormatError
 from swiftprune.formats import FORMATS
 from swiftprune.formats.spec import Packed24
 from swiftprune.kernels import packing
-from swiftprune.models.load import load_whole_model
+from swiftprune.models.load import load_whole_model, vocabulary_size
 from swiftprune.progress import ProgressCallback, no_progress
 
 CHECK_TOKENS = 16
@@ -184,7 +184,7 @@ class _Answers:
         """Logits (CHECK_TOKENS, V) of greedy steps, and the tokens: a random prompt and the answers."""
         model = load_whole_model(self._checkpoint, dtype=torch.float32)
         torch.manual_seed(0)
-        tokens = torch.randint(0, model.config.get_text_config().vocab_size, (1, _PROMPT_TOKENS))
+        tokens = torch.randint(0, vocabulary_size(model), (1, _PROMPT_TOKENS))
         for _ in range(CHECK_TOKENS - 1):
             tokens = torch.cat((tokens, model(tokens).logits[:, -1:].argmax(-1)), dim=1)
         return model(tokens).logits[0, -CHECK_TOKENS:].float(), tokens[0].tolist()

@@ -75,6 +75,12 @@ def context_length(config: PretrainedConfig) -> int | None:
     return length if isinstance(length, int) and length > 0 else None
 
 
+def vocabulary_size(model: Any) -> int:
+    """How many logits a token has."""
+    size: int = model.config.get_text_config().vocab_size
+    return size
+
+
 def read_config(folder: Path, *, trust_remote_code: bool = False) -> PretrainedConfig:
     """transformers' reading of config.json, attention left to it. Raises CheckpointError when it cannot read it."""
     try:

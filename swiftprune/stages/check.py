@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections import deque
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
-from torch.nn import functional as F
 
 from swiftprune.calibration.text import load_tokenizer
 from swiftprune.errors import CheckpointError, first_line
-from swiftprune.models.load import FP32_PARAMETERS
+from swiftprune.models.distance import Distance
+from swiftprune.models.load import FP32_PARAMETERS, vocabulary_size
 from swiftprune.models.perplexity import dense_perplexity, perplexity
 from swiftprune.results import Check, Continuation
 from swiftprune.stages import memory
@@ -28,8 +26,6 @@ POOR_RATIO = 3.0
 # Of the windows held back, so many are shown with so many tokens of their beginning and of what both models go on with.
 _SHOWN = 3
 _SHOWN_TOKENS = 24
-_LOWEST = -6e4
-_TEMPORARIES = 6  # float32 tensors of a window's tokens by the vocabulary, at once
 
 
 def check(run: Run, store: BlockStore) -> Check | None:
@@ -42,7 +38,9 @@ def check(run: Run, store: BlockStore) -> Check | None:
         return None
     count = run.checkpoint.parameter_count
     dtype = torch.float32 if count <= FP32_PARAMETERS else torch.bfloat16
-    needed, free = dtype.itemsize * count + _Distance.nbytes(run), memory.available_bytes(run.compute)
+    windows, seqlen = held_back.shape
+    needed = dtype.itemsize * count + Distance.nbytes(windows, seqlen, vocabulary_size(run.model))
+    free = memory.available_bytes(run.compute)
     if needed > free:
         run.notify(f"Not checked: that needs the whole model, {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free.")
         return None
@@ -52,13 +50,12 @@ def check(run: Run, store: BlockStore) -> Check | None:
         except CheckpointError as error:
             run.notify(f"Not checked: {error}")
             return None
-        distance, written = _Distance(), []
+        distance, written = Distance(windows), []
         dense = dense_perplexity(model, held_back, stage="check dense", progress=run.progress, watch=distance.add_dense)
         written.append(_continued(run, model))
         run.put_pruned(model, store.load)
         pruned = perplexity(model, held_back, stage="check pruned", progress=run.progress, watch=distance.add_pruned)
         written.append(_continued(run, model))
-    windows, seqlen = held_back.shape
     found = Check(
         windows=windows,
         seqlen=seqlen,
@@ -100,45 +97,6 @@ def _continued(run: Run, model: Any) -> list[tuple[str, str]]:
     before, after = both.cpu().tensor_split([begin.shape[1]], dim=1)
     texts = (tokenizer.batch_decode(part, skip_special_tokens=True) for part in (before, after))
     return list(zip(*texts, strict=True))
-
-
-class _Distance:
-    """Between what two models predict: of all windows the dense one's first, then the pruned one's in that order."""
-
-    def __init__(self) -> None:
-        self._dense: deque[tuple[Tensor, Tensor]] = deque()
-        self._tokens = 0
-        self._divergence = 0.0
-        self._agreed = 0
-
-    @staticmethod
-    def nbytes(run: Run) -> int:
-        """About what is kept of the dense model, and what is made of one window at a time."""
-        assert run.data is not None
-        model: Any = run.model
-        vocabulary: int = model.config.get_text_config().vocab_size
-        windows, seqlen = run.data.held_back.shape
-        return seqlen * vocabulary * (windows * torch.float16.itemsize + _TEMPORARIES * torch.float32.itemsize)
-
-    def add_dense(self, log_probabilities: Tensor) -> None:
-        # Where logits are masked, as low as float16 goes.
-        self._dense.append((log_probabilities.clamp_min(_LOWEST).half(), log_probabilities.argmax(-1)))
-
-    def add_pruned(self, log_probabilities: Tensor) -> None:
-        dense, likeliest = self._dense.popleft()
-        self._tokens += len(dense)
-        self._divergence += float(F.kl_div(log_probabilities, dense.float(), reduction="sum", log_target=True))
-        self._agreed += int((log_probabilities.argmax(-1) == likeliest).sum())
-
-    @property
-    def divergence(self) -> float:
-        """Kullback-Leibler, from the dense model, in nats a token."""
-        return self._divergence / self._tokens
-
-    @property
-    def agreement(self) -> float:
-        """The share of tokens for which both find the same one likeliest."""
-        return self._agreed / self._tokens
 
 
 def _next_step(run: Run) -> str:

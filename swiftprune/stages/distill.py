@@ -29,6 +29,7 @@ from swiftprune.formats.spec import SCALE_DTYPE, SCALED_INPUTS, Packed24
 from swiftprune.kernels import packing
 from swiftprune.kernels.quantize import of_each_input
 from swiftprune.models.attention import use_short_window_attention
+from swiftprune.models.load import vocabulary_size
 from swiftprune.models.masked_linear import train_kept
 from swiftprune.models.plan import Block
 from swiftprune.progress import ProgressCallback, no_progress
@@ -58,6 +59,8 @@ VALIDATIONS = 10
 MIN_STEPS_BETWEEN_EVALS = 8
 # Validations in a row without a new lowest divergence, after which the learning rate falls and training ends early.
 PATIENCE = 3
+# Times that a text is read, beyond which more of it gains next to nothing: docs/lab-notes.md.
+_OFTEN = 2.5
 # Logits in memory at a time, and the same again for the teacher's.
 _CHUNK_LOGITS = 1 << 22
 # Of these, rows that are float32 at a time, so that caches hold all that is made of them.
@@ -151,6 +154,11 @@ def distill(run: Run, store: BlockStore) -> None:
         budget = run.ranks.by_first(lambda: _budget(run, store))
         run.validations = distillation.run(budget)
         distillation.save()
+    if distillation.times_read > _OFTEN:
+        run.notify(
+            f"Distillation read its text {distillation.times_read:.1f} times, and from the third on it gains next to "
+            "nothing: with more text in --calibration the same minutes give a better model."
+        )
     for block in run.targets.blocks:
         run.save(store, trained_block(run, student, block))
 
@@ -355,6 +363,11 @@ class Distillation:
         self._scale()
         return self.validations
 
+    @property
+    def times_read(self) -> float:
+        """How often training has gone through its windows."""
+        return self._steps * self._batch_windows / len(self._train)
+
     @torch.no_grad()
     def _scale(self) -> None:
         """Puts the scaled parameters into the model."""
@@ -376,9 +389,14 @@ class Distillation:
         lowest = min(range(len(self.validations)), key=lambda index: self.validations[index].divergence)
         return len(self.validations) - 1 - lowest >= PATIENCE
 
+    @property
+    def _batch_windows(self) -> int:
+        """Of a step, in all processes together."""
+        return max(1, BATCH_TOKENS // self._train.shape[1]) * self._ranks.count
+
     def _batches(self) -> Iterator[Tensor]:
         """Indices of windows in a new random order each time around, from where the steps so far have left off."""
-        size = max(1, BATCH_TOKENS // self._train.shape[1]) * self._ranks.count
+        size = self._batch_windows
         for count in itertools.count(self._steps):
             around, index = divmod(count * size, len(self._train) // size * size or 1)
             generator = torch.Generator().manual_seed(self._seed + around)
@@ -474,7 +492,7 @@ class Distillation:
         return total / len(hidden), gradient.div_(len(hidden))
 
     def _chunks(self, tokens: int) -> Iterator[slice]:
-        size = max(1, _CHUNK_LOGITS // self._student.config.get_text_config().vocab_size)
+        size = max(1, _CHUNK_LOGITS // vocabulary_size(self._student))
         return (slice(start, start + size) for start in range(0, tokens, size))
 
     @functools.cached_property

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from exporters.checkpoint import Target
 from exporters.info import app, describe
 from swiftprune import PruneSettings
 from swiftprune.calibration.data import calibration_data
+from swiftprune.calibration.text import token_windows
 from swiftprune.checkpoints.source import Checkpoint
 from swiftprune.errors import CheckpointError
 from swiftprune.models.load import load_whole_model
@@ -69,6 +71,34 @@ def naive_distance(dense: Path, pruned: Path, windows: torch.Tensor) -> tuple[fl
         divergences += (p * (p / q).log()).sum(-1).tolist()
         same += [a == b for a, b in zip(p.argmax(-1).tolist(), q.argmax(-1).tolist(), strict=True)]
     return sum(divergences) / len(divergences), sum(same) / len(same)
+
+
+def test_an_evaluation_says_how_far_what_is_predicted_moved(
+    tiny_models: Callable[[str], Path], settings: PruneSettings, long_text: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    model, settings = tiny_models("llama-gqa-tied"), settings.model_copy(update={"values": "int8"})
+    report = export(model, tmp_path / "out", settings, evaluate=long_text, check=False)
+    whole = token_windows(long_text.read_text(), AutoTokenizer.from_pretrained(model), 256, "text")
+    divergence, agreement = naive_distance(model, tmp_path / "out", whole[: report.compared_windows])
+    assert 1 < report.compared_windows < len(whole)
+    assert report.divergence == pytest.approx(divergence, rel=1e-2)
+    assert report.agreement == pytest.approx(agreement, abs=1e-3)
+    monkeypatch.setattr(memory, "available_bytes", lambda _: 1 << 20)  # too little to keep what the dense one predicts
+    alone = export(model, tmp_path / "out", settings, evaluate=long_text, check=False, overwrite=True)
+    assert (alone.divergence, alone.compared_windows) == (None, 0)
+    assert alone.perplexity_after == report.perplexity_after
+
+
+def test_it_is_said_when_training_reads_its_text_too_often(
+    tiny_models: Callable[[str], Path], settings: PruneSettings, text_file: Path, tmp_path: Path
+) -> None:
+    for steps, is_said in ((1, False), (30, True)):
+        said: list[str] = []
+        trained = settings.model_copy(
+            update={"calibration": str(text_file), "refine": ("distill",), "steps": steps, "compute": "float32"}
+        )
+        export(tiny_models("llama-gqa-tied"), tmp_path / str(steps), trained, check=False, notify=said.append)
+        assert any("read its text" in text for text in said) == is_said
 
 
 @pytest.mark.parametrize("target", ["packed", "dense", "torch", "sparse24-bitmask"])

@@ -167,6 +167,19 @@ def test_a_partial_export_is_only_resumed_under_the_same_settings(
     assert json.loads((tmp_path / "out" / "swiftprune.json").read_text())["settings"]["seed"] == 1
 
 
+@pytest.mark.parametrize("left", [[], ["export-state.json.tmp"]])
+@pytest.mark.parametrize("resume", [False, True])
+def test_killed_before_any_work_it_begins_as_if_nothing_was(
+    left: list[str], resume: bool, tiny_models: Callable[[str], Path], tmp_path: Path
+) -> None:
+    (tmp_path / "out.partial").mkdir()
+    for name in left:
+        (tmp_path / "out.partial" / name).write_text('{"sett')
+    export(tiny_models("llama-gqa-tied"), tmp_path / "out", PruneSettings(calibration="none"), resume=resume)
+    assert not (tmp_path / "out.partial").exists()
+    assert not list((tmp_path / "out").glob("*.tmp"))
+
+
 def test_an_existing_output_is_left_alone(tiny_models: Callable[[str], Path], tmp_path: Path) -> None:
     model, out = tiny_models("llama-gqa-tied"), tmp_path / "out"
     out.mkdir()
