@@ -22,6 +22,8 @@ BACKEND = "int8-dense"
 """What is reported of a head in 8 bits."""
 # torch's operator reads past the ends of rows of other widths: wrong results and crashes, of 2.13 in bfloat16.
 _OPERATOR_INPUTS = 32
+# It crashes on numbers at other addresses, too, and where a file is mapped they may stand anywhere.
+_OPERATOR_BYTES = 64
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -50,11 +52,33 @@ def multiply_rows(x: Tensor, values: Tensor, scale: Tensor, bias: Tensor | None 
     """x W^T + bias: (..., V) in the dtype of `x` (..., H), from `values` (V, H) int8 and `scale` (V,) in that dtype."""
     plain = x.is_cpu and x.dtype in _FLOATS and not (torch.is_grad_enabled() and x.requires_grad)
     if plain and x.shape[-1] % _OPERATOR_INPUTS == 0:
-        product: Any = torch.ops.aten._weight_int8pack_mm
-        y: Tensor = product(x.reshape(-1, x.shape[-1]).contiguous(), values, scale).view(*x.shape[:-1], len(values))
+        y: Tensor = torch.ops.swiftprune.rows8(x.reshape(-1, x.shape[-1]), values, scale)
+        y = y.view(*x.shape[:-1], len(values))
     else:
         y = F.linear(x, values.to(x.dtype)) * scale
     return y if bias is None else y + bias
+
+
+# An operator of our own around torch's, since a compiler knows no addresses. The library lives as long as the process.
+_library = torch.library.Library("swiftprune", "FRAGMENT")  # type: ignore[no-untyped-call]
+_library.define("rows8(Tensor x, Tensor values, Tensor scale) -> Tensor")  # type: ignore[no-untyped-call]
+
+
+@torch.library.impl(_library, "rows8", "CPU")
+def _rows8(x: Tensor, values: Tensor, scale: Tensor) -> Tensor:
+    product: Any = torch.ops.aten._weight_int8pack_mm
+    y: Tensor = product(aligned(x.contiguous()), aligned(values), scale)
+    return y
+
+
+@torch.library.register_fake("swiftprune::rows8")  # type: ignore[untyped-decorator]
+def _rows8_fake(x: Tensor, values: Tensor, scale: Tensor) -> Tensor:
+    return x.new_empty(len(x), len(values))
+
+
+def aligned(tensor: Tensor) -> Tensor:
+    """`tensor`, contiguous, where torch's operator can read it: itself, or a copy."""
+    return tensor if tensor.data_ptr() % _OPERATOR_BYTES == 0 else tensor.clone()
 
 
 class _Rows8(nn.Module):

@@ -26,7 +26,7 @@ from swiftprune.errors import FormatError
 from swiftprune.formats import spec
 from swiftprune.formats.spec import QUANT_METHOD, Quantized
 from swiftprune.kernels import native
-from swiftprune.kernels.dense8 import Embedding8, Head8, check_rows
+from swiftprune.kernels.dense8 import Embedding8, Head8, aligned, check_rows
 from swiftprune.kernels.linear import Linear24
 from swiftprune.models.experts import merges_experts
 from swiftprune.models.linears import as_linears
@@ -194,10 +194,11 @@ def _may_be_tied(model: Any, head: str) -> bool:
 
 
 def _check_ends(model: nn.Module) -> None:
-    """Checks the numbers of 8-bit ends, and makes them dense where they are not on a CPU."""
+    """Checks the numbers of 8-bit ends, and has them where CPUs multiply by them; elsewhere they become dense."""
     for name, module in list(model.named_modules()):
         if isinstance(module, (Embedding8, Head8)):
             check_rows(module.weight, module.scale, f"{name}.weight")
+            module.weight.data = aligned(module.weight.data)  # of both ends, where they are tied
             if not module.weight.is_cpu:
                 logger.info(
                     "%s is made dense on %s: only CPUs multiply by 8-bit heads here", name, module.weight.device

@@ -101,6 +101,36 @@ def _check_product(dtype: torch.dtype, tokens: int, inputs: int) -> None:
     assert torch.allclose(x.grad[0, 0], (values.float() * scale.float()).sum(0), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("place", [0, 1, 8, 16, 32, 40])
+def test_numbers_may_stand_anywhere(place: int) -> None:
+    """In a file that is mapped they do, at multiples of 8 bytes; torch's own operator crashes on those of bfloat16."""
+    rows, inputs, generator = 40, 64, torch.Generator().manual_seed(0)
+    scale = torch.rand(rows, generator=generator).bfloat16()
+    values = torch.randint(-127, 128, (place + rows * inputs,), generator=generator, dtype=torch.int8)[place:]
+    values = values.view(rows, inputs)
+    for tokens in (1, 4, 16):
+        x = torch.randn(place + tokens * inputs, generator=generator).bfloat16()[place:].view(tokens, inputs)
+        expected = (x.double() @ values.double().T) * scale.double()
+        y = multiply_rows(x, values, scale)
+        assert torch.allclose(y.double(), expected, rtol=2e-2, atol=1e-2 * float(expected.abs().max()))
+
+
+def test_a_head_of_a_mapped_file_is_multiplied_by_where_it_is_fast(
+    tiny_models: Callable[[str], Path], tmp_path: Path
+) -> None:
+    export(tiny_models("llama-gqa-tied"), tmp_path / "out", PruneSettings(calibration="none", values="int8"))
+    shards = {path: load_file(path) for path in (tmp_path / "out").glob("*.safetensors")}
+    (path,) = (path for path, tensors in shards.items() if "model.embed_tokens.weight" in tensors)
+    for padding in range(0, 64, 8):  # of the header, which moves all that follows
+        save_file(shards[path], path, metadata={"format": "pt", "padding": " " * padding})
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16)
+        weight = model.get_output_embeddings().weight
+        assert weight.data_ptr() % 64 == 0
+        assert weight.data_ptr() == model.get_input_embeddings().weight.data_ptr()
+        with torch.inference_mode():
+            assert torch.isfinite(model(IDS).logits).all()
+
+
 def test_moved_to_another_type(tiny_models: Callable[[str], Path], tmp_path: Path) -> None:
     export(tiny_models("llama-gqa-tied"), tmp_path / "out", PruneSettings(calibration="none"), head="int8")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16).to(torch.float32)
