@@ -135,6 +135,12 @@ class ExportReport(BaseModel):
     """The share of their tokens for which both models find the same one likeliest."""
     compared_windows: int = 0
 
+    @property
+    def perplexity_ratio(self) -> float | None:
+        if self.perplexity_before is None or self.perplexity_after is None:
+            return None
+        return self.perplexity_after / self.perplexity_before
+
 
 def export(
     model: str | Path,

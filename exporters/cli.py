@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import sys
 from collections import defaultdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -508,11 +509,11 @@ def print_report(report: ExportReport, console: Console) -> None:
         )
     if report.perplexity_before is not None:
         value = (
-            f"{report.perplexity_after:.2f}"
-            if report.perplexity_after is not None
-            else (f"not measured: transformers does not load --target {report.target}")
+            f"{worse:.2f} times dense ({report.perplexity_before:.2f} -> {report.perplexity_after:.2f}"
+            if (worse := report.perplexity_ratio) is not None
+            else f"dense {report.perplexity_before:.2f} (transformers does not load --target {report.target}"
         )
-        whole.add_row("perplexity", f"{report.perplexity_before:.2f} -> {value} ({report.evaluation})")
+        whole.add_row("on the text given", f"perplexity {value}; {report.evaluation})")
         if report.agreement is not None:
             whole.add_row(
                 "against dense",
@@ -527,7 +528,8 @@ def print_report(report: ExportReport, console: Console) -> None:
     whole.add_row("written to", escape(report.out))
     by_session = report.target == "onnx" and report.onnx is not None and not report.onnx.genai
     if command := model_card.SERVED_BY.get(model_card.BY_SESSION if by_session else report.target):
-        whole.add_row("next", escape(command.format(folder=report.out)))
+        needs = "" if find_spec("vllm") or "vllm" not in command else "   (pip install 'swiftprune[vllm]' first)"
+        whole.add_row("next", escape(command.format(folder=report.out) + needs))
     if report.target == "packed" and report.source_loads:
         whole.add_row("how fast it is", escape(f"swiftprune-bench run {report.out} --baseline {report.source}"))
     if report.hub:

@@ -119,7 +119,7 @@ def _use(folder: Path, config: dict[str, Any], target: str | None, zeros: str | 
         parts += [f"{head} output head and embeddings"] if (head := declared.get("head")) else []
         return ", ".join(["packed 2:4 weights", *parts]), {
             "transformers": f"{ours} and imported: backend {backend} on this CPU",
-            "vLLM": f"{ours}: vllm serve {folder}",
+            "vLLM": f"sparse, with swiftprune[vllm] installed: vllm serve {folder}",
             "ONNX Runtime": f"{_NO}: export the base model with --target onnx",
         }
     if (stored_as := declared_format(declared)) and (stored_as == marlin24.FORMAT or declared.get("config_groups")):

@@ -102,7 +102,8 @@ def _continued(run: Run, model: Any) -> list[tuple[str, str]]:
 def _next_step(run: Run) -> str:
     s = run.settings
     if run.method.needs not in ("gram", "drift"):
-        return "another method; the default one also solves for the kept weights"
+        given = "without --quality fast" if "method" in s.from_preset else f"without --method {s.method}"
+        return f"the same {given}: by default the kept weights are solved for as well"
     if s.calibration == "self":
         return "--calibration FILE, with text like that which the model is to read and write"
     if "distill" not in s.refine:

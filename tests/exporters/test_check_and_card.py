@@ -177,7 +177,7 @@ def test_a_poor_result_is_said_with_what_to_do_next(
 ) -> None:
     monkeypatch.setattr("swiftprune.stages.check.POOR_RATIO", 0.0)
     for method, calibration, advice in (
-        ("wanda", settings.calibration, "another method; the default one also solves"),
+        ("wanda", settings.calibration, "the same without --method wanda: by default the kept weights"),
         ("admm", settings.calibration, "--quality balanced"),
         ("admm", "self", "--calibration FILE"),
     ):
