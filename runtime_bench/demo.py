@@ -137,8 +137,8 @@ def _verdict(result: DemoResult) -> str:
     best = f" and {speed[PACKED] / speed[PREPACKED]:.2f} times as fast as {PREPACKED}" if PREPACKED in speed else ""
     return (
         f"In all: {report.bytes_before / report.bytes_after:.2f} times smaller, "
-        f"{speed[PACKED] / speed[DENSE]:.2f} times as fast as dense{best}, with {report.perplexity_ratio:.2f} times its "
-        "perplexity on other articles than it was calibrated on. A model of 135 million parameters writes like this; "
+        f"{speed[PACKED] / speed[DENSE]:.2f} times as fast as dense{best}, with {report.perplexity_ratio:.2f} times "
+        "its perplexity on other articles than it was calibrated on. A model of 135 million parameters writes like this; "
         "larger ones lose less."
     )
 

@@ -157,9 +157,7 @@ def make_settings(quality: QualityName | None, given: Mapping[str, Any]) -> Prun
         return PruneSettings(**(chosen | dict(given)), from_preset=frozenset(chosen) - frozenset(given))
     except ValidationError as error:
         first = error.errors()[0]
-        raise SettingsError(
-            f"{first['loc'][0]}: {first['msg'].removeprefix('Value error, ')}, not {first['input']!r}"
-        ) from None
+        raise SettingsError(f"{first['loc'][0]}: {first['msg']}, not {first['input']!r}") from None
 
 
 def output_name(model: str, pattern: str) -> str:
