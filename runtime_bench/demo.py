@@ -138,8 +138,8 @@ def _verdict(result: DemoResult) -> str:
     return (
         f"In all: {report.bytes_before / report.bytes_after:.2f} times smaller, "
         f"{speed[PACKED] / speed[DENSE]:.2f} times as fast as dense{best}, with {report.perplexity_ratio:.2f} times "
-        "its perplexity on other articles than it was calibrated on. A model of 135 million parameters writes like this; "
-        "larger ones lose less."
+        "its perplexity on other articles than it was calibrated on. A model of 135 million parameters writes like "
+        "this; larger ones lose less."
     )
 
 
