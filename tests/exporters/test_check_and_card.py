@@ -147,7 +147,11 @@ def test_the_check_in_bfloat16_sees_the_pruned_weights(
 ) -> None:
     """Autocast can keep its casts of weights, and those are of the dense ones."""
     computed = [
-        export(tiny_models("llama-gqa-tied"), tmp_path / name, settings.model_copy(update={"compute": name})).check
+        export(
+            tiny_models("llama-gqa-tied"),
+            tmp_path / name,
+            settings.model_copy(update={"compute": name, "samples": 24}),  # so that masks hardly differ
+        ).check
         for name in ("float32", "bfloat16")
     ]
     exact, rounded = computed
