@@ -83,7 +83,7 @@ class Workspace:
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self.folder.is_dir() and _holds_no_work(self.folder):
+        if _holds_no_work(self.folder):
             shutil.rmtree(self.folder, ignore_errors=True)
         self._lock.release()
 
@@ -93,7 +93,7 @@ class Workspace:
             raise OutputError(
                 f"{self._replaced}: is in the way of replacing {self.out}; move it, or give another --out"
             )
-        if not self.folder.exists() or (self.folder.is_dir() and _holds_no_work(self.folder)):
+        if not self.folder.exists() or _holds_no_work(self.folder):
             self._resume = False
             return
         if not (self._resume or self._overwrite):
@@ -421,7 +421,9 @@ def _is_partial(folder: Path) -> bool:
 
 def _holds_no_work(folder: Path) -> bool:
     """Whether an export that made it ended before it did anything: it is empty, or says for what it was made."""
-    return _files(folder) <= {_STATE, _STATE + ".tmp"} and not any(path.is_dir() for path in folder.iterdir())
+    if not folder.is_dir() or any(path.is_dir() for path in folder.iterdir()):
+        return False
+    return _files(folder) <= {_STATE, _STATE + ".tmp"}
 
 
 def _files(folder: Path) -> set[str]:

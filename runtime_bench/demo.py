@@ -8,6 +8,7 @@ import os
 import shutil
 import statistics
 import sys
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -104,10 +105,10 @@ def show(result: DemoResult, console: Console) -> None:
     speed = Table(title=f"tokens a second, one sequence at a time, {result.dtype}", title_justify="left")
     for heading in ("", "median", "range", "x dense"):
         speed.add_column(heading, justify="right" if heading else "left")
-    dense = statistics.median(result.tokens_per_second[DENSE])
+    median = {name: statistics.median(found) for name, found in result.tokens_per_second.items()}
     for name, found in result.tokens_per_second.items():
-        middle = statistics.median(found)
-        speed.add_row(name, f"{middle:.1f}", f"{min(found):.1f}-{max(found):.1f}", f"{middle / dense:.2f}")
+        times = median[name] / median[DENSE]
+        speed.add_row(name, f"{median[name]:.1f}", f"{min(found):.1f}-{max(found):.1f}", f"{times:.2f}")
     console.print(speed)
     for warning in result.warnings:
         console.print(f"[yellow]these figures are of a busy machine:[/] {warning}", highlight=False)
@@ -117,7 +118,7 @@ def show(result: DemoResult, console: Console) -> None:
     for row in result.texts:
         table.add_row(*row)
     console.print(table)
-    console.print(_verdict(result), highlight=False)
+    console.print(_verdict(result.report, median), highlight=False)
     console.print(
         f"To save time the demo calibrated on {result.report.settings.samples} sequences of text; swiftprune-export "
         f"takes {PruneSettings().samples} and loses less.",
@@ -130,10 +131,8 @@ def show(result: DemoResult, console: Console) -> None:
     )
 
 
-def _verdict(result: DemoResult) -> str:
-    """Smaller, faster, worse, in a sentence."""
-    report = result.report
-    speed = {name: statistics.median(found) for name, found in result.tokens_per_second.items()}
+def _verdict(report: ExportReport, speed: Mapping[str, float]) -> str:
+    """Smaller, faster, worse, in a sentence; `speed` is the median of each side."""
     best = f" and {speed[PACKED] / speed[PREPACKED]:.2f} times as fast as {PREPACKED}" if PREPACKED in speed else ""
     return (
         f"In all: {report.bytes_before / report.bytes_after:.2f} times smaller, "

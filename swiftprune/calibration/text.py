@@ -49,7 +49,7 @@ class CalibrationText:
         width = seqlen - len(self._start)
         beginning = min(HELD_BACK * max(1, _APART // width), len(windows) // HELD_BACK_OF)
         count = min(HELD_BACK, beginning)
-        apart = max(1, beginning // max(1, count))
+        apart = max(1, beginning // HELD_BACK)
         self.held_back = windows[: count * apart : apart]
         """(W, seqlen) int64; none where the text is short."""
         self._held = count * apart * width

@@ -198,8 +198,9 @@ def _check_ends(model: nn.Module) -> None:
     for name, module in list(model.named_modules()):
         if isinstance(module, (Embedding8, Head8)):
             check_rows(module.weight, module.scale, f"{name}.weight")
-            module.weight.data = aligned(module.weight.data)  # of both ends, where they are tied
-            if not module.weight.is_cpu:
+            if module.weight.is_cpu:
+                module.weight.data = aligned(module.weight.data)  # of both ends, where they are tied
+            else:
                 logger.info(
                     "%s is made dense on %s: only CPUs multiply by 8-bit heads here", name, module.weight.device
                 )
