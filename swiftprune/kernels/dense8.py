@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from swiftprune.errors import FormatError
 from swiftprune.formats.spec import SCALE_DTYPE, check_finite
-from swiftprune.kernels.quantize import LARGEST, scales_of, to_values
+from swiftprune.kernels.levels import LARGEST, to_values
+from swiftprune.kernels.quantize import scales_of
 
 BACKEND = "int8-dense"
 """What is reported of a head in 8 bits."""

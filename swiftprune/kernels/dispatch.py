@@ -41,6 +41,27 @@ class Kernels(Protocol):
 
     def kth_value(self, values: Tensor, rank: int) -> float: ...
 
+    def int4_scales(self, weight: Tensor, importance: Tensor | None) -> Tensor:
+        """(N, S) bfloat16 of `weight` (N, K) fp32 and the `importance` (K,) of its inputs: see `quantize.scales_of`."""
+
+    def round_columns(
+        self, weight: Tensor, keep_mask: Tensor, factor: Tensor, scales: Tensor, quantized: Quantized
+    ) -> tuple[Tensor, Tensor]:
+        """GPTQ within the columns of `weight` (N, B) fp32, B <= 128, under `scales` (N, 1): what is stored, and errors.
+
+        Each column is rounded in order, pruned weights to zero, and what is lacking, over `factor` (B, B)'s diagonal,
+        is its error, made up for by the columns behind it. Both results are (N, B).
+        """
+
+    def descend_columns(
+        self, stored: Tensor, gradient: Tensor, keep_mask: Tensor, gram: Tensor, scales: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Coordinate descent on 4-bit values that stand for `stored` (N, B) fp32, B <= 128: new codes and weights.
+
+        Each column is set to the level that is best beside all others as they are. `gradient` (N, B) is what remains of
+        the weights that are wanted, times the Gram matrix, of which `gram` (B, B) is the part of these columns.
+        """
+
 
 def kernels(device: torch.device | str = "cpu") -> Kernels:
     """What works on tensors of `device`: native kernels on a CPU, where they were built, else the torch reference."""

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from swiftprune.formats.spec import SCALE_DTYPE, Packed24, Quantized, WeightSpec, check_shapes
+from swiftprune.formats.spec import SCALE_DTYPE, SCALED_INPUTS, Packed24, Quantized, WeightSpec, check_shapes
 from swiftprune.kernels import reference
 from swiftprune.kernels.score_factors import EwmaGains, ScoreFactors
 
@@ -136,6 +136,57 @@ class NativeKernels:
         if not 0 <= rank < values.numel():
             raise ValueError(f"rank {rank} of {values.numel()} values")
         return float(_native.kth_value(values.data_ptr(), values.numel(), rank, self._threads()))
+
+    def int4_scales(self, weight: Tensor, importance: Tensor | None) -> Tensor:
+        weight = _on_cpu(weight).float()
+        rows, cols = weight.shape
+        importance = _vector(importance, cols)
+        scales = torch.empty(rows, -(-cols // SCALED_INPUTS), dtype=SCALE_DTYPE)
+        _native.int4_scales(
+            self.isa, weight.data_ptr(), rows, cols, _address(importance), scales.data_ptr(), self._threads()
+        )
+        return scales
+
+    def round_columns(
+        self, weight: Tensor, keep_mask: Tensor, factor: Tensor, scales: Tensor, quantized: Quantized
+    ) -> tuple[Tensor, Tensor]:
+        weight, keep_mask, factor, scales = _columns(weight, keep_mask, factor, scales)
+        values = torch.empty(weight.shape, dtype=torch.uint8 if quantized == "int4" else torch.int8)
+        errors = torch.empty_like(weight)
+        _native.round_columns(
+            self.isa,
+            _BITS[quantized],
+            weight.data_ptr(),
+            keep_mask.data_ptr(),
+            factor.data_ptr(),
+            scales.data_ptr(),
+            *weight.shape,
+            values.data_ptr(),
+            errors.data_ptr(),
+            self._threads(),
+        )
+        return values, errors
+
+    def descend_columns(
+        self, stored: Tensor, gradient: Tensor, keep_mask: Tensor, gram: Tensor, scales: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        gradient, keep_mask, gram, scales = _columns(gradient, keep_mask, gram, scales)
+        stored = _on_cpu(stored).float().clone()
+        if stored.shape != gradient.shape:
+            raise ValueError(f"weights {tuple(stored.shape)} and their gradient {tuple(gradient.shape)} differ")
+        values = torch.empty(stored.shape, dtype=torch.uint8)
+        _native.descend_columns(
+            self.isa,
+            gradient.data_ptr(),
+            keep_mask.data_ptr(),
+            gram.data_ptr(),
+            scales.data_ptr(),
+            *stored.shape,
+            values.data_ptr(),
+            stored.data_ptr(),
+            self._threads(),
+        )
+        return values, stored
 
 
 def linear_isas(dtype: torch.dtype) -> list[str]:
@@ -429,6 +480,20 @@ def _vector(factor: Tensor | None, length: int) -> Tensor | None:
     if factor.shape != (length,):
         raise ValueError(f"a score factor has shape {tuple(factor.shape)}, expected ({length},)")
     return _on_cpu(factor).float()
+
+
+def _columns(weight: Tensor, keep_mask: Tensor, square: Tensor, scales: Tensor) -> tuple[Tensor, ...]:
+    """`weight` and `keep_mask` (N, B), `square` (B, B) and `scales` (N, 1), as the kernels of rounding take them."""
+    weight, square = _on_cpu(weight).float(), _on_cpu(square).float()
+    keep_mask, scales = _on_cpu(keep_mask), _on_cpu(scales)
+    rows, cols = weight.shape
+    fits = keep_mask.shape == weight.shape and square.shape == (cols, cols) and scales.shape == (rows, 1)
+    if not fits or cols > SCALED_INPUTS or keep_mask.dtype != torch.bool or scales.dtype != SCALE_DTYPE:
+        raise ValueError(
+            f"weights {tuple(weight.shape)}, a mask {tuple(keep_mask.shape)} {keep_mask.dtype}, a factor "
+            f"{tuple(square.shape)} and scales {tuple(scales.shape)} {scales.dtype} do not belong together"
+        )
+    return weight, keep_mask, square, scales
 
 
 def _address(factor: Tensor | None) -> int:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
 from swiftprune.errors import FormatError
-from swiftprune.formats.spec import CODEBOOK, GROUP, KEPT, SCALED_INPUTS, Packed24
+from swiftprune.formats.spec import GROUP, KEPT, SCALE_DTYPE, SCALED_INPUTS, Packed24, Quantized
+from swiftprune.kernels.levels import LARGEST, codebook, from_values, to_values
 from swiftprune.kernels.score_factors import EwmaGains, ScoreFactors
 
 # (pos0, pos1) stored for each set of non-zero kept positions, by the bits of the set (format.py, rule 4);
@@ -31,6 +30,10 @@ STORED_POSITIONS: tuple[tuple[int, int] | None, ...] = (
     None,
     None,
 )
+
+
+# Of the scale at which the largest weight is just reached; a smaller one rounds the many finer and cuts off the few.
+_SCALE_FACTORS = (1.05, 1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6)
 
 
 class ReferenceKernels:
@@ -73,6 +76,53 @@ class ReferenceKernels:
     def kth_value(self, values: Tensor, rank: int) -> float:
         return float(values.flatten().kthvalue(rank + 1).values)
 
+    def int4_scales(self, weight: Tensor, importance: Tensor | None) -> Tensor:
+        rows = len(weight)
+        parts = _scaled_together(weight)
+        weighs = None if importance is None else _scaled_together(importance[None])
+        largest = parts.abs().amax(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny * 2**10)
+        best, lowest = torch.empty(0), torch.full_like(largest, torch.inf)
+        for signed in [sign * factor / LARGEST for factor in _SCALE_FACTORS for sign in (1, -1)]:
+            scale = (signed * largest).to(SCALE_DTYPE)
+            error = (from_values(to_values(parts, scale, "int4"), scale) - parts).square() * (parts != 0)
+            if weighs is not None:
+                error *= weighs.repeat(rows, 1)
+            while error.shape[1] > 1:  # in an order that lanes of any number can keep
+                first, second = error.chunk(2, dim=1)
+                error = first + second
+            best = torch.where(error < lowest, scale, best) if best.numel() else scale
+            lowest = torch.minimum(error, lowest)
+        return best.view(rows, -1)
+
+    def round_columns(
+        self, weight: Tensor, keep_mask: Tensor, factor: Tensor, scales: Tensor, quantized: Quantized
+    ) -> tuple[Tensor, Tensor]:
+        part = weight.clone()
+        values, errors = [], torch.empty_like(part)
+        for k in range(part.shape[1]):
+            values.append(to_values(part[:, k : k + 1], scales, quantized))
+            rounded = torch.where(keep_mask[:, k], from_values(values[-1], scales)[:, 0], 0)
+            errors[:, k] = (part[:, k] - rounded) / factor[k, k]
+            part[:, k + 1 :] -= errors[:, k, None] * factor[k, k + 1 :]
+        return torch.cat(values, dim=1), errors
+
+    def descend_columns(
+        self, stored: Tensor, gradient: Tensor, keep_mask: Tensor, gram: Tensor, scales: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        stored, part = stored.clone(), gradient.clone()
+        values = []
+        for k in range(stored.shape[1]):
+            values.append(to_values((stored[:, k] + part[:, k] / gram[k, k])[:, None], scales, "int4"))
+            best = torch.where(keep_mask[:, k], from_values(values[-1], scales)[:, 0], 0)
+            part[:, k + 1 :] -= (best - stored[:, k])[:, None] * gram[k, k + 1 :]
+            stored[:, k] = best
+        return torch.cat(values, dim=1), stored
+
+
+def _scaled_together(rows: Tensor) -> Tensor:
+    """(N * S, 128) of `rows` (N, K): inputs that share a scale of 4-bit values, filled up with zeros."""
+    return torch.nn.functional.pad(rows, (0, -rows.shape[1] % SCALED_INPUTS)).reshape(-1, SCALED_INPUTS)
+
 
 def stored_positions(values: Tensor, metadata: Tensor) -> Tensor:
     """Positions within their groups (N, K/4, 2) int64 of `values` (N, K/2), on any device, unchecked."""
@@ -96,12 +146,6 @@ def stored_values(packed: Packed24) -> Tensor:
     levels = codebook(values.device)[torch.stack((values & 15, values >> 4), dim=-1).flatten(1).long()]
     stored = SCALED_INPUTS // GROUP * KEPT  # that share a scale
     return levels * scales.repeat_interleave(stored, dim=1)[:, : levels.shape[1]]
-
-
-@functools.cache
-def codebook(device: torch.device) -> Tensor:
-    """(16,) fp32: what codes of 4 bits stand for."""
-    return torch.tensor(CODEBOOK, dtype=torch.float32, device=device)
 
 
 def stored_mask(packed: Packed24) -> Tensor:

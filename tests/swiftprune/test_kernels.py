@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from swiftprune.errors import FormatError
+from swiftprune.formats.spec import Quantized
 from swiftprune.kernels.native import NativeKernels, supported_isas
 from swiftprune.kernels.reference import ReferenceKernels
 from swiftprune.kernels.score_factors import EwmaGains, ScoreFactors
@@ -132,6 +133,52 @@ def test_ranked_value_is_the_order_statistic(isa: str, numbers: list[float], dat
     rank = data.draw(st.integers(0, len(numbers) - 1))
     got = NativeKernels(isa, threads=data.draw(st.integers(1, 4))).kth_value(torch.tensor(numbers), rank)
     assert got == sorted(numbers)[rank]
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@settings(max_examples=40)
+@given(rows=st.integers(1, 40), cols=st.integers(1, 128), seed=st.integers(0, 2**32 - 1), threads=st.integers(1, 4))
+def test_rounding_equals_the_reference(isa: str, rows: int, cols: int, seed: int, threads: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    kernels = NativeKernels(isa, threads)
+    weight = torch.randn(rows, 3 * cols, generator=generator) * 10.0 ** torch.randint(
+        -40, 30, (rows, 1), generator=generator
+    )
+    keep = torch.rand(rows, 3 * cols, generator=generator) < 0.5
+    weight *= keep
+    importance = torch.rand(3 * cols, generator=generator)
+    for weighs in (None, importance):
+        assert torch.equal(kernels.int4_scales(weight, weighs), REFERENCE.int4_scales(weight, weighs))
+    # Views, and weights as large as their scales are.
+    x = torch.randn(2 * cols, cols, generator=generator)
+    weight, keep, gram = torch.randn(rows, 2 * cols, generator=generator)[:, 1 : cols + 1], keep[:, :cols], x.T @ x
+    scales = (torch.randn(rows, 1, generator=generator) / 50).bfloat16()
+    quantized: Quantized
+    for quantized in ("int8", "int4"):
+        arguments = (weight, keep, x[:cols].triu().abs() + 0.1, scales, quantized)
+        assert all(map(torch.equal, kernels.round_columns(*arguments), REFERENCE.round_columns(*arguments)))
+    descent = (weight, weight @ gram, keep, gram, scales)
+    assert all(map(torch.equal, kernels.descend_columns(*descent), REFERENCE.descend_columns(*descent)))
+
+
+def test_rounding_refuses_what_does_not_belong_together() -> None:
+    kernels = NativeKernels(ISAS[0])
+    weight, keep, square = torch.zeros(3, 8), torch.ones(3, 8, dtype=torch.bool), torch.eye(8)
+    scales = torch.ones(3, 1, dtype=torch.bfloat16)
+    for wrong in (
+        (weight, keep[:, :7], square, scales),
+        (weight, keep.int(), square, scales),
+        (weight, keep, torch.eye(7), scales),
+        (weight, keep, square, scales.float()),
+        (weight, keep, square, scales[:2]),
+        (torch.zeros(3, 132), torch.ones(3, 132, dtype=torch.bool), torch.eye(132), scales),
+    ):
+        with pytest.raises(ValueError, match="do not belong together"):
+            kernels.round_columns(*wrong, "int4")
+    with pytest.raises(ValueError, match="differ"):
+        kernels.descend_columns(weight[:2], weight, keep, square, scales)
+    with pytest.raises(ValueError, match="score factor has shape"):
+        kernels.int4_scales(weight, torch.ones(7))
 
 
 def test_an_instruction_set_that_is_not_there_is_refused() -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 import swiftprune
 from swiftprune.errors import FormatError, SettingsError
 from swiftprune.formats.spec import CODEBOOK, QUANTIZED, Packed24, Quantized, WeightSpec, check_declared, validate
-from swiftprune.kernels import native, quantize
+from swiftprune.kernels import dispatch, native, quantize
 from swiftprune.kernels.linear import Linear24
 from swiftprune.kernels.packing import keep_mask, pack, prune_and_pack, unpack
 from swiftprune.kernels.score_factors import ScoreFactors
@@ -300,6 +300,34 @@ def test_rounding_by_outputs_beats_rounding_to_nearest(quantized: Quantized) -> 
     assert errors[0] < 0.7 * errors[1]
     white = round_kept(weight, mask, torch.eye(256) * 2000, quantized)
     assert torch.equal(unpack(white), nearest)
+
+
+def test_coordinate_descent_against_every_level() -> None:
+    """No row's error of outputs rises, and of the last weight none of the sixteen levels is better."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = (torch.randn(200, 24, generator=generator) @ torch.randn(24, 64, generator=generator)).double()
+    gram = inputs.T @ inputs + torch.eye(64).double()
+    weight = torch.randn(9, 64, generator=generator, dtype=torch.float64)
+    keep = torch.rand(9, 64, generator=generator) < 0.5
+    keep[:, -1] = True
+    scales = (torch.rand(9, 1, generator=generator) / 60 + 0.01).bfloat16()
+    levels = torch.tensor(CODEBOOK).double() * scales.double()  # (9, 16)
+    nearest = (weight[..., None] - levels[:, None]).abs().argmin(-1)
+    before = torch.where(keep, levels.gather(1, nearest), 0)
+
+    def error(stored: Tensor) -> Tensor:
+        lacking = weight - stored
+        return ((lacking @ gram) * lacking).sum(1)
+
+    gradient = (weight - before) @ gram
+    codes, after = dispatch.kernels().descend_columns(before.float(), gradient.float(), keep, gram.float(), scales)
+    torch.testing.assert_close(after.double(), torch.where(keep, levels.gather(1, codes.long()), 0))
+    assert (error(after.double()) <= error(before) * (1 + 1e-5)).all()
+    assert error(after.double()).sum() < 0.8 * error(before).sum()
+    for code in range(16):
+        other = after.double()
+        other[:, -1] = levels[:, code]
+        assert (error(other) >= error(after.double()) * (1 - 1e-5)).all()
 
 
 def test_what_cannot_be() -> None:

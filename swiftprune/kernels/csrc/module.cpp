@@ -137,6 +137,36 @@ NB_MODULE(_native, m) {
     });
   });
 
+  m.def("int4_scales", [](const std::string& isa, uintptr_t weight, int64_t rows, int64_t cols, uintptr_t importance,
+                          uintptr_t scales, int threads) {
+    const Kernels& kernels = kernels_or_throw(isa);
+    over_rows(rows, threads, [&](int64_t begin, int64_t end) {
+      kernels.int4_scales(at<const float*>(weight), cols, at<const float*>(importance), at<uint16_t*>(scales), begin, end);
+      return Status{};
+    });
+  });
+
+  m.def("round_columns", [](const std::string& isa, int bits, uintptr_t weight, uintptr_t keep, uintptr_t factor,
+                            uintptr_t scales, int64_t rows, int64_t cols, uintptr_t values, uintptr_t errors,
+                            int threads) {
+    const Kernels& kernels = kernels_or_throw(isa);
+    over_rows(rows, threads, [&](int64_t begin, int64_t end) {
+      kernels.round_columns(bits, at<const float*>(weight), at<const uint8_t*>(keep), at<const float*>(factor),
+                            at<const uint16_t*>(scales), cols, at<uint8_t*>(values), at<float*>(errors), begin, end);
+      return Status{};
+    });
+  });
+
+  m.def("descend_columns", [](const std::string& isa, uintptr_t gradient, uintptr_t keep, uintptr_t gram, uintptr_t scales,
+                              int64_t rows, int64_t cols, uintptr_t values, uintptr_t stored, int threads) {
+    const Kernels& kernels = kernels_or_throw(isa);
+    over_rows(rows, threads, [&](int64_t begin, int64_t end) {
+      kernels.descend_columns(at<const float*>(gradient), at<const uint8_t*>(keep), at<const float*>(gram),
+                              at<const uint16_t*>(scales), cols, at<uint8_t*>(values), at<float*>(stored), begin, end);
+      return Status{};
+    });
+  });
+
   m.def("kth_value", [](uintptr_t values, int64_t count, int64_t rank, int threads) {
     nb::gil_scoped_release release;
     return kth_value(at<const float*>(values), count, rank, threads);

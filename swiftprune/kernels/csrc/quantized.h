@@ -29,7 +29,7 @@ constexpr int64_t kQuantInputs = 2 * kQuantHalf;  // x has a scale for each so m
 constexpr int64_t kQuantMetadata = 16;            // bytes of a half and a pair of rows
 
 // What a 4-bit value stands for, times its scale: format, "Codebook". 8-bit values stand for themselves.
-extern const int8_t kCodebook[16];
+constexpr int8_t kCodebook[16] = {-127, -88, -67, -50, -36, -23, -12, 0, 10, 20, 31, 43, 56, 71, 92, 127};
 
 template <int Bits>
 struct QuantChunk {

@@ -8,8 +8,6 @@
 
 namespace swiftprune {
 
-const int8_t kCodebook[16] = {-127, -88, -67, -50, -36, -23, -12, 0, 10, 20, 31, 43, 56, 71, 92, 127};
-
 namespace {
 
 constexpr int64_t kHalfBytes = kQuantHalf / 8;  // canonical metadata of a half and a row

@@ -53,6 +53,13 @@ struct Kernels {
   // ewma_zscore[n, k] = (score - m) / (d + floor), m and d the running mean and deviation of row n before column k.
   void (*ewma_zscore)(const float* score, int64_t cols, const float* mean0, const float* deviation0, const EwmaGains&,
                    float* ewma_zscore, int64_t begin, int64_t end);
+  // Rounding to values of 8 and 4 bits: see rounding.h.
+  void (*int4_scales)(const float* weight, int64_t cols, const float* importance, uint16_t* scales, int64_t begin,
+                      int64_t end);
+  void (*round_columns)(int bits, const float* weight, const uint8_t* keep, const float* factor, const uint16_t* scales,
+                        int64_t cols, uint8_t* values, float* errors, int64_t begin, int64_t end);
+  void (*descend_columns)(const float* gradient, const uint8_t* keep, const float* gram, const uint16_t* scales,
+                          int64_t cols, uint8_t* values, float* stored, int64_t begin, int64_t end);
 };
 
 extern const Kernels kGenericKernels;
