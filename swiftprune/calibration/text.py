@@ -23,10 +23,13 @@ HELD_BACK, HELD_BACK_OF = 8, 8
 # They are spread over the beginning of the text, since a data set is not read to its end, at most so many tokens from
 # one to the next. All of it is held back: amid what was trained on the result would look better (docs/lab-notes.md).
 _APART = 2048
+# Tokens after that beginning that are held back too, to see by when training gains nothing more; no more than one of so
+# many.
+UNSEEN_TOKENS, _UNSEEN_OF = 10_240, 16
 
 
 class CalibrationText:
-    """A text as tokens, cut into windows; its beginning is held back to judge by what is pruned on the others."""
+    """A text as tokens, cut into windows; its beginning is held back, to judge by what is pruned on the others."""
 
     def __init__(
         self, source: str, checkpoint: Checkpoint, *, seqlen: int, needed: int, column: str = DEFAULT_COLUMN
@@ -52,14 +55,21 @@ class CalibrationText:
         apart = max(1, beginning // HELD_BACK)
         self.held_back = windows[: count * apart : apart]
         """(W, seqlen) int64; none where the text is short."""
-        self._held = count * apart * width
-        """Tokens at the beginning."""
+        held = count * apart * width
+        self._unseen = slice(held, held + min(UNSEEN_TOKENS, len(self._ids) // _UNSEEN_OF))
+
+    def unseen(self, seqlen: int) -> Tensor:
+        """(W, seqlen) int64: windows of `seqlen` tokens that are held back beside those; none of a short text."""
+        ids = self._ids[self._unseen]
+        if len(ids) < seqlen - len(self._start):
+            return ids.new_empty(0, seqlen)
+        return _windows(ids, self._start, seqlen, self._source)
 
     def windows(self, seqlen: int, seed: int) -> Tensor:
         """(W, seqlen) int64: all windows of `seqlen` tokens beyond the part that is held back, in random order."""
         windows = _windows(self._ids, self._start, seqlen, self._source)
         width = seqlen - len(self._start)
-        windows = windows[-(-self._held // width) :]
+        windows = windows[-(-self._unseen.stop // width) :]
         return windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))]
 
 

@@ -36,7 +36,7 @@ from swiftprune.progress import ProgressCallback, no_progress
 from swiftprune.ranks import Ranks
 from swiftprune.results import PrunedBlock, PrunedWeight, layer_result
 from swiftprune.stages.round_values import rounds_last, seconds_to_round
-from swiftprune.stages.text import windows_to_train_and_to_judge
+from swiftprune.stages.text import TrainingText, training_text
 
 if TYPE_CHECKING:
     from swiftprune.stages.context import Run
@@ -51,9 +51,6 @@ MIN_LR_RATIO = 0.01  # of the learning rate, at either end
 BETAS = (0.9, 0.95)
 MAX_GRAD_NORM = 1.0
 BATCH_TOKENS = 512
-# Of the windows, the last ones, held back; at most so many.
-VALIDATION_SHARE = 0.03
-VALIDATION_WINDOWS = 8
 VALIDATIONS = 10
 # One takes about as long as a step, so a short run has fewer of them.
 MIN_STEPS_BETWEEN_EVALS = 8
@@ -134,7 +131,7 @@ def distill(run: Run, store: BlockStore) -> None:
     if "distill" not in run.settings.refine:
         return
     with run.clock("distill"):
-        tokens, teacher, student, pruned = models_to_train(
+        text, teacher, student, pruned = models_to_train(
             run, lambda block: run.ranks.by_first(lambda: store.load(block))
         )
         keep_masks = {name: packing.keep_mask(weight) for name, weight in pruned.items()}
@@ -143,7 +140,8 @@ def distill(run: Run, store: BlockStore) -> None:
             teacher,
             keep_masks,
             within_blocks(run),
-            tokens,
+            text.train,
+            text.validation,
             fixed=run.checkpoint.made,  # what is stored in another way cannot be written
             compute=run.compute,
             seed=run.settings.seed,
@@ -165,11 +163,11 @@ def distill(run: Run, store: BlockStore) -> None:
 
 def models_to_train(
     run: Run, load: Callable[[Block], Mapping[str, PrunedWeight]]
-) -> tuple[Tensor, Any, Any, dict[str, PrunedWeight]]:
-    """Windows to train on, the dense model, the pruned one as `load` gives it, and its pruned weights by parameter."""
-    tokens, _ = windows_to_train_and_to_judge(run)
+) -> tuple[TrainingText, Any, Any, dict[str, PrunedWeight]]:
+    """Text to train on, the dense model, the pruned one as `load` gives it, and its pruned weights by parameter."""
+    text = training_text(run)
     teacher, student = run.load_whole(run.compute.dtype), run.load_whole(torch.float32)
-    return tokens, teacher, student, run.put_pruned(student, load)
+    return text, teacher, student, run.put_pruned(student, load)
 
 
 def within_blocks(run: Run) -> str:
@@ -258,8 +256,8 @@ class Distillation:
 
     `keep_masks` (bool, True = kept) names the sparse parameters; of these the kept weights move, and with them every
     one-dimensional parameter whose name starts with `within` (norms, biases). All else is frozen, but for the scales of
-    parameters that `scaled` names; `fixed` ones are in any case. `tokens` are (W, T) int64 windows, of which the last
-    are held back for validation. With a `store`, training is saved once a minute, and a new Distillation with the same
+    parameters that `scaled` names; `fixed` ones are in any case. It learns from `train` and validates on `held_back`,
+    both (W, T) int64. With a `store`, training is saved once a minute, and a new Distillation with the same
     arguments continues from there. With `ranks`, all of which do the same, batches have as many times the windows, each
     trains on its share, and the first one saves.
 
@@ -273,7 +271,8 @@ class Distillation:
         teacher: Any,
         keep_masks: Mapping[str, Tensor],
         within: str,
-        tokens: Tensor,
+        train: Tensor,
+        held_back: Tensor,
         *,
         scaled: Mapping[str, Scaled] = MappingProxyType({}),
         fixed: Collection[str] = (),
@@ -285,10 +284,9 @@ class Distillation:
         ranks: Ranks | None = None,
     ) -> None:
         self._ranks = ranks or Ranks()
-        if len(tokens) < 2:
-            raise SettingsError(f"distillation needs at least two windows of {tokens.shape[1]} tokens; give more text")
-        held_back = min(VALIDATION_WINDOWS, max(1, int(len(tokens) * VALIDATION_SHARE)))
-        self._train, self._held_back = tokens[:-held_back], tokens[-held_back:]
+        if not len(train) or not len(held_back):
+            raise SettingsError(f"distillation needs at least two windows of {train.shape[1]} tokens; give more text")
+        self._train, self._held_back = train, held_back
         if len(self._train) < self._ranks.count:
             raise SettingsError(
                 f"distillation has {len(self._train)} windows of text for {self._ranks.count} processes; give more text"

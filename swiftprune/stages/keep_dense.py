@@ -21,7 +21,7 @@ from swiftprune.models.perplexity import dense_perplexity, perplexity
 from swiftprune.models.plan import Block
 from swiftprune.progress import ProgressCallback, no_progress
 from swiftprune.results import PrunedBlock, PrunedWeight, layer_result
-from swiftprune.stages.text import windows_to_train_and_to_judge
+from swiftprune.stages.text import training_text
 
 if TYPE_CHECKING:
     from swiftprune.stages.context import Run
@@ -48,7 +48,7 @@ def _dense_linears(run: Run, store: BlockStore) -> list[str]:
     assert run.settings.max_perplexity_ratio is not None
     linears = {linear.name: linear.tensor for block in run.targets.blocks for linear in block.linears}
     with run.clock("keep dense"), run.compute.autocast():
-        _, windows = windows_to_train_and_to_judge(run)
+        windows = training_text(run).judged
         model = run.load_whole(torch.float32)
         dense = dense_perplexity(model, windows)
         run.put_pruned(model, store.load)

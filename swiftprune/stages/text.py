@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -25,8 +26,10 @@ _TRAINING_SAMPLES = 3
 # Of calibration, and of what is trained on, every so many windows is a conversation, if there are any.
 _EVERY_CONVERSATION = 4
 TRAINING_SEQLEN = 256  # tokens of a window that is trained on, where the text is not sampled
-# Windows that a perplexity budget is held on, as long as those of distillation.
+# Windows that a perplexity budget is held on, and that training is validated on: at most so many, and of all no more
+# than half, and this share.
 JUDGED_WINDOWS = 32
+VALIDATION_WINDOWS, VALIDATION_SHARE = 8, 0.03
 
 
 def take_text(run: Run, store: BlockStore) -> None:
@@ -131,15 +134,33 @@ def calibration_tokens(run: Run) -> Tensor | None:
     return tokens[torch.linspace(0, len(tokens) - 1, run.fitted_samples).round().long()]
 
 
-def windows_to_train_and_to_judge(run: Run) -> tuple[Tensor, Tensor]:
-    """Of one text: distillation learns from the first, and a perplexity budget, if any, holds on the second."""
-    windows = _windows(run)
+@dataclass(frozen=True)
+class TrainingText:
+    """Windows of one text, each (W, T) int64."""
+
+    train: Tensor
+    validation: Tensor
+    judged: Tensor
+    """A perplexity budget, if any, holds on these."""
+
+
+def training_text(run: Run) -> TrainingText:
+    """All there is of the calibration text, or what the model sampled.
+
+    What is not trained on comes from the part that is held back: amid what is, a text that is read several times looks
+    better than others like it. Only where that is too short it is of the rest.
+    """
+    windows, unseen = _windows(run)
     judged = 0 if run.settings.max_perplexity_ratio is None else min(JUDGED_WINDOWS, (len(windows) + 1) // 2)
-    return windows[: len(windows) - judged], windows[len(windows) - judged :]
+    validation = min(VALIDATION_WINDOWS, max(1, int(len(windows) * VALIDATION_SHARE)))
+    others = torch.cat([windows, unseen])
+    others, judging = others.tensor_split([len(others) - judged])
+    others, validating = others.tensor_split([max(0, len(others) - validation)])
+    return TrainingText(others[: len(windows)], validating, judging)
 
 
-def _windows(run: Run) -> Tensor:
-    """(W, TRAINING_SEQLEN) or narrower: all there is of the calibration text, or what the model sampled."""
+def _windows(run: Run) -> tuple[Tensor, Tensor]:
+    """Windows of TRAINING_SEQLEN or fewer tokens to train on, and those of the part that is held back."""
     data = load_data(run)
     assert data is not None
     tokens = data.tokens
@@ -147,7 +168,7 @@ def _windows(run: Run) -> Tensor:
     width = min(TRAINING_SEQLEN, tokens.shape[1]) if len(sampled) else TRAINING_SEQLEN
     sampled = sampled[:, : tokens.shape[1] // width * width].reshape(-1, width)
     if run.settings.calibration == "self":
-        return sampled
+        return sampled, sampled[:0]
     needed = max(1, _TRAINING_WINDOWS * width // tokens.shape[1])
     text = CalibrationText(
         run.settings.calibration,
@@ -155,9 +176,10 @@ def _windows(run: Run) -> Tensor:
         seqlen=tokens.shape[1],
         needed=needed,
         column=run.settings.text_column,
-    ).windows(width, run.settings.seed)
+    )
+    windows, unseen = text.windows(width, run.settings.seed), text.unseen(width)
     if not len(sampled):
-        return text
-    often = max(1, len(text) // (_EVERY_CONVERSATION - 1) // len(sampled))
-    # Text comes last, since that is what is held back: conversations are there several times.
-    return torch.cat([sampled.repeat(often, 1), text])
+        return windows, unseen
+    often = max(1, len(windows) // (_EVERY_CONVERSATION - 1) // len(sampled))
+    # Text comes last, since that is what judges where nothing else is held back: conversations are there several times.
+    return torch.cat([sampled.repeat(often, 1), windows]), unseen

@@ -31,7 +31,7 @@ def tune_scales(run: Run, store: BlockStore) -> None:
         return
     steps = run.settings.steps
     with run.clock("tune scales"):
-        tokens, teacher, student, rounded = models_to_train(run, store.load)
+        text, teacher, student, rounded = models_to_train(run, store.load)
         scaled = {
             name: Scaled(weight, run.compute.device) for name, weight in rounded.items() if isinstance(weight, Packed24)
         }
@@ -40,7 +40,8 @@ def tune_scales(run: Run, store: BlockStore) -> None:
             teacher,
             {},
             within_blocks(run),
-            tokens,
+            text.train,
+            text.validation,
             scaled=scaled,
             fixed=run.checkpoint.made,
             learning_rate=LEARNING_RATE,

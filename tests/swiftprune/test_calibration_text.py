@@ -144,5 +144,8 @@ def test_what_is_held_back_is_in_no_other_window(seqlen: int, other: int, model:
     assert held == [index * apart for index in range(8)]
     everywhere = {tuple(ids[i : i + other]): i for i in range(0, len(ids) - other + 1, other)}
     used = {everywhere[tuple(row)] for row in text.windows(other, 0).tolist()}
-    # Nothing from the first of them to as far beyond the last as they are apart.
-    assert used == {begin for begin in everywhere.values() if begin >= 8 * apart}
+    # Nothing from the first of them to as far beyond the last as they are apart, nor what follows for validation.
+    unseen = text.unseen(other)
+    assert torch.equal(unseen.flatten(), torch.tensor(ids)[8 * apart :][: unseen.numel()])
+    assert len(ids) // 16 - other < unseen.numel() <= len(ids) // 16
+    assert used == {begin for begin in everywhere.values() if begin >= 8 * apart + len(ids) // 16}

@@ -35,8 +35,10 @@ def pair(folder: Path, name: str) -> tuple[Any, Any, dict[str, Tensor]]:
     return student, teacher, masks
 
 
-def windows(count: int = 12, width: int = 40) -> Tensor:
-    return torch.randint(0, models.VOCABULARY, (count, width), generator=torch.Generator().manual_seed(1))
+def windows(count: int = 12, width: int = 40, held_back: int = 1) -> tuple[Tensor, Tensor]:
+    """To train on, and those held back."""
+    tokens = torch.randint(0, models.VOCABULARY, (count, width), generator=torch.Generator().manual_seed(1))
+    return tokens[:-held_back], tokens[-held_back:]
 
 
 def weights(model: Any) -> dict[str, Tensor]:
@@ -52,12 +54,12 @@ def test_a_step_is_one_of_a_plain_loop(name: str, tiny_models: Callable[[str], P
     tokens = windows()
     student, teacher, masks = pair(folder, name)
     before = weights(student)
-    validations = Distillation(student, teacher, masks, within, tokens).run(Budget(steps=3))
+    validations = Distillation(student, teacher, masks, within, *tokens).run(Budget(steps=3))
 
     naive, _, _ = pair(folder, name)
     trained = {n: p for n, p in naive.named_parameters() if n in masks or (p.ndim == 1 and n.startswith(within))}
     adam = torch.optim.Adam(trained.values(), betas=distill.BETAS)
-    train = tokens[:-1]
+    train = tokens[0]
     for step in range(3):
         with torch.no_grad():
             wanted = teacher(input_ids=train).logits.log_softmax(-1)
@@ -85,14 +87,14 @@ def test_a_step_is_one_of_a_plain_loop(name: str, tiny_models: Callable[[str], P
 
 def test_validation_is_divergence_and_perplexity_on_held_back_windows(tiny_models: Callable[[str], Path]) -> None:
     student, teacher, masks = pair(tiny_models("llama-mha-untied"), "llama-mha-untied")
-    tokens = windows(200, 24)
-    held_back = tokens[-6:]  # 3 percent
+    tokens = windows(200, 24, held_back=6)
+    held_back = tokens[1]
     with torch.no_grad():
         wanted = teacher(input_ids=held_back).logits[:, :-1].log_softmax(-1)
         got = student(input_ids=held_back).logits[:, :-1].log_softmax(-1)
     divergence = float(F.kl_div(got, wanted, reduction="sum", log_target=True)) / wanted[..., 0].numel()
     expected = perplexity(student, held_back)
-    first = Distillation(student, teacher, masks, "model.layers.", tokens).run(Budget(steps=1))[0]
+    first = Distillation(student, teacher, masks, "model.layers.", *tokens).run(Budget(steps=1))[0]
     assert (first.step, first.minutes) == (0, 0.0)
     assert first.divergence == pytest.approx(divergence, rel=1e-4)
     assert first.perplexity == pytest.approx(expected, rel=1e-4)
@@ -106,7 +108,7 @@ def test_it_helps_and_bfloat16_products_do_too(
         student, teacher, masks = pair(tiny_models("llama-gqa-tied"), "llama-gqa-tied")
         tokens = windows(100, 32)
         validations = Distillation(
-            student, teacher, masks, "model.layers.", tokens, compute=Compute(dtype=compute)
+            student, teacher, masks, "model.layers.", *tokens, compute=Compute(dtype=compute)
         ).run(Budget(steps=40))
         assert validations[-1].divergence < 0.8 * validations[0].divergence
         assert all(parameter.dtype == torch.float32 for parameter in student.parameters())
@@ -132,7 +134,7 @@ def test_a_run_that_was_stopped_ends_like_one_that_was_not(
     folder, store = tiny_models("llama-gqa-tied"), Stored()
     tokens = windows(30, 40)
     whole, teacher, masks = pair(folder, "llama-gqa-tied")
-    expected = Distillation(whole, teacher, masks, "model.layers.", tokens).run(Budget(steps=25))
+    expected = Distillation(whole, teacher, masks, "model.layers.", *tokens).run(Budget(steps=25))
 
     steps = 0
 
@@ -144,9 +146,11 @@ def test_a_run_that_was_stopped_ends_like_one_that_was_not(
 
     student, teacher, masks = pair(folder, "llama-gqa-tied")
     with pytest.raises(KeyboardInterrupt):
-        Distillation(student, teacher, masks, "model.layers.", tokens, store=store, progress=stop).run(Budget(steps=25))
+        Distillation(student, teacher, masks, "model.layers.", *tokens, store=store, progress=stop).run(
+            Budget(steps=25)
+        )
     student, teacher, masks = pair(folder, "llama-gqa-tied")
-    got = Distillation(student, teacher, masks, "model.layers.", tokens, store=store).run(Budget(steps=25))
+    got = Distillation(student, teacher, masks, "model.layers.", *tokens, store=store).run(Budget(steps=25))
     assert [(point.step, point.divergence) for point in got] == [(point.step, point.divergence) for point in expected]
     for name, parameter in student.named_parameters():
         assert torch.equal(parameter, whole.get_parameter(name)), name
@@ -157,7 +161,7 @@ def test_the_learning_rate_rises_stays_and_falls(tiny_models: Callable[[str], Pa
     monkeypatch.setattr(Distillation, "_has_stalled", lambda _self: False)
     monkeypatch.setattr(Distillation, "_step", lambda _self, _windows, rate: rates.append(rate / distill.LEARNING_RATE))
     student, teacher, masks = pair(tiny_models("llama-gqa-tied"), "llama-gqa-tied")
-    Distillation(student, teacher, masks, "model.layers.", windows()).run(Budget(steps=40))
+    Distillation(student, teacher, masks, "model.layers.", *windows()).run(Budget(steps=40))
     falling = [(40 - step) / 12 for step in range(28, 40)]
     assert rates == pytest.approx([0.01, 0.5] + [1] * 26 + falling)
 
@@ -170,7 +174,7 @@ def test_it_ends_early_when_validation_rises_and_keeps_the_best(
     monkeypatch.setattr(distill, "BATCH_TOKENS", 64)
     student, teacher, masks = pair(tiny_models("llama-gqa-tied"), "llama-gqa-tied")
     before = weights(student)
-    validations = Distillation(student, teacher, masks, "model.layers.", windows(40, 32)).run(Budget(steps=200))
+    validations = Distillation(student, teacher, masks, "model.layers.", *windows(40, 32)).run(Budget(steps=200))
     assert 100 < validations[-1].step < 140  # it is seen after 60, and the rate falls for 60 more
     for name, parameter in student.named_parameters():
         assert torch.equal(parameter, before[name])
@@ -179,20 +183,20 @@ def test_it_ends_early_when_validation_rises_and_keeps_the_best(
 def test_short_runs_validate_less_often(tiny_models: Callable[[str], Path]) -> None:
     """As a validation takes as long as a step, ten of them would take half of twenty steps."""
     student, teacher, masks = pair(tiny_models("llama-gqa-tied"), "llama-gqa-tied")
-    validations = Distillation(student, teacher, masks, "model.layers.", windows()).run(Budget(steps=20))
+    validations = Distillation(student, teacher, masks, "model.layers.", *windows()).run(Budget(steps=20))
     assert [point.step for point in validations] == [0, 8, 16, 20]
 
 
 def test_what_cannot_be_distilled_says_why(tiny_models: Callable[[str], Path], monkeypatch: Any) -> None:
     student, teacher, masks = pair(tiny_models("llama-gqa-tied"), "llama-gqa-tied")
     with pytest.raises(SettingsError, match="at least two windows of 40 tokens"):
-        Distillation(student, teacher, masks, "model.layers.", windows(1))
+        Distillation(student, teacher, masks, "model.layers.", *windows(1))
     with torch.no_grad():
         student.get_parameter("model.layers.1.mlp.up_proj.weight")[0, masks["model.layers.1.mlp.up_proj.weight"][0]] = (
             1e38
         )
     with pytest.raises(CheckpointError, match="the loss is nan at step 0"):
-        Distillation(student, teacher, masks, "model.layers.", windows()).run(Budget(steps=2))
+        Distillation(student, teacher, masks, "model.layers.", *windows()).run(Budget(steps=2))
     forward = type(teacher).forward
 
     def capped(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -203,13 +207,13 @@ def test_what_cannot_be_distilled_says_why(tiny_models: Callable[[str], Path], m
     monkeypatch.setattr(type(teacher), "forward", capped)
     student, teacher, masks = pair(tiny_models("llama-gqa-tied"), "llama-gqa-tied")
     with pytest.raises(SettingsError, match="changes its logits after the head"):
-        Distillation(student, teacher, masks, "model.layers.", windows()).run(Budget(steps=2))
+        Distillation(student, teacher, masks, "model.layers.", *windows()).run(Budget(steps=2))
 
 
 def test_minutes_are_kept_to(tiny_models: Callable[[str], Path]) -> None:
     student, teacher, masks = pair(tiny_models("llama-gqa-tied"), "llama-gqa-tied")
-    validations = Distillation(student, teacher, masks, "model.layers.", windows()).run(Budget(minutes=0.05))
+    validations = Distillation(student, teacher, masks, "model.layers.", *windows()).run(Budget(minutes=0.05))
     assert validations[-1].step > 0
     assert validations[-1].minutes < 0.05
     student, teacher, masks = pair(tiny_models("llama-gqa-tied"), "llama-gqa-tied")
-    assert len(Distillation(student, teacher, masks, "model.layers.", windows()).run(Budget(minutes=0.0))) == 1
+    assert len(Distillation(student, teacher, masks, "model.layers.", *windows()).run(Budget(minutes=0.0))) == 1

@@ -14,12 +14,13 @@ from transformers import AutoModelForCausalLM
 
 from exporters import export
 from exporters.workspace import Workspace
+from swiftprune.calibration.text import load_tokenizer
 from swiftprune.config import PruneSettings
 from swiftprune.errors import CheckpointError, SettingsError
 from swiftprune.methods.mask import n_of_m
 from swiftprune.models.architectures import fused_sets
 from swiftprune.models.perplexity import dense_perplexity, perplexity
-from swiftprune.stages import keep_dense
+from swiftprune.stages import distill, keep_dense, text
 from swiftprune.stages.distill import Distillation
 from swiftprune.stages.keep_dense import select_dense
 
@@ -195,33 +196,52 @@ def test_an_export_keeps_linears_dense_and_resumes(
         assert path.read_bytes() == (out / path.name).read_bytes(), path.name
 
 
-def test_what_the_budget_is_measured_on_is_not_learnt_from(
-    tiny_models: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("source", ["self", "file"])
+def test_what_judges_is_not_learnt_from(
+    source: str, tiny_models: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    learnt: list[Tensor] = []
-    judged: list[Tensor] = []
-    step = Distillation._step
+    """Nor does it stand amid what is: of a text, what training is validated and the budget measured on comes before."""
+    seen: dict[str, Tensor] = {}
 
-    def noting(self: Distillation, batch: Tensor, learning_rate: float) -> None:
-        learnt.extend(batch)
-        step(self, batch, learning_rate)
+    class Noting(Distillation):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            seen["train"], seen["validation"] = arguments[4:6]
+            super().__init__(*arguments, **options)
 
-    def stop(model: Any, dense: Any, sets: Any, windows: Tensor, **_: Any) -> list[str]:
-        judged.extend(windows)
+    def judge(model: Any, dense: Any, sets: Any, windows: Tensor, **_: Any) -> list[str]:
+        seen["judged"] = windows
         return []
 
-    monkeypatch.setattr(Distillation, "_step", noting)
-    monkeypatch.setattr(keep_dense, "select_dense", stop)
+    monkeypatch.setattr(distill, "Distillation", Noting)
+    monkeypatch.setattr(keep_dense, "select_dense", judge)
+    if source == "file":
+        monkeypatch.setattr(text, "TRAINING_SEQLEN", 16)
+    model, path = tiny_models("llama-gqa-tied"), tmp_path / "text.txt"
+    numbers = " ".join(
+        str(number) for number in torch.randint(10**6, (4000,), generator=torch.Generator().manual_seed(0)).tolist()
+    )
+    path.write_text(numbers)
     settings = PruneSettings(
         method="magnitude",
-        calibration="self",
+        calibration="self" if source == "self" else str(path),
         samples=4,
         seqlen=32,
+        conversations=0,
         max_perplexity_ratio=1.3,
         refine=("distill",),
-        steps=8,
+        steps=1,
     )
-    export(tiny_models("llama-gqa-tied"), tmp_path / "out", settings)
-    assert len(judged) == 6  # half of three times four windows
-    assert learnt
-    assert not any(torch.equal(one, other) for one in learnt for other in judged)
+    export(model, tmp_path / "out", settings)
+    rows = {name: {tuple(row) for row in windows.tolist()} for name, windows in seen.items()}
+    assert all(rows.values())
+    assert not rows["train"] & rows["judged"]
+    assert not rows["train"] & rows["validation"]
+    if source == "self":
+        assert len(seen["judged"]) == 6  # half of three times four windows
+        return
+    assert (len(seen["validation"]), len(seen["judged"])) == (8, 32)
+    ids = load_tokenizer(model)(numbers).input_ids
+    starts = {tuple(ids[i : i + 16]): i for i in range(len(ids) - 15)}
+    first = min(starts[row] for row in rows["train"])
+    assert max(starts[row] for row in rows["judged"] | rows["validation"]) < first < len(ids) / 5
+    assert len(rows["train"]) > (len(ids) - first) // 16 - 2
