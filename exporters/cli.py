@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from exporters import start
-from exporters.console import ProgressBars, make_console, run, sigint_as_keyboard_interrupt
+from exporters.console import ProgressBars, make_console, run, signals_as_keyboard_interrupt
 from swiftprune.calibration.text_files import DEFAULT_COLUMN
 from swiftprune.config import QUALITIES, PruneSettings, make_settings, output_name
 from swiftprune.errors import InterruptedByUserError, SettingsError, and_more
@@ -406,7 +406,8 @@ def export_command(
 
     console = make_console(stderr=json)
     try:
-        with sigint_as_keyboard_interrupt(), joined() as ranks, ProgressBars() as progress:
+        alone = not start.is_one_of_several()
+        with signals_as_keyboard_interrupt(alone=alone), joined() as ranks, ProgressBars() as progress:
             if not ranks.is_first:
                 follow(Checkpoint.open(model, revision=revision, trust_remote_code=trust_remote_code), ranks)
                 return

@@ -118,8 +118,11 @@ def installed_versions(packages: Iterable[str]) -> dict[str, str]:
 
 
 @contextmanager
-def sigint_as_keyboard_interrupt() -> Iterator[None]:
-    """KeyboardInterrupt on Ctrl-C even where C code, in which it came, made another exception of it (torch does)."""
+def signals_as_keyboard_interrupt(*, alone: bool) -> Iterator[None]:
+    """KeyboardInterrupt on Ctrl-C even where C code, in which it came, made another exception of it (torch does).
+
+    And on SIGTERM, where this process is `alone`: one of several that waits for the others in C code would never end.
+    """
     came = False
 
     def note(number: int, frame: FrameType | None) -> None:
@@ -127,11 +130,11 @@ def sigint_as_keyboard_interrupt() -> Iterator[None]:
         came = True
         signal.default_int_handler(number, frame)
 
-    before = signal.getsignal(signal.SIGINT)
-    if before is not signal.default_int_handler:  # ignored in the background, or of a program that runs this
-        yield
-        return
-    signal.signal(signal.SIGINT, note)
+    # Only those that are as they were: not what is ignored in the background, or handled by a program that runs this.
+    defaults = {signal.SIGINT: signal.default_int_handler} | ({signal.SIGTERM: signal.SIG_DFL} if alone else {})
+    taken = {number: default for number, default in defaults.items() if signal.getsignal(number) is default}
+    for number in taken:
+        signal.signal(number, note)
     try:
         yield
     except Exception as error:
@@ -139,4 +142,5 @@ def sigint_as_keyboard_interrupt() -> Iterator[None]:
             raise KeyboardInterrupt from error
         raise
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, default in taken.items():
+            signal.signal(number, default)

@@ -53,7 +53,7 @@ class FormatError(SwiftpruneError):
 
 
 class InterruptedByUserError(SwiftpruneError):
-    """The user stopped the run (Ctrl-C)."""
+    """The user stopped the run (Ctrl-C, or SIGTERM)."""
 
     exit_code = 130
 

@@ -240,20 +240,25 @@ import exporters.checkpoint, exporters.cli
 
 def export(*_, **__):
     try:
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), number)
         time.sleep(10)
     except KeyboardInterrupt:
         raise ValueError("could not determine the shape of object type")  # what torch made of one
 
 exporters.checkpoint.export = export
 signal.signal(signal.SIGINT, signal.default_int_handler)
+number = int(sys.argv[1])
 sys.argv[1:] = ["model", "--out", "out"]
 exporters.cli.main()
 """
 
 
-def test_ctrl_c_that_became_another_exception_is_still_one(tmp_path: Path) -> None:
-    run = subprocess.run([sys.executable, "-c", LOST], cwd=tmp_path, capture_output=True, text=True, check=False)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_that_became_another_exception_is_still_one(number: int, tmp_path: Path) -> None:
+    """And SIGTERM, as service managers send it, which ends a Python program without a word."""
+    run = subprocess.run(
+        [sys.executable, "-c", LOST, str(int(number))], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
     assert run.returncode == 130, run.stderr
     assert "--resume" in run.stderr
     assert "Traceback" not in run.stderr
