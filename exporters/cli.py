@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import sys
 from collections import defaultdict
+from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -552,5 +553,12 @@ def main() -> None:
 
         del sys.argv[1]
         run(info.app)
-    else:
-        run(app)
+        return
+    run(_app)
+
+
+def _app() -> None:
+    """The app, with a word on what is almost `info`: to click that is a model, and the folder after it one too many."""
+    if len(sys.argv) == 3 and get_close_matches(sys.argv[1], ["info"]) and not Path(sys.argv[1]).exists():
+        raise SettingsError(f"{sys.argv[1]}: no such folder; did you mean swiftprune-export info {sys.argv[2]}?")
+    app()

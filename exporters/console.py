@@ -85,7 +85,7 @@ class ProgressBars:
         if now - self._last_line < _SECONDS_BETWEEN_LINES:
             return
         self._last_line = now
-        left = f", about {(now - began) * (total - done) / done:.0f} s left" if 0 < done < total else ""
+        left = f", about {(now - began) * (total - done) / done:.0f} s left" if now > began and 0 < done < total else ""
         self._console.print(
             f"{stage}: {done:,.0f} of {total:,.0f} after {now - began:.0f} s{left}", highlight=False, soft_wrap=True
         )

@@ -16,7 +16,7 @@ from exporters.console import make_console
 from exporters.workspace import MANIFEST
 from swiftprune.checkpoints.source import Checkpoint, read_json
 from swiftprune.config import DTYPES, PruneSettings
-from swiftprune.errors import FormatError
+from swiftprune.errors import CheckpointError, FormatError
 from swiftprune.formats import bitmask, cutlass, marlin24, spec
 from swiftprune.formats.spec import METADATA_SUFFIX
 from swiftprune.kernels import dispatch
@@ -57,6 +57,8 @@ def describe(folder: Path) -> FolderInfo:
 
     Raises CheckpointError, and FormatError for what engines would refuse.
     """
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such folder")
     config = read_json(folder / "config.json")
     manifest = read_json(folder / MANIFEST) if (folder / MANIFEST).exists() else {}
     target = manifest.get("target")
@@ -99,8 +101,8 @@ def _use(folder: Path, config: dict[str, Any], target: str | None, zeros: str | 
     if target == "onnx":
         return "ONNX decoder, packed 2:4 weights", {
             "ONNX Runtime (swiftprune-onnx generate)": "sparse",
-            _FROM_ONNX: _NO
-            if (folder / "genai_config.json").exists()  # of the model builder, with operators of ONNX Runtime's own
+            _FROM_ONNX: f"{_NO}: it has operators of ONNX Runtime's own beside ours"
+            if (folder / "genai_config.json").exists()  # as the model builder makes it
             else "unpack the weights as they run: right, not faster",
         }
     if target == "onnx-dense":
@@ -127,7 +129,7 @@ def _use(folder: Path, config: dict[str, Any], target: str | None, zeros: str | 
     if stored == bitmask.FORMAT or (declared.get("sparsity_config") or {}).get("format") == bitmask.FORMAT:
         return "2:4 weights as sparse-24-bitmask", {
             "vLLM up to 0.18": "sparse, as it is",
-            "vLLM": ours,
+            "vLLM": "sparse, with swiftprune[vllm] installed",
             "transformers": _NO,
             "swiftprune-export": _PACKS,
         }

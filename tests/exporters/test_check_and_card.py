@@ -14,7 +14,7 @@ from huggingface_hub.repocard import metadata_load
 from transformers import AutoTokenizer
 from typer.testing import CliRunner, Result
 
-from exporters import export
+from exporters import cli, export
 from exporters.checkpoint import Target
 from exporters.info import app, describe
 from swiftprune import PruneSettings
@@ -264,9 +264,10 @@ def test_info_on_the_command_line(tiny_models: Callable[[str], Path], settings: 
     for words in ("2:4 by wanda", "times dense on held-back", "vllm serve", "outside of the decoder blocks"):
         assert words in shown.stdout
     assert json.loads(run(str(tmp_path / "out"), "--json").stdout)["source"] == "llama-gqa-tied"
-    missing = run(str(tmp_path / "nowhere"))
-    assert isinstance(missing.exception, CheckpointError)
-    assert "config.json: missing; is" in str(missing.exception)
+    for path, message in ((tmp_path / "nowhere", "nowhere: no such folder"), (tmp_path, "config.json: missing; is")):
+        missing = run(str(path))
+        assert isinstance(missing.exception, CheckpointError)
+        assert message in str(missing.exception)
 
 
 def test_too_few_tokens_to_solve_for_weights_are_said(
@@ -279,3 +280,11 @@ def test_too_few_tokens_to_solve_for_weights_are_said(
         settings = PruneSettings(calibration=str(text_file), samples=4, seqlen=seqlen, conversations=0)
         export(model, tmp_path / str(seqlen), settings, notify=said.append)
         assert sum("down_proj: what is solved for fits these tokens" in text for text in said) == told
+
+
+def test_info_mistyped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for typed in ("inf", "infos"):
+        monkeypatch.setattr("sys.argv", ["swiftprune-export", typed, str(tmp_path)])
+        with pytest.raises(SystemExit):
+            cli.main()
+        assert f"did you mean swiftprune-export info {tmp_path}?" in "".join(capsys.readouterr().err.split("\n"))
