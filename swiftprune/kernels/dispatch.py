@@ -41,6 +41,14 @@ class Kernels(Protocol):
 
     def kth_value(self, values: Tensor, rank: int) -> float: ...
 
+    def prune_columns(self, weight: Tensor, factor: Tensor, keep: Tensor | tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """SparseGPT in the columns of `weight` (N, B) fp32, B <= 128: what becomes of them, and errors, both (N, B).
+
+        What stays is a bool mask (N, B), or (n, m): of every m weights, as they are when they are reached, the n with
+        the highest squares over those of the diagonal of `factor` (B, B); of equal ones the first. What goes, over
+        `factor`'s diagonal, is its column's error, made up for by the columns behind it.
+        """
+
     def int4_scales(self, weight: Tensor, importance: Tensor | None) -> Tensor:
         """(N, S) bfloat16 of `weight` (N, K) fp32 and the `importance` (K,) of its inputs: see `quantize.scales_of`."""
 

@@ -137,6 +137,33 @@ class NativeKernels:
             raise ValueError(f"rank {rank} of {values.numel()} values")
         return float(_native.kth_value(values.data_ptr(), values.numel(), rank, self._threads()))
 
+    def prune_columns(self, weight: Tensor, factor: Tensor, keep: Tensor | tuple[int, int]) -> tuple[Tensor, Tensor]:
+        weight, factor = _on_cpu(weight).float(), _on_cpu(factor).float()
+        rows, cols = weight.shape
+        mask = _on_cpu(keep) if isinstance(keep, Tensor) else None
+        kept, group = (0, 1) if isinstance(keep, Tensor) else keep
+        fits = mask is None or (mask.shape == weight.shape and mask.dtype == torch.bool)
+        if not fits or factor.shape != (cols, cols) or cols > SCALED_INPUTS or cols % group:
+            what = f"{group} together" if mask is None else f"a mask {tuple(mask.shape)} {mask.dtype}"
+            raise ValueError(
+                f"weights {tuple(weight.shape)}, {what}, and a factor {tuple(factor.shape)} do not belong together"
+            )
+        pruned, errors = torch.empty_like(weight), torch.empty_like(weight)
+        _native.prune_columns(
+            self.isa,
+            _address(mask),
+            kept,
+            group,
+            weight.data_ptr(),
+            factor.data_ptr(),
+            rows,
+            cols,
+            pruned.data_ptr(),
+            errors.data_ptr(),
+            self._threads(),
+        )
+        return pruned, errors
+
     def int4_scales(self, weight: Tensor, importance: Tensor | None) -> Tensor:
         weight = _on_cpu(weight).float()
         rows, cols = weight.shape
@@ -496,8 +523,8 @@ def _columns(weight: Tensor, keep_mask: Tensor, square: Tensor, scales: Tensor) 
     return weight, keep_mask, square, scales
 
 
-def _address(factor: Tensor | None) -> int:
-    return 0 if factor is None else factor.data_ptr()
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 def _raise_on(fault: int, index: int, weight: Tensor, name: str) -> None:

@@ -76,6 +76,22 @@ class ReferenceKernels:
     def kth_value(self, values: Tensor, rank: int) -> float:
         return float(values.flatten().kthvalue(rank + 1).values)
 
+    def prune_columns(self, weight: Tensor, factor: Tensor, keep: Tensor | tuple[int, int]) -> tuple[Tensor, Tensor]:
+        part = weight.clone()
+        errors = torch.empty_like(part)
+        mask = keep if isinstance(keep, Tensor) else torch.empty(part.shape, dtype=torch.bool, device=part.device)
+        for k in range(part.shape[1]):
+            if not isinstance(keep, Tensor) and k % keep[1] == 0:
+                together = slice(k, k + keep[1])
+                scores = part[:, together].square() / factor.diagonal()[together].square()
+                order = scores.argsort(dim=1, descending=True, stable=True)  # of equal ones the first comes first
+                mask[:, together] = torch.zeros_like(mask[:, together]).scatter_(1, order[:, : keep[0]], True)
+            stored = torch.where(mask[:, k], part[:, k], 0)
+            errors[:, k] = (part[:, k] - stored) / factor[k, k]
+            part[:, k + 1 :] -= errors[:, k, None] * factor[k, k + 1 :]
+            part[:, k] = stored
+        return part, errors
+
     def int4_scales(self, weight: Tensor, importance: Tensor | None) -> Tensor:
         rows = len(weight)
         parts = _scaled_together(weight)

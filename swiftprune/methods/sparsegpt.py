@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from swiftprune.errors import CheckpointError
-from swiftprune.methods.mask import Pattern, n_of_m
+from swiftprune.kernels import dispatch
+from swiftprune.methods.mask import Pattern
 
-BLOCK = 128
+BLOCK = 128  # columns that kernels take at once
 DAMPING = 0.01
 
 
@@ -27,45 +26,19 @@ def sparsegpt(weight: Tensor, gram: Tensor, pattern: Pattern, name: str = "weigh
     dead = gram.diagonal() == 0
     weight[:, dead] = 0
     upper = inverse_factor(gram, dead, name)
-    competing = pattern.group if pattern.structured else block
-    keep = torch.empty(0)
-
-    def pruned(k: int) -> Tensor:
-        nonlocal keep
-        if k % competing == 0:
-            together = slice(k, k + competing)
-            saliency = weight[:, together].square() / upper.diagonal()[together].square()
-            keep = n_of_m(saliency, pattern.kept, pattern.group) if pattern.structured else _most(saliency, pattern)
-        return torch.where(keep[:, k % competing], weight[:, k], 0)
-
-    replace_columns(weight, upper, pruned, block)
+    kernels = dispatch.kernels(weight.device)
+    for start in range(0, weight.shape[1], block):
+        columns = slice(start, min(start + block, weight.shape[1]))
+        part, factor = weight[:, columns], upper[columns, columns]
+        keep = (pattern.kept, pattern.group) if pattern.structured else _most(part, factor, pattern)
+        weight[:, columns], errors = kernels.prune_columns(part, factor, keep)
+        weight[:, columns.stop :] -= errors @ upper[columns, columns.stop :]
     return weight
 
 
-def replace_columns(weight: Tensor, upper: Tensor, replaced: Callable[[int], Tensor], block: int = BLOCK) -> None:
-    """Puts `replaced(k)` (N,) in the place of each column k of `weight` (N, K), in order and in place.
-
-    What that changes is made up for by the columns to its right, through `upper` as `inverse_factor` gives it: within
-    `block` columns at once, beyond them together. So `replaced` may read, in `weight`, column k and those behind it
-    up to the end of its block, as they are by then.
-    """
-    columns = weight.shape[1]
-    for start in range(0, columns, block):
-        end = min(start + block, columns)
-        part = weight[:, start:end]
-        factor = upper[start:end, start:end]
-        errors = torch.empty_like(part)
-        for i in range(end - start):
-            new = replaced(start + i)
-            error = (part[:, i] - new) / factor[i, i]
-            part[:, i:] -= error[:, None] * factor[i, i:]
-            part[:, i] = new
-            errors[:, i] = error
-        weight[:, end:] -= errors @ upper[start:end, end:]
-
-
-def _most(saliency: Tensor, pattern: Pattern) -> Tensor:
+def _most(weight: Tensor, factor: Tensor, pattern: Pattern) -> Tensor:
     """The bool keep_mask of a block in which any may go."""
+    saliency = weight.square() / factor.diagonal().square()
     count = int(saliency.numel() * pattern.sparsity)
     return saliency > (saliency.flatten().kthvalue(count).values if count else -1.0)
 

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from swiftprune.checkpoints.shards import TensorEntry
+from swiftprune.checkpoints.shards import TORCH_DTYPES, TensorEntry
 from swiftprune.checkpoints.source import Checkpoint, Decoded
 from swiftprune.config import DTYPES, DtypeName
 from swiftprune.errors import CheckpointError, FormatError
@@ -31,7 +31,6 @@ from swiftprune.formats.spec import GROUP, KEPT, SCALE_DTYPE, Packed24, validate
 from swiftprune.kernels import packing
 
 _WEIGHT, _SCALE = "weight", "weight_scale"
-_FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}  # as safetensors calls them
 _EIGHT_BITS = ("I8", "F8_E4M3")
 # Of an entry of `config_groups`: types with bits, and what shares a scale.
 _TYPES = {marlin24.FORMAT: (("int", 4), ("int", 8)), bitmask.FORMAT: (("int", 8), ("float", 8))}
@@ -225,8 +224,8 @@ class StoredWeights:
         self._check_type(found[bitmask.MASK], "U8")
         if self._entry(found[bitmask.VALUES]).dtype_name in _EIGHT_BITS:
             return self._find_scaled(found | self._all_of(parts, bitmask.VALUES, _SCALE), shape)
-        self._check_type(found[bitmask.VALUES], *_FLOATS)
-        dtype = _FLOATS[self._entry(found[bitmask.VALUES]).dtype_name]
+        self._check_type(found[bitmask.VALUES], *TORCH_DTYPES)
+        dtype = TORCH_DTYPES[self._entry(found[bitmask.VALUES]).dtype_name]
         return _Weight(found, shape, dtype, dtype)
 
     def _find_scaled(self, parts: dict[str, str], shape: tuple[int, int]) -> _Weight:
@@ -239,9 +238,9 @@ class StoredWeights:
                 f"is {scale.shape} beside a weight {shape}; one scale for the tensor, or ({shape[0]}, 1), can be read: "
                 f"{_INSTEAD}",
             )
-        self._check_type(parts[_SCALE], *_FLOATS)
+        self._check_type(parts[_SCALE], *TORCH_DTYPES)
         self._check_scales(parts[_SCALE])
-        dtype = _FLOATS[scale.dtype_name]
+        dtype = TORCH_DTYPES[scale.dtype_name]
         # Of float32 scales compressed-tensors makes a float32 weight, beside which the model has another type.
         return _Weight(parts, shape, dtype, self._dtype or dtype if dtype == torch.float32 else dtype)
 
@@ -319,7 +318,7 @@ class StoredWeights:
 
     def _decoded_entry(self, weight: _Weight) -> TensorEntry:
         stored = [self._entry(name) for name in weight.parts.values()]
-        dtype = next(name for name in _FLOATS if _FLOATS[name] == weight.dtype)
+        dtype = next(name for name in TORCH_DTYPES if TORCH_DTYPES[name] == weight.dtype)
         return TensorEntry(stored[0].shard, weight.shape, dtype, sum(entry.nbytes for entry in stored))
 
 

@@ -137,6 +137,34 @@ def test_ranked_value_is_the_order_statistic(isa: str, numbers: list[float], dat
 
 @pytest.mark.parametrize("isa", ISAS)
 @settings(max_examples=40)
+@given(
+    rows=st.integers(1, 40),
+    pattern=st.sampled_from([(2, 4), (1, 4), (4, 8), (2, 3), (9, 32), None]),
+    ties=st.booleans(),
+    seed=st.integers(0, 2**32 - 1),
+    threads=st.integers(1, 4),
+)
+def test_pruning_by_columns_equals_the_reference(
+    isa: str, rows: int, pattern: tuple[int, int] | None, ties: bool, seed: int, threads: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    group = pattern[1] if pattern else 1
+    cols = group * int(torch.randint(1, 128 // group + 1, (1,), generator=generator))
+    weight = torch.randn(rows, cols + 3, generator=generator)[:, 3:]
+    factor = torch.randn(cols, cols, generator=generator).triu() / 8
+    factor.diagonal().abs_().add_(0.1)
+    if ties:
+        weight, factor = weight.sign(), torch.eye(cols)
+    keep = pattern or torch.rand(rows, cols, generator=generator) < 0.5
+    got, want = (
+        NativeKernels(isa, threads).prune_columns(weight, factor, keep),
+        REFERENCE.prune_columns(weight, factor, keep),
+    )
+    assert all(map(torch.equal, got, want))
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@settings(max_examples=40)
 @given(rows=st.integers(1, 40), cols=st.integers(1, 128), seed=st.integers(0, 2**32 - 1), threads=st.integers(1, 4))
 def test_rounding_equals_the_reference(isa: str, rows: int, cols: int, seed: int, threads: int) -> None:
     generator = torch.Generator().manual_seed(seed)
@@ -175,6 +203,9 @@ def test_rounding_refuses_what_does_not_belong_together() -> None:
     ):
         with pytest.raises(ValueError, match="do not belong together"):
             kernels.round_columns(*wrong, "int4")
+    for bad in ((weight, torch.eye(7), (2, 4)), (weight, square, (2, 3)), (weight, square, keep[:2])):
+        with pytest.raises(ValueError, match="do not belong together"):
+            kernels.prune_columns(*bad)
     with pytest.raises(ValueError, match="differ"):
         kernels.descend_columns(weight[:2], weight, keep, square, scales)
     with pytest.raises(ValueError, match="score factor has shape"):

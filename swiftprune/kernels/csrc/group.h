@@ -8,7 +8,7 @@
 #include <limits>
 
 #include "ewma.h"
-#include "rounding.h"
+#include "columns.h"
 #include "sparse24.h"
 
 namespace swiftprune {
@@ -243,7 +243,7 @@ struct Table {
 #undef SWIFTPRUNE_BY_DTYPE
 
   static constexpr Kernels kernels{prune_pack_any, pack_any,      unpack_any, surprise_rows,
-                                   int4_scales,    round_columns, descend_columns};
+                                   prune_columns,  int4_scales,   round_columns, descend_columns};
 };
 
 }  // namespace

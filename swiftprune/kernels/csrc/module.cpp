@@ -137,6 +137,17 @@ NB_MODULE(_native, m) {
     });
   });
 
+  m.def("prune_columns", [](const std::string& isa, uintptr_t keep, int64_t kept, int64_t group, uintptr_t weight,
+                            uintptr_t factor, int64_t rows, int64_t cols, uintptr_t pruned, uintptr_t errors,
+                            int threads) {
+    const Kernels& kernels = kernels_or_throw(isa);
+    over_rows(rows, threads, [&](int64_t begin, int64_t end) {
+      kernels.prune_columns(at<const uint8_t*>(keep), kept, group, at<const float*>(weight), at<const float*>(factor),
+                            cols, at<float*>(pruned), at<float*>(errors), begin, end);
+      return Status{};
+    });
+  });
+
   m.def("int4_scales", [](const std::string& isa, uintptr_t weight, int64_t rows, int64_t cols, uintptr_t importance,
                           uintptr_t scales, int threads) {
     const Kernels& kernels = kernels_or_throw(isa);

@@ -53,7 +53,9 @@ struct Kernels {
   // ewma_zscore[n, k] = (score - m) / (d + floor), m and d the running mean and deviation of row n before column k.
   void (*ewma_zscore)(const float* score, int64_t cols, const float* mean0, const float* deviation0, const EwmaGains&,
                    float* ewma_zscore, int64_t begin, int64_t end);
-  // Rounding to values of 8 and 4 bits: see rounding.h.
+  // Column by column: see columns.h.
+  void (*prune_columns)(const uint8_t* keep, int64_t kept, int64_t group, const float* weight, const float* factor,
+                        int64_t cols, float* pruned, float* errors, int64_t begin, int64_t end);
   void (*int4_scales)(const float* weight, int64_t cols, const float* importance, uint16_t* scales, int64_t begin,
                       int64_t end);
   void (*round_columns)(int bits, const float* weight, const uint8_t* keep, const float* factor, const uint16_t* scales,

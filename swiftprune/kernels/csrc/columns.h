@@ -1,4 +1,5 @@
-// Rounding kept weights to values of 8 and 4 bits (swiftprune/methods/rounding.py), up to 128 inputs of a row at a time.
+// What goes through a weight column by column, up to 128 of them at a time, each making up for what those before it lack:
+// SparseGPT's pruning, and rounding kept weights to values of 8 and 4 bits (swiftprune/methods).
 //
 // Every sum and product is rounded in the order that swiftprune/kernels/reference.py has, so that all agree bit for bit.
 #pragma once
@@ -15,6 +16,7 @@
 namespace swiftprune {
 namespace {
 
+constexpr int64_t kMostColumns = kQuantInputs;
 constexpr float kLargestValue = 127;
 constexpr int64_t kLevels = 16;
 
@@ -61,7 +63,7 @@ Rounded round_to(float weight, float scale) {
 // The squared error of `weight` at the nearest levels under `scale`, of its non-zeros, times `importance`: halves added
 // to halves, which is an order that lanes of any number can keep.
 inline float squared_error(const float* weight, const float* importance, float scale) {
-  alignas(64) float error[kQuantInputs];
+  alignas(64) float error[kMostColumns];
   for (int64_t j = 0; j < kQuantInputs; ++j) {
     const float wanted = weight[j] / scale;
     float level = kCodebook[0];  // and up by a step at each boundary below: exact, as all of them are whole numbers
@@ -84,7 +86,7 @@ inline void int4_scales(const float* weight, int64_t cols, const float* importan
   for (int64_t row = begin; row < end; ++row) {
     for (int64_t s = 0; s < per_row; ++s) {
       const int64_t first = s * kQuantInputs, count = std::min(kQuantInputs, cols - first);
-      alignas(64) float part[kQuantInputs] = {}, weighs[kQuantInputs];
+      alignas(64) float part[kMostColumns] = {}, weighs[kMostColumns];
       std::copy_n(weight + row * cols + first, count, part);
       std::fill_n(weighs, kQuantInputs, 1.0f);
       if (importance) std::copy_n(importance + first, count, weighs);
@@ -107,14 +109,47 @@ inline void int4_scales(const float* weight, int64_t cols, const float* importan
   }
 }
 
-// GPTQ within `cols` <= 128 columns of `weight` (rows, cols): each is rounded in order under the row's scale, pruned ones
-// to zero, and what is lacking is made up for by those behind it through `factor` (cols, cols), upper. `errors` (rows,
-// cols) is for the columns beyond these.
+// SparseGPT within `cols` <= 128 columns of `weight` (rows, cols): what is pruned of each is made up for by those behind it
+// through `factor` (cols, cols), upper, and `errors` (rows, cols) is for the columns beyond these. What `keep` (rows, cols)
+// has stays, or, where it is null, of every `group` of a row's weights, as they are when it is reached, the `kept` with the
+// highest squares over those of the diagonal of `factor`; of equal ones the first. `pruned` (rows, cols) is what becomes of
+// them.
+inline void prune_columns(const uint8_t* keep, int64_t kept, int64_t group, const float* weight, const float* factor,
+                          int64_t cols, float* pruned, float* errors, int64_t begin, int64_t end) {
+  for (int64_t row = begin; row < end; ++row) {
+    alignas(64) float part[kMostColumns], score[kMostColumns];
+    bool stays[kMostColumns];
+    std::copy_n(weight + row * cols, cols, part);
+    if (keep) std::copy_n(keep + row * cols, cols, stays);
+    for (int64_t k = 0; k < cols; ++k) {
+      const float* spread = factor + k * cols;
+      if (!keep && k % group == 0) {
+        for (int64_t i = k; i < k + group; ++i) {
+          const float diagonal = factor[i * cols + i];
+          score[i] = part[i] * part[i] / (diagonal * diagonal);
+        }
+        for (int64_t i = k; i < k + group; ++i) {
+          int64_t beaten = 0;
+          for (int64_t j = k; j < k + group; ++j) beaten += score[i] > score[j] || (score[i] == score[j] && i < j);
+          stays[i] = beaten >= group - kept;
+        }
+      }
+      const float stored = stays[k] ? part[k] : 0.0f, error = (part[k] - stored) / spread[k];
+      if (error != 0)
+        for (int64_t j = k + 1; j < cols; ++j) part[j] -= error * spread[j];
+      pruned[row * cols + k] = stored;
+      errors[row * cols + k] = error;
+    }
+  }
+}
+
+// GPTQ within `cols` <= 128 columns of `weight` (rows, cols), in the same way: each is rounded in order under the row's
+// scale, pruned ones to zero.
 template <int Bits>
 void round_rows(const float* weight, const uint8_t* keep, const float* factor, const uint16_t* scales, int64_t cols,
                 uint8_t* values, float* errors, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; ++row) {
-    alignas(64) float part[kQuantInputs];
+    alignas(64) float part[kMostColumns];
     std::copy_n(weight + row * cols, cols, part);
     const float scale = scale_of(scales[row]);
     for (int64_t k = 0; k < cols; ++k) {
@@ -140,7 +175,7 @@ inline void round_columns(int bits, const float* weight, const uint8_t* keep, co
 inline void descend_columns(const float* gradient, const uint8_t* keep, const float* gram, const uint16_t* scales,
                             int64_t cols, uint8_t* values, float* stored, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; ++row) {
-    alignas(64) float part[kQuantInputs];
+    alignas(64) float part[kMostColumns];
     std::copy_n(gradient + row * cols, cols, part);
     const float scale = scale_of(scales[row]);
     float* now = stored + row * cols;
