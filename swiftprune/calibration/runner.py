@@ -33,6 +33,8 @@ SAMPLE_TOKENS = 256
 _SHARE_OF_INPUTS = 0.25
 # Of a device's free memory: hidden states that take more stay on the CPU.
 _SHARE_OF_HIDDEN = 0.3
+# Of what a block adds, where that is the same but for rounding.
+_SAME = 1e-2
 
 
 class BlockRunner:
@@ -177,10 +179,13 @@ class BlockRunner:
         setattr(module, leaf, tensor)
         return before
 
-    def run(self, block: Block, sample: int, hidden: Tensor, *, dense: bool = False) -> Tensor:
-        """The output of the loaded block for (1, T, H) `hidden`, with that sample's arguments, or its `dense` ones."""
+    def run(self, block: Block, sample: int, hidden: Tensor, *, dense: bool = False, exact: bool = False) -> Tensor:
+        """The output of the loaded block for (1, T, H) `hidden`, with that sample's arguments, or its `dense` ones.
+
+        If it is to be `exact`, products are in fp32.
+        """
         args, kwargs = (self._dense_arguments if dense else self._arguments)[sample][block.name]
-        with self._compute.autocast():
+        with self._compute.autocast(torch.float32 if exact else None):
             out = self._modules[block.name](self._compute.here(hidden), *args, **kwargs)
         result: Tensor = out[0] if isinstance(out, tuple | list) else out
         return result.float()
@@ -291,6 +296,61 @@ class BlockRunner:
             self.dense_hidden = [
                 self._kept(self.run(block, index, hidden, dense=True)) for index, hidden in enumerate(self.dense_hidden)
             ]
+
+    @torch.no_grad()
+    def fed_by_norms(self, block: Block) -> dict[str, list[str]]:
+        """By norm of the loaded block, the linears whose inputs are its outputs as they are; all are nn.Linear."""
+        given: list[tuple[Tensor, str]] = []
+        fed: dict[str, list[str]] = {}
+
+        def note(name: str) -> Callable[[nn.Module, Any, Any], None]:
+            def noting(module: nn.Module, args: Any, out: Any) -> None:
+                if isinstance(out, Tensor):
+                    given.append((out, name))
+
+            return noting
+
+        def watch(linear: Linear, inputs: Tensor) -> None:
+            if norm := next((name for out, name in given if out is inputs), None):
+                fed.setdefault(norm, []).append(linear.name)
+
+        hooks = [
+            module.register_forward_hook(note(f"{block.name}.{name}"))
+            for name, module in self._modules[block.name].named_modules()
+            if isinstance(getattr(module, "weight", None), Tensor) and module.weight.ndim == 1
+        ]
+        try:
+            with self._watched(block.linears, watch):
+                self.run(block, 0, self.hidden[0])
+        finally:
+            for handle in hooks:
+                handle.remove()
+        return {
+            norm: names
+            for norm, names in fed.items()
+            if all(isinstance(self._model.get_submodule(name), nn.Linear) for name in names)
+        }
+
+    def norm_parameters(self, norm: str) -> dict[str, Tensor]:
+        """The parameters of a norm of the loaded block, by their names in the model, in fp32."""
+        return {f"{norm}.{name}": each.detach() for name, each in self._model.get_submodule(norm).named_parameters()}
+
+    @torch.no_grad()
+    def gives_the_same(self, block: Block, norm: Mapping[str, Tensor], scales: Mapping[str, Tensor]) -> bool:
+        """Whether the loaded block adds the same with other parameters of a norm, and weights times `scales`.
+
+        Both by name, of parameters and of linears. All is put back.
+        """
+        hidden = self._compute.here(self.hidden[0])
+        changed = dict(norm) | {
+            f"{name}.weight": self._model.get_parameter(f"{name}.weight") * scale for name, scale in scales.items()
+        }
+        before = self.run(block, 0, hidden, exact=True)
+        own = {name: self._put(name, tensor) for name, tensor in changed.items()}
+        after = self.run(block, 0, hidden, exact=True)
+        for name, tensor in own.items():
+            self._put(name, tensor)
+        return self._ranks.from_first(bool((after - before).norm() <= _SAME * (before - hidden).norm()))
 
     def parameters(self, block: Block, weights: Collection[str]) -> dict[str, nn.Parameter]:
         """Those of `weights`, names of parameters, and the norms and biases of the loaded block, by name."""

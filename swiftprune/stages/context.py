@@ -89,6 +89,8 @@ class Run:
         """Linears that `max_perplexity_ratio` left dense."""
         self.fitted_samples: int | None = None
         """Calibration sequences that fit into the minutes of a preset, where it set more."""
+        self.input_scales: dict[str, dict[str, Tensor]] = {}
+        """By block and tensor, (K,) fp32: what weights were multiplied by as norms took it over (see `equalize`)."""
         self.validations: list[Validation] = []
         self.started = time.monotonic()
         self.needs: Needs = prepare.needs(self.settings, self.method)
@@ -154,6 +156,15 @@ class Run:
         own = set(block.tensors)
         return {
             name: tensor for name, tensor in self.targets.tensor_of.items() if tensor in own and name in self.places
+        }
+
+    def read_dense(self, block: Block) -> dict[str, Tensor]:
+        """The weights of a block's linears before pruning, times their `input_scales`."""
+        scales = self.input_scales.get(block.name, {})
+        dense = self.checkpoint.read(linear.tensor for linear in block.linears)
+        return {
+            name: weight * scales[name].to(weight.device) if name in scales else weight
+            for name, weight in dense.items()
         }
 
     def stored_dtype(self, linear: Linear) -> torch.dtype:

@@ -182,7 +182,7 @@ def trained_block(
     linears = {linear.tensor: linear for linear in block.linears}
     weights: dict[str, PrunedWeight] = {}
     results = []
-    before = run.checkpoint.read(linears)
+    before = run.read_dense(block)
     parameters = dict(student.named_parameters())
     for name, tensor in run.parameters(block).items():
         parameter = parameters.get(name)

@@ -23,7 +23,7 @@ from swiftprune.models.plan import Block, Linear
 from swiftprune.results import PrunedBlock, PrunedWeight, layer_result, moved
 from swiftprune.stages import refine_blocks
 from swiftprune.stages.clock import Tick
-from swiftprune.stages.round_values import on_same_inputs, round_block, rounds_last
+from swiftprune.stages.round_values import on_same_inputs, rounded_block, rounds_last
 from swiftprune.stages.store import BlockStore
 from swiftprune.stages.text import calibration_tokens
 
@@ -192,7 +192,8 @@ def _prune_block(run: Run, block: Block, runner: BlockRunner | None, tick: Calla
             weights = _refine_block(run, block, weights, runner, tick)
     if run.settings.values and not run.keeps_values and not rounds_last(run.settings):
         with run.clock("round values"):
-            weights = round_block(run.settings.values, block, weights, stats)
+            weights = rounded_block(run, block, weights, stats, runner)
+            dense = moved(run.read_dense(block), run.compute.device)
     with run.clock("output error"):
         results = [
             layer_result(

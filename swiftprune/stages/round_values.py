@@ -5,9 +5,11 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from swiftprune.calibration.runner import BlockRunner
 from swiftprune.config import PruneSettings
@@ -19,6 +21,7 @@ from swiftprune.methods.statistics import InputStats
 from swiftprune.models.plan import Block, Linear
 from swiftprune.results import PrunedBlock, PrunedWeight, layer_result, moved
 from swiftprune.stages.clock import Tick
+from swiftprune.stages.equalize import equalize, equalizes, scaled
 from swiftprune.stages.text import calibration_tokens
 
 if TYPE_CHECKING:
@@ -49,14 +52,38 @@ def round_values(run: Run, store: BlockStore) -> None:
             trained = moved(store.load(block), run.compute.device)
             runner.put(run.by_parameter(block, trained))
             stats = runner.collect(block, "gram", tick)
-            rounded = round_block(run.settings.values, block, trained, stats)
+            rounded = rounded_block(run, block, trained, stats, runner)
             runner.advance(block, run.by_parameter(block, rounded), tick)
-            dense = moved(run.checkpoint.read(linear.tensor for linear in block.linears), run.compute.device)
+            dense = moved(run.read_dense(block), run.compute.device)
             results = [
                 layer_result(linear, dense[linear.tensor], rounded[linear.tensor], stats.get(linear.name), 0.0)
                 for linear in block.linears
             ]
         run.save(store, PrunedBlock(block, moved(rounded, torch.device("cpu")), results))
+
+
+def rounded_block(
+    run: Run,
+    block: Block,
+    weights: Mapping[str, PrunedWeight],
+    stats: dict[str, InputStats],
+    runner: BlockRunner | None,
+) -> dict[str, PrunedWeight]:
+    """`weights` of the loaded block with kept ones rounded, and its norms where these make inputs more alike.
+
+    `stats` are then changed to those of the new inputs, and `run.input_scales` has what weights were multiplied by.
+    """
+    assert run.settings.values
+    norms: dict[str, Tensor] = {}
+    if runner and equalizes(run.settings):
+        norms, run.input_scales[block.name] = equalize(run, block, runner, stats)
+    scales = run.input_scales.get(block.name, {})
+    changed: dict[int, InputStats] = {}  # linears on the same inputs share theirs
+    for linear in block.linears:
+        if (scale := scales.get(linear.tensor)) is not None:
+            own = stats[linear.name]
+            stats[linear.name] = changed.setdefault(id(own), scaled(own, scale))
+    return round_block(run.settings.values, block, weights, stats, scales) | norms
 
 
 def seconds_to_round(run: Run, store: BlockStore) -> float:
@@ -77,13 +104,21 @@ def seconds_to_round(run: Run, store: BlockStore) -> float:
 
 
 def round_block(
-    values: Quantized, block: Block, weights: Mapping[str, PrunedWeight], stats: Mapping[str, InputStats]
+    values: Quantized,
+    block: Block,
+    weights: Mapping[str, PrunedWeight],
+    stats: Mapping[str, InputStats],
+    scales: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> dict[str, PrunedWeight]:
-    """`weights` with the kept ones of linears in 8 or 4 bits; those on the same inputs share what these cost."""
+    """`weights` with the kept ones of linears in 8 or 4 bits; those on the same inputs share what these cost.
+
+    Those that `scales` (K,) names are multiplied by them before.
+    """
     rounded = dict(weights)
     for linears in on_same_inputs(block, stats):
         seen = stats.get(linears[0].name)
         kept = [packing.unpack(weights[linear.tensor]) for linear in linears]
+        kept = [weight * scales.get(linear.tensor, 1) for linear, weight in zip(linears, kept, strict=True)]
         masks = [packing.keep_mask(weights[linear.tensor]) for linear in linears]
         if seen is None or seen.gram is None:
             parts = [quantize(*pair, values, linears[0].tensor) for pair in zip(kept, masks, strict=True)]

@@ -1,0 +1,95 @@
+"""Makes inputs more alike before weights are rounded to 4 bits: what an input is divided by, its weights take over.
+
+The largest inputs of a layer are hundreds of times the smallest, while the weights that they meet share scales and so
+an error. After AWQ (Lin et al., arXiv 2306.00978), inputs are divided by a power of their size, by the norm that gives
+them, which costs nothing at run time. Whether a norm gives them, and nothing else is fed by it, is seen by running the
+block: where what comes out changes, all stays as it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from swiftprune.calibration.runner import BlockRunner
+from swiftprune.config import PruneSettings
+from swiftprune.methods.statistics import InputStats
+from swiftprune.models.plan import Block
+
+if TYPE_CHECKING:
+    from swiftprune.stages.context import Run
+
+# Of how much larger than others an input is: docs/lab-notes.md has what others gave.
+EXPONENT = 0.3
+_FARTHEST = 10.0
+
+
+def equalizes(settings: PruneSettings) -> bool:
+    """Whether it is of use: not beside linears that are to be made dense again, which fit the norms as they were."""
+    return settings.values == "int4" and settings.max_perplexity_ratio is None
+
+
+def equalize(
+    run: Run, block: Block, runner: BlockRunner, stats: Mapping[str, InputStats]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Norms of the loaded `block` as they are to be stored, by tensor, and what weights are to be multiplied by.
+
+    That is (K,) fp32 for the tensor of each linear behind one of them. `stats` have the Gram matrices.
+    """
+    linears = {linear.name: linear.tensor for linear in block.linears}
+    norms: dict[str, Tensor] = {}
+    scales: dict[str, Tensor] = {}
+    for norm, fed in runner.fed_by_norms(block).items():
+        seen = [stats.get(name) for name in fed]
+        if seen[0] is None or seen[0].gram is None or any(each is not seen[0] for each in seen):
+            continue
+        for offset in (0.0, 1.0):  # some norms multiply by one more than their weight
+            if (found := _divided(run, block, runner, norm, wanted_scale(seen[0].gram), offset)) is None:
+                break
+            stored, scale = found
+            if runner.gives_the_same(block, stored, dict.fromkeys(fed, scale)):
+                tensors = run.parameters(block)
+                norms |= {tensors[name]: parameter for name, parameter in stored.items()}
+                scales |= {linears[name]: scale for name in fed}
+                break
+    return norms, scales
+
+
+def _divided(
+    run: Run, block: Block, runner: BlockRunner, norm: str, wanted: Tensor, offset: float
+) -> tuple[dict[str, Tensor], Tensor] | None:
+    """The parameters of a norm, by name, for outputs over about `wanted` (K,), and what these are over exactly.
+
+    They are of the type that they are stored in. None where one cannot be stored.
+    """
+    tensors, own = run.parameters(block), runner.norm_parameters(norm)
+    if run.checkpoint.made.keys() & own or own.keys() - tensors.keys():
+        return None
+
+    def stored(name: str, value: Tensor) -> Tensor:
+        weight = run.to_store(tensors[name], value, False)
+        assert isinstance(weight, Tensor)
+        return weight
+
+    weight = f"{norm}.weight"
+    changed = {weight: stored(weight, (own[weight] + offset) / wanted - offset)}
+    before, after = own[weight] + offset, changed[weight].float() + offset
+    scale = torch.where((before != 0) & (after != 0), before / after, 1)
+    return changed | {name: stored(name, own[name] / scale) for name in own if name != weight}, scale
+
+
+def wanted_scale(gram: Tensor) -> Tensor:
+    """(K,) fp32 of `gram` = X^T X (K, K): by how much each input is to shrink, one by the geometric mean."""
+    size = gram.diagonal().clamp_min(0).sqrt()
+    size = size.clamp_min(size.mean() * 1e-4).clamp_min(torch.finfo(torch.float32).tiny)
+    return (size / size.log().mean().exp()).pow(EXPONENT).clamp(1 / _FARTHEST, _FARTHEST)
+
+
+def scaled(stats: InputStats, scale: Tensor) -> InputStats:
+    """Those of inputs that were divided by `scale` (K,), as far as rounding and the report need them."""
+    gram = None if stats.gram is None else stats.gram / (scale[:, None] * scale)
+    sample = None if stats.sample is None else stats.sample / scale
+    return InputStats(stats.token_count, stats.on_all_tokens, gram=gram, sample=sample)
