@@ -25,6 +25,7 @@ BACKEND = "int8-dense"
 _OPERATOR_INPUTS = 32
 # It crashes on numbers at other addresses, too, and where a file is mapped they may stand anywhere.
 _OPERATOR_BYTES = 64
+_PART_WEIGHTS = 1 << 20
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -67,8 +68,23 @@ _library.define("rows8(Tensor x, Tensor values, Tensor scale) -> Tensor")  # typ
 
 @torch.library.impl(_library, "rows8", "CPU")
 def _rows8(x: Tensor, values: Tensor, scale: Tensor) -> Tensor:
-    product: Any = torch.ops.aten._weight_int8pack_mm
-    y: Tensor = product(aligned(x.contiguous()), aligned(values), scale)
+    if x.dtype == torch.bfloat16 or (x.dtype == torch.float32 and len(x) == 1):
+        product: Any = torch.ops.aten._weight_int8pack_mm
+        y: Tensor = product(aligned(x.contiguous()), aligned(values), scale)
+        return y
+    return _by_parts(x, values, scale)
+
+
+def _by_parts(x: Tensor, values: Tensor, scale: Tensor) -> Tensor:
+    """The product through dense weights, a part at a time so that caches hold it.
+
+    torch's operator computes one number after another in types other than bfloat16: 30 times as long for a prompt.
+    """
+    y = x.new_empty(len(x), len(values))
+    step = max(1, _PART_WEIGHTS // values.shape[1])
+    for start in range(0, len(values), step):
+        part = slice(start, start + step)
+        torch.mul(F.linear(x, values[part].to(x.dtype)), scale[part], out=y[:, part])
     return y
 
 

@@ -50,7 +50,7 @@ def equalize(
             if (found := _divided(run, block, runner, norm, wanted_scale(seen[0].gram), offset)) is None:
                 break
             stored, scale = found
-            if runner.gives_the_same(block, stored, dict.fromkeys(fed, scale)):
+            if (scale != 1).any() and runner.gives_the_same(block, stored, dict.fromkeys(fed, scale)):
                 tensors = run.parameters(block)
                 norms |= {tensors[name]: parameter for name, parameter in stored.items()}
                 scales |= {linears[name]: scale for name in fed}

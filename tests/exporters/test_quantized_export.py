@@ -76,6 +76,9 @@ def test_from_checkpoint_to_transformers(
     parameters = dict(twin.named_parameters())
     for key, weight in weights.items():
         parameters[key].data.copy_(unpack(weight))
+    norms = {key: parameter for key, parameter in parameters.items() if parameter.ndim == 1}
+    for key, tensor in Checkpoint(tmp_path / "out").read(norms).items():
+        norms[key].data.copy_(tensor)  # of 4-bit weights these took over some of what makes inputs differ
     with torch.no_grad():
         want = twin(PROMPT).logits
     torch.testing.assert_close(exact, want, rtol=1e-4, atol=1e-5)
