@@ -113,10 +113,10 @@ class SwiftpruneQuantizer(HfQuantizer):  # type: ignore[misc]
         names = parameter_names(model, (f"{module}.weight" for module in packed_modules(stored)))
         return {name.removesuffix(".weight") for name in names.values()}.__contains__
 
-    def update_weight_conversions(self, weight_conversions: list[Any], model: nn.Module) -> list[Any]:
+    def update_weight_conversions(self, weight_conversions: list[Any], *model: nn.Module) -> list[Any]:
         """Experts have linears of their own here, as checkpoints have them: none are stacked."""
         kept = [conversion for conversion in weight_conversions if not merges_experts(conversion)]
-        return list(super().update_weight_conversions(kept, model))
+        return list(super().update_weight_conversions(kept, *model))  # 5.19, which vLLM 0.32 pins, gives no model
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         served: Counter[str] = Counter()

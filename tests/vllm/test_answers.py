@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import Qwen2AudioConfig
+from transformers import AutoModelForCausalLM, Qwen2AudioConfig
 
 from exporters import export
 from runtime_bench import demo_data
@@ -123,6 +123,16 @@ def test_heads_in_8_bits(name: str, checkpoints: Checkpoints, tmp_path: Path) ->
         save_file({key: ends.get(key, tensor) for key, tensor in tensors.items()}, shard, metadata={"format": "pt"})
     dense, packed = (ask(tmp_path / folder, dtype="float32") for folder in ("twin", "out"))
     assert assert_same(dense, packed, TOLERANCE["float32"]) == len(PROMPTS) * TOKENS
+
+
+def test_in_the_transformers_that_vllm_brings(checkpoints: Checkpoints) -> None:
+    """An older one than that of all other tests."""
+    logits = []
+    for target in ("packed", "dense"):
+        model = AutoModelForCausalLM.from_pretrained(checkpoints("llama-gqa-tied", target), dtype=torch.float32)
+        with torch.no_grad():
+            logits.append(model(torch.arange(1, 20)[None]).logits)
+    torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-5)
 
 
 def test_by_its_hub_id(hub_id: Path, dense_answers: Answers) -> None:
