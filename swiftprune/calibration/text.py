@@ -56,7 +56,8 @@ class CalibrationText:
         self.held_back = windows[: count * apart : apart]
         """(W, seqlen) int64; none where the text is short."""
         held = count * apart * width
-        self._unseen = slice(held, held + min(UNSEEN_TOKENS, len(self._ids) // _UNSEEN_OF))
+        unseen = min(UNSEEN_TOKENS, len(self._ids) // _UNSEEN_OF)
+        self._unseen = slice(held, held + (unseen if unseen >= width else 0))
 
     def unseen(self, seqlen: int) -> Tensor:
         """(W, seqlen) int64: windows of `seqlen` tokens that are held back beside those; none of a short text."""

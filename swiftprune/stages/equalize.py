@@ -8,6 +8,7 @@ block: where what comes out changes, all stays as it was.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -66,7 +67,13 @@ def _divided(
     They are of the type that they are stored in. None where one cannot be stored.
     """
     tensors, own = run.parameters(block), runner.norm_parameters(norm)
-    if run.checkpoint.made.keys() & own or own.keys() - tensors.keys():
+    weight = f"{norm}.weight"
+    if run.checkpoint.made.keys() & own or own.keys() - tensors.keys() or weight not in own:
+        return None
+    if any(each.shape != wanted.shape for each in own.values()):  # activations with a weight, for one
+        return None
+    stored_once = Counter(run.targets.tensor_of.values())
+    if any(stored_once[tensors[name]] > 1 for name in own):
         return None
 
     def stored(name: str, value: Tensor) -> Tensor:
@@ -74,9 +81,10 @@ def _divided(
         assert isinstance(weight, Tensor)
         return weight
 
-    weight = f"{norm}.weight"
-    changed = {weight: stored(weight, (own[weight] + offset) / wanted - offset)}
-    before, after = own[weight] + offset, changed[weight].float() + offset
+    before = own[weight] + offset
+    divided, as_it_was = stored(weight, before / wanted - offset), stored(weight, own[weight])
+    changed = {weight: torch.where(divided.float() == -offset, as_it_was, divided)}  # so that none becomes zero
+    after = changed[weight].float() + offset
     scale = torch.where((before != 0) & (after != 0), before / after, 1)
     return changed | {name: stored(name, own[name] / scale) for name in own if name != weight}, scale
 

@@ -224,3 +224,12 @@ def test_damaged_heads(tiny_models: Callable[[str], Path], tmp_path: Path) -> No
         config.replace('"head": "int8"', '"none": 0').replace('"version": 3', '"version": 2')
     )
     refused({}, "holds model.embed_tokens.weight in 8 bits, but config.json says nothing")
+
+
+@pytest.mark.parametrize("width", [32, 33])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.bfloat16])
+def test_sums_that_float16_holds_only_when_scaled(width: int, dtype: torch.dtype) -> None:
+    x = torch.full((3, width), 20.0, dtype=dtype)
+    values = torch.full((8, width), 127, dtype=torch.int8)
+    got = multiply_rows(x, values, torch.full((8,), 2**-10, dtype=dtype))
+    torch.testing.assert_close(got, torch.full((3, 8), 20 * 127 * width / 1024, dtype=dtype), rtol=0.01, atol=0)
