@@ -132,7 +132,7 @@ def test_in_the_transformers_that_vllm_brings(checkpoints: Checkpoints) -> None:
         model = AutoModelForCausalLM.from_pretrained(checkpoints("llama-gqa-tied", target), dtype=torch.float32)
         with torch.no_grad():
             logits.append(model(torch.arange(1, 20)[None]).logits)
-    torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(*logits, rtol=1e-3, atol=1e-4)
 
 
 def test_by_its_hub_id(hub_id: Path, dense_answers: Answers) -> None:
