@@ -553,8 +553,8 @@ def main() -> None:
 
         del sys.argv[1]
         run(info.app)
-        return
-    run(_app)
+    else:
+        run(_app)
 
 
 def _app() -> None:

@@ -302,8 +302,11 @@ class BlockRunner:
             ]
 
     @torch.no_grad()
-    def fed_by_norms(self, block: Block) -> dict[str, list[str]]:
-        """By norm of the loaded block, the linears whose inputs are its outputs as they are; all are nn.Linear."""
+    def fed_by_norms(self, block: Block) -> tuple[dict[str, list[str]], Tensor]:
+        """By norm of the loaded block, the linears whose inputs are its outputs as they are; all are nn.Linear.
+
+        And the block's output, for `gives`.
+        """
         given: list[tuple[Tensor, str]] = []
         fed: dict[str, list[str]] = {}
 
@@ -325,23 +328,24 @@ class BlockRunner:
         ]
         try:
             with self._watched(block.linears, watch):
-                self._try(block)
+                out = self._try(block)
         finally:
             for handle in hooks:
                 handle.remove()
-        return {
+        plain = {
             norm: names
             for norm, names in fed.items()
             if all(isinstance(self._model.get_submodule(name), nn.Linear) for name in names)
         }
+        return plain, out
 
     def norm_parameters(self, norm: str) -> dict[str, Tensor]:
         """The parameters of a norm of the loaded block, by their names in the model, in fp32."""
         return {f"{norm}.{name}": each.detach() for name, each in self._model.get_submodule(norm).named_parameters()}
 
     @torch.no_grad()
-    def gives_the_same(self, block: Block, norm: Mapping[str, Tensor], scales: Mapping[str, Tensor]) -> bool:
-        """Whether the loaded block adds the same with other parameters of a norm, and weights times `scales`.
+    def gives(self, block: Block, output: Tensor, norm: Mapping[str, Tensor], scales: Mapping[str, Tensor]) -> bool:
+        """Whether the loaded block gives `output` with other parameters of a norm too, and weights times `scales`.
 
         Both by name, of parameters and of linears. All is put back. It is asked of each token by itself, since in some
         blocks one of them is as large as all others together.
@@ -349,13 +353,12 @@ class BlockRunner:
         changed = dict(norm) | {
             f"{name}.weight": self._model.get_parameter(f"{name}.weight") * scale for name, scale in scales.items()
         }
-        before = self._try(block)
         own = {name: self._put(name, tensor) for name, tensor in changed.items()}
         after = self._try(block)
         for name, tensor in own.items():
             self._put(name, tensor)
-        added = (before - self._compute.here(self.hidden[0])).norm(dim=-1)
-        off = (after - before).norm(dim=-1) / added.clamp_min(torch.finfo(torch.float32).tiny)
+        added = (output - self._compute.here(self.hidden[0])).norm(dim=-1)
+        off = (after - output).norm(dim=-1) / added.clamp_min(torch.finfo(torch.float32).tiny)
         return self._ranks.from_first(bool(off.mean() <= _SAME))
 
     def parameters(self, block: Block, weights: Collection[str]) -> dict[str, nn.Parameter]:

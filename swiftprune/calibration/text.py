@@ -25,7 +25,7 @@ HELD_BACK, HELD_BACK_OF = 8, 8
 _APART = 2048
 # Tokens after that beginning that are held back too, to see by when training gains nothing more; no more than one of so
 # many.
-UNSEEN_TOKENS, _UNSEEN_OF = 10_240, 16
+_UNSEEN_TOKENS, _UNSEEN_OF = 10_240, 16
 
 
 class CalibrationText:
@@ -56,7 +56,7 @@ class CalibrationText:
         self.held_back = windows[: count * apart : apart]
         """(W, seqlen) int64; none where the text is short."""
         held = count * apart * width
-        unseen = min(UNSEEN_TOKENS, len(self._ids) // _UNSEEN_OF)
+        unseen = min(_UNSEEN_TOKENS, len(self._ids) // _UNSEEN_OF)
         self._unseen = slice(held, held + (unseen if unseen >= width else 0))
 
     def unseen(self, seqlen: int) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 from swiftprune.formats.spec import SCALED_INPUTS, Packed24, Quantized
 from swiftprune.kernels import dispatch, quantize
 from swiftprune.kernels.levels import from_values
-from swiftprune.methods.sparsegpt import damped, inverse_factor
+from swiftprune.methods.sparsegpt import column_blocks, damped, inverse_factor
 
 _PASSES = 2  # two lower the error of outputs by 10 to 20%, more by one or two percent more
 
@@ -33,7 +33,7 @@ def round_kept(weight: Tensor, keep_mask: Tensor, gram: Tensor, quantized: Quant
     upper = inverse_factor(gram, dead, name)
     kernels = dispatch.kernels(weight.device)
     values, scales = [], []
-    for block in _blocks(weight):
+    for block in column_blocks(weight, SCALED_INPUTS):
         part, keep, factor = weight[:, block], keep_mask[:, block], upper[block, block]
         if quantized == "int4":
             importance = factor.diagonal().square().reciprocal()
@@ -55,16 +55,10 @@ def _descend(values: Tensor, weight: Tensor, scales: Tensor, keep_mask: Tensor, 
     gradient = (weight - stored) @ gram
     kernels = dispatch.kernels(weight.device)
     for _ in range(_PASSES):
-        for index, block in enumerate(_blocks(weight)):
+        for index, block in enumerate(column_blocks(weight, SCALED_INPUTS)):
             before = stored[:, block]
             columns = before, gradient[:, block], keep_mask[:, block], gram[block, block], scales[:, index, None]
             values[:, block], after = kernels.descend_columns(*columns)
             gradient -= (after - before) @ gram[block]
             stored[:, block] = after
     return values
-
-
-def _blocks(weight: Tensor) -> list[slice]:
-    """The columns of `weight` (N, K), as many at once as share a scale of 4-bit values."""
-    columns = weight.shape[1]
-    return [slice(start, min(start + SCALED_INPUTS, columns)) for start in range(0, columns, SCALED_INPUTS)]

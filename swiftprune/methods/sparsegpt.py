@@ -27,13 +27,18 @@ def sparsegpt(weight: Tensor, gram: Tensor, pattern: Pattern, name: str = "weigh
     weight[:, dead] = 0
     upper = inverse_factor(gram, dead, name)
     kernels = dispatch.kernels(weight.device)
-    for start in range(0, weight.shape[1], block):
-        columns = slice(start, min(start + block, weight.shape[1]))
+    for columns in column_blocks(weight, block):
         part, factor = weight[:, columns], upper[columns, columns]
         keep = (pattern.kept, pattern.group) if pattern.structured else _most(part, factor, pattern)
         weight[:, columns], errors = kernels.prune_columns(part, factor, keep)
         weight[:, columns.stop :] -= errors @ upper[columns, columns.stop :]
     return weight
+
+
+def column_blocks(weight: Tensor, size: int) -> list[slice]:
+    """The columns of `weight` (N, K) in order, `size` at once."""
+    count = weight.shape[1]
+    return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
 
 def _most(weight: Tensor, factor: Tensor, pattern: Pattern) -> Tensor:

@@ -160,8 +160,11 @@ class Run:
 
     def read_dense(self, block: Block) -> dict[str, Tensor]:
         """The weights of a block's linears before pruning, times their `input_scales`."""
+        return self.with_input_scales(block, self.checkpoint.read(linear.tensor for linear in block.linears))
+
+    def with_input_scales(self, block: Block, dense: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """`dense` weights of a block, by tensor, times their `input_scales`."""
         scales = self.input_scales.get(block.name, {})
-        dense = self.checkpoint.read(linear.tensor for linear in block.linears)
         return {
             name: weight * scales[name].to(weight.device) if name in scales else weight
             for name, weight in dense.items()

@@ -41,18 +41,22 @@ def equalize(
     That is (K,) fp32 for the tensor of each linear behind one of them. `stats` have the Gram matrices.
     """
     linears = {linear.name: linear.tensor for linear in block.linears}
+    tensors, places = run.parameters(block), Counter(run.targets.tensor_of.values())
     norms: dict[str, Tensor] = {}
     scales: dict[str, Tensor] = {}
-    for norm, fed in runner.fed_by_norms(block).items():
+    fed_by_norms, output = runner.fed_by_norms(block)
+    for norm, fed in fed_by_norms.items():
         seen = [stats.get(name) for name in fed]
         if seen[0] is None or seen[0].gram is None or any(each is not seen[0] for each in seen):
             continue
+        wanted, own = wanted_scale(seen[0].gram), runner.norm_parameters(norm)
+        if f"{norm}.weight" not in own or any(each.shape != wanted.shape for each in own.values()):
+            continue  # an activation with a weight, for one
+        if run.checkpoint.made.keys() & own or any(places[tensors.get(name, "")] != 1 for name in own):
+            continue  # stored in another way, or once for several
         for offset in (0.0, 1.0):  # some norms multiply by one more than their weight
-            if (found := _divided(run, block, runner, norm, wanted_scale(seen[0].gram), offset)) is None:
-                break
-            stored, scale = found
-            if (scale != 1).any() and runner.gives_the_same(block, stored, dict.fromkeys(fed, scale)):
-                tensors = run.parameters(block)
+            stored, scale = _divided(run, tensors, own, f"{norm}.weight", wanted, offset)
+            if (scale != 1).any() and runner.gives(block, output, stored, dict.fromkeys(fed, scale)):
                 norms |= {tensors[name]: parameter for name, parameter in stored.items()}
                 scales |= {linears[name]: scale for name in fed}
                 break
@@ -60,26 +64,17 @@ def equalize(
 
 
 def _divided(
-    run: Run, block: Block, runner: BlockRunner, norm: str, wanted: Tensor, offset: float
-) -> tuple[dict[str, Tensor], Tensor] | None:
-    """The parameters of a norm, by name, for outputs over about `wanted` (K,), and what these are over exactly.
+    run: Run, tensors: Mapping[str, str], own: Mapping[str, Tensor], weight: str, wanted: Tensor, offset: float
+) -> tuple[dict[str, Tensor], Tensor]:
+    """A norm's `own` parameters, by name, for outputs over about `wanted` (K,), and what these are over exactly.
 
-    They are of the type that they are stored in. None where one cannot be stored.
+    They are of the type that they are stored in, as `tensors`.
     """
-    tensors, own = run.parameters(block), runner.norm_parameters(norm)
-    weight = f"{norm}.weight"
-    if run.checkpoint.made.keys() & own or own.keys() - tensors.keys() or weight not in own:
-        return None
-    if any(each.shape != wanted.shape for each in own.values()):  # activations with a weight, for one
-        return None
-    stored_once = Counter(run.targets.tensor_of.values())
-    if any(stored_once[tensors[name]] > 1 for name in own):
-        return None
 
     def stored(name: str, value: Tensor) -> Tensor:
-        weight = run.to_store(tensors[name], value, False)
-        assert isinstance(weight, Tensor)
-        return weight
+        parameter = run.to_store(tensors[name], value, False)
+        assert isinstance(parameter, Tensor)
+        return parameter
 
     before = own[weight] + offset
     divided, as_it_was = stored(weight, before / wanted - offset), stored(weight, own[weight])

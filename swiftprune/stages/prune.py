@@ -193,7 +193,7 @@ def _prune_block(run: Run, block: Block, runner: BlockRunner | None, tick: Calla
     if run.settings.values and not run.keeps_values and not rounds_last(run.settings):
         with run.clock("round values"):
             weights = rounded_block(run, block, weights, stats, runner)
-            dense = moved(run.read_dense(block), run.compute.device)
+            dense = run.with_input_scales(block, dense)
     with run.clock("output error"):
         results = [
             layer_result(

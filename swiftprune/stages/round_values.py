@@ -78,11 +78,10 @@ def rounded_block(
     if runner and equalizes(run.settings):
         norms, run.input_scales[block.name] = equalize(run, block, runner, stats)
     scales = run.input_scales.get(block.name, {})
-    changed: dict[int, InputStats] = {}  # linears on the same inputs share theirs
-    for linear in block.linears:
-        if (scale := scales.get(linear.tensor)) is not None:
-            own = stats[linear.name]
-            stats[linear.name] = changed.setdefault(id(own), scaled(own, scale))
+    for linears in on_same_inputs(block, stats):
+        first = linears[0]
+        if (scale := scales.get(first.tensor)) is not None:
+            stats |= dict.fromkeys([linear.name for linear in linears], scaled(stats[first.name], scale))
     return round_block(run.settings.values, block, weights, stats, scales) | norms
 
 

@@ -13,29 +13,21 @@ from transformers import AutoModelForCausalLM, GemmaConfig, PhiConfig
 from exporters import export
 from swiftprune.checkpoints.source import Checkpoint
 from swiftprune.config import PruneSettings
-from swiftprune.formats.spec import Packed24
+from swiftprune.formats.spec import METADATA_SUFFIX, SCALE_SUFFIX, Packed24
 from swiftprune.kernels.packing import unpack
 from swiftprune.methods.rounding import round_kept
 from swiftprune.stages.equalize import wanted_scale
 from tests import models
 
-GEMMA = GemmaConfig(
-    vocab_size=models.VOCABULARY,
-    hidden_size=32,
-    intermediate_size=64,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=8,
-)
-
-PHI = PhiConfig(
-    vocab_size=models.VOCABULARY,
-    hidden_size=32,
-    intermediate_size=64,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-)
+_SIZE = {
+    "vocab_size": models.VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+GEMMA = GemmaConfig(**_SIZE, num_key_value_heads=2, head_dim=8)
+PHI = PhiConfig(**_SIZE)
 
 
 def with_other_norms(folder: Path) -> Path:
@@ -63,7 +55,7 @@ def exported(model: Path, text: Path, **settings: object) -> Callable[[str], Ten
     checkpoint = Checkpoint(out)
 
     def read(name: str) -> Tensor:
-        parts = [each for each in (name, f"{name}_meta", f"{name}_scale") if each in checkpoint.tensors]
+        parts = [each for each in (name, name + METADATA_SUFFIX, name + SCALE_SUFFIX) if each in checkpoint.tensors]
         found = [checkpoint.read([each])[each] for each in parts]
         return (unpack(Packed24(*found)) if len(found) > 1 else found[0]).float()
 
