@@ -97,7 +97,7 @@ def _use(folder: Path, config: dict[str, Any], target: str | None, zeros: str | 
     """
     declared = config.get("quantization_config") or {}
     method, stored = declared.get("quant_method"), declared.get("format")
-    ours = "sparse, with swiftprune installed"
+    in_vllm = "sparse, with swiftprune[vllm] installed"
     if target == "onnx":
         return "ONNX decoder, packed 2:4 weights", {
             "ONNX Runtime (swiftprune-onnx generate)": "sparse",
@@ -120,8 +120,8 @@ def _use(folder: Path, config: dict[str, Any], target: str | None, zeros: str | 
         parts = [f"{values} values"] if values else []
         parts += [f"{head} output head and embeddings"] if (head := declared.get("head")) else []
         return ", ".join(["packed 2:4 weights", *parts]), {
-            "transformers": f"{ours} and imported: backend {backend} on this CPU",
-            "vLLM": f"sparse, with swiftprune[vllm] installed: vllm serve {folder}",
+            "transformers": f"sparse, with swiftprune installed and imported: backend {backend} on this CPU",
+            "vLLM": f"{in_vllm}: vllm serve {folder}",
             "ONNX Runtime": f"{_NO}: export the base model with --target onnx",
         }
     if (stored_as := declared_format(declared)) and (stored_as == marlin24.FORMAT or declared.get("config_groups")):
@@ -129,7 +129,7 @@ def _use(folder: Path, config: dict[str, Any], target: str | None, zeros: str | 
     if stored == bitmask.FORMAT or (declared.get("sparsity_config") or {}).get("format") == bitmask.FORMAT:
         return "2:4 weights as sparse-24-bitmask", {
             "vLLM up to 0.18": "sparse, as it is",
-            "vLLM": "sparse, with swiftprune[vllm] installed",
+            "vLLM": in_vllm,
             "transformers": _NO,
             "swiftprune-export": _PACKS,
         }

@@ -10,6 +10,7 @@
 #include <cstring>
 #include <limits>
 
+#include "floats.h"
 #include "quantized.h"
 #include "sparse24.h"
 
@@ -28,19 +29,6 @@ constexpr std::array<float, kLevels> make_between() {
   return between;
 }
 constexpr std::array<float, kLevels> kBetween = make_between();
-
-inline float scale_of(uint16_t bits) {
-  const uint32_t wide = static_cast<uint32_t>(bits) << 16;
-  float scale;
-  std::memcpy(&scale, &wide, sizeof scale);
-  return scale;
-}
-
-inline uint16_t to_scale(float value) {  // to nearest, ties to even; finite
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  return static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
-}
 
 struct Rounded {
   uint8_t value;  // as it is stored
@@ -93,11 +81,11 @@ inline void int4_scales(const float* weight, int64_t cols, const float* importan
       float largest = std::numeric_limits<float>::min() * 1024;
       for (float w : part) largest = std::max(largest, std::fabs(w));
       float lowest = std::numeric_limits<float>::infinity();
-      uint16_t best = to_scale(static_cast<float>(kFactors[0] / kLargestValue) * largest);
+      uint16_t best = BFloat16::from_float(static_cast<float>(kFactors[0] / kLargestValue) * largest);
       for (double factor : kFactors) {
         for (double sign : {1.0, -1.0}) {
-          const uint16_t scale = to_scale(static_cast<float>(sign * factor / kLargestValue) * largest);
-          const float error = squared_error(part, weighs, scale_of(scale));
+          const uint16_t scale = BFloat16::from_float(static_cast<float>(sign * factor / kLargestValue) * largest);
+          const float error = squared_error(part, weighs, BFloat16::to_float(scale));
           if (error < lowest) {
             lowest = error;
             best = scale;
@@ -151,7 +139,7 @@ void round_rows(const float* weight, const uint8_t* keep, const float* factor, c
   for (int64_t row = begin; row < end; ++row) {
     alignas(64) float part[kMostColumns];
     std::copy_n(weight + row * cols, cols, part);
-    const float scale = scale_of(scales[row]);
+    const float scale = BFloat16::to_float(scales[row]);
     for (int64_t k = 0; k < cols; ++k) {
       const Rounded rounded = round_to<Bits>(part[k], scale);
       const float* spread = factor + k * cols;
@@ -177,7 +165,7 @@ inline void descend_columns(const float* gradient, const uint8_t* keep, const fl
   for (int64_t row = begin; row < end; ++row) {
     alignas(64) float part[kMostColumns];
     std::copy_n(gradient + row * cols, cols, part);
-    const float scale = scale_of(scales[row]);
+    const float scale = BFloat16::to_float(scales[row]);
     float* now = stored + row * cols;
     for (int64_t k = 0; k < cols; ++k) {
       const float* column = gram + k * cols;

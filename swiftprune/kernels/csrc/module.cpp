@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "ewma.h"
@@ -35,8 +36,13 @@ std::pair<int, int64_t> over_rows(int64_t rows, int threads, F work) {
   const int64_t count = std::max<int64_t>(1, std::min<int64_t>(threads, rows));
   std::vector<Status> status(count);
   nb::gil_scoped_release release;
-  in_parallel(static_cast<int>(count),
-              [&](int i) { status[i] = work(rows * i / count, rows * (i + 1) / count); });
+  in_parallel(static_cast<int>(count), [&](int i) {
+    const int64_t begin = rows * i / count, end = rows * (i + 1) / count;
+    if constexpr (std::is_void_v<decltype(work(begin, end))>)  // what cannot fail
+      work(begin, end);
+    else
+      status[i] = work(begin, end);
+  });
   for (const Status& s : status)
     if (s.fault != Fault::kNone) return {static_cast<int>(s.fault), s.index};
   return {0, 0};
@@ -133,7 +139,6 @@ NB_MODULE(_native, m) {
     over_rows(rows, threads, [&](int64_t begin, int64_t end) {
       kernels.ewma_zscore(at<const float*>(score), cols, at<const float*>(mean0), at<const float*>(deviation0),
                        EwmaGains{mean_gain, deviation_gain, floor}, at<float*>(ewma_zscore), begin, end);
-      return Status{};
     });
   });
 
@@ -144,7 +149,6 @@ NB_MODULE(_native, m) {
     over_rows(rows, threads, [&](int64_t begin, int64_t end) {
       kernels.prune_columns(at<const uint8_t*>(keep), kept, group, at<const float*>(weight), at<const float*>(factor),
                             cols, at<float*>(pruned), at<float*>(errors), begin, end);
-      return Status{};
     });
   });
 
@@ -153,7 +157,6 @@ NB_MODULE(_native, m) {
     const Kernels& kernels = kernels_or_throw(isa);
     over_rows(rows, threads, [&](int64_t begin, int64_t end) {
       kernels.int4_scales(at<const float*>(weight), cols, at<const float*>(importance), at<uint16_t*>(scales), begin, end);
-      return Status{};
     });
   });
 
@@ -164,7 +167,6 @@ NB_MODULE(_native, m) {
     over_rows(rows, threads, [&](int64_t begin, int64_t end) {
       kernels.round_columns(bits, at<const float*>(weight), at<const uint8_t*>(keep), at<const float*>(factor),
                             at<const uint16_t*>(scales), cols, at<uint8_t*>(values), at<float*>(errors), begin, end);
-      return Status{};
     });
   });
 
@@ -174,7 +176,6 @@ NB_MODULE(_native, m) {
     over_rows(rows, threads, [&](int64_t begin, int64_t end) {
       kernels.descend_columns(at<const float*>(gradient), at<const uint8_t*>(keep), at<const float*>(gram),
                               at<const uint16_t*>(scales), cols, at<uint8_t*>(values), at<float*>(stored), begin, end);
-      return Status{};
     });
   });
 
@@ -218,7 +219,6 @@ NB_MODULE(_native, m) {
     over_rows(blocks_of(rows), threads, [&](int64_t first, int64_t last) {
       from_tiled(static_cast<Dtype>(dtype), at<const void*>(tiled), rows, cols, at<void*>(values),
                   at<uint8_t*>(metadata), first, last);
-      return Status{};
     });
   });
 
@@ -258,7 +258,6 @@ NB_MODULE(_native, m) {
     over_rows(blocks_of(rows), threads, [&](int64_t first, int64_t last) {
       from_quant_tiled(bits, at<const void*>(tiled), rows, cols, at<uint8_t*>(values), at<uint8_t*>(metadata),
                        at<uint16_t*>(scales), first, last);
-      return Status{};
     });
   });
 
